@@ -1,0 +1,37 @@
+"""`python -m distill COMMAND ...`: footage -> latents -> training -> a bundle that `play.py` opens -> figures."""
+
+import argparse
+import importlib
+import sys
+
+# Each command lives in the module named here: `add_arguments(parser)` and `run(args)`. Only the chosen one is imported.
+COMMANDS = {
+    "collect": ("distill.data.collect", "render or record footage with exact camera poses"),
+    "import": ("distill.data.worldplay", "turn WorldPlay / minWM footage into clips"),
+    "encode": ("distill.data.encode", "turn clips into latents with an autoencoder"),
+    "train": ("distill.train", "train one stage from a config; resumes by itself"),
+    "export": ("distill.export", "write a bundle that play.py opens"),
+    "evaluate": ("distill.evaluate.evaluate", "compare dreams with the truth"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line and runs one command; returns the exit status (0 done, 2 bad input)."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m distill", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (module_name, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if name in argv[:1]:
+            importlib.import_module(module_name).add_arguments(command)
+    args = parser.parse_args(argv)
+    try:
+        importlib.import_module(COMMANDS[args.command][0]).run(args)
+    except (ValueError, OSError) as error:
+        print(f"{args.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""Every option of a training recipe, with its unit. A YAML file names only what differs from these defaults.
+
+A recipe is one file with all stages of a world: `load_recipe("configs/blocks/cpu.yaml", ["dmd.lr=2e-5"])`.
+Folders are relative to the working directory. Where a stage's weights are asked for (`init`, `real`, `critic`), the bare name
+of a stage means that stage's export in the same run folder.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how a recipe runs."""
+
+    folder: str = "runs/blocks"  # one sub-folder a stage
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the matrix products; weights and sigmas stay float32
+    log_every: int = 10  # optimiser steps
+    sample_every: int = 500  # optimiser steps between pictures, 0 = none
+    checkpoint_every: int = 0  # optimiser steps, 0 = by time alone
+    checkpoint_minutes: float = 10.0  # 0 = by steps alone
+
+
+@dataclass(frozen=True)
+class Data:
+    """The encoded clips that the transformer stages learn from."""
+
+    root: str = ""  # folder of clips: index.jsonl and one sub-folder a clip
+    frames: int = 10  # latents in a training window
+    first_share: float = 0.3  # share of the windows that start at the first latent of their clip, 0..1
+    prompts: str = ""  # prompts.safetensors (caption -> [L, D]); empty = embeddings drawn from the captions' hashes
+    autoencoder: str = ""  # exported autoencoder that decodes the sample pictures; empty = no pictures
+
+
+@dataclass(frozen=True)
+class Model:
+    """Shape of the transformer when it starts from random weights (`init` empty)."""
+
+    layers: int = 8
+    heads: int = 4
+    head_dim: int = 64  # channels a head, a multiple of 4 (PRoPE)
+    ffn_dim: int = 1024
+    freq_dim: int = 256  # width of the sinusoidal time embedding
+    patch: tuple[int, ...] = (1, 2, 2)  # latent frames, cells, cells
+    channels: int = 16  # of a latent
+    text_dim: int = 64
+    text_length: int = 4  # rows of one prompt's embedding
+    camera: bool = True  # PRoPE path
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """AdamW, shared by all stages."""
+
+    betas: tuple[float, ...] = (0.9, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.01  # on matrices; vectors and tables are left alone
+    grad_clip: float = 1.0  # global norm
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """What every stage has."""
+
+    steps: int = 1000  # optimiser steps of the network that is exported
+    batch: int = 6  # samples an optimiser step
+    lr: float = 1e-4
+    warmup: int = 100  # steps of linear rise
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    decay_from: float = 0.0  # share of the run after which the decay begins, 0..1
+    lr_end: float = 0.05  # learning rate at the end of the decay, as a share of `lr`
+    ema: float = 0.99  # share of the average that stays at each step
+    ema_start: int = 0  # step before which the average is a plain copy
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0.0 <= self.ema < 1.0:
+            raise ValueError(f"ema must be in [0, 1), got {self.ema}")
+
+
+@dataclass(frozen=True)
+class TransformerConfig(StageConfig):
+    """What the stages that train the transformer share."""
+
+    init: str = ""  # export folder (or stage name) that the weights come from; empty = random weights
+    caption_dropout: float = 0.1  # share of the captions replaced by the unconditional embedding, 0..1
+    shift: float = 5.0  # of the sigma schedule
+    sample_steps: int = 12  # denoising steps of the sample pictures (dmd uses its own step lists)
+
+
+@dataclass(frozen=True)
+class Bidirectional(TransformerConfig):
+    """Flow matching, one sigma a clip, every frame sees every frame."""
+
+    weighting: bool = True  # weight the loss by the reference's bell over the time steps
+
+
+@dataclass(frozen=True)
+class TeacherForcing(TransformerConfig):
+    """Flow matching, one sigma a chunk; a noisy chunk sees itself and the clean chunks before it."""
+
+    chunk: int = 1  # latents denoised together
+    weighting: bool = True
+    context_sigma_max: float = 0.0  # the clean context is noised by a sigma uniform in [0, this]; 0 = clean
+
+
+@dataclass(frozen=True)
+class Consistency(TransformerConfig):
+    """Causal consistency distillation of the teacher-forced model `init` (teacher, student and average start there)."""
+
+    chunk: int = 1
+    grid: int = 48  # points of the sigma grid that the teacher steps along
+    guidance: float = 3.0  # u + guidance (c - u); 1 skips the unconditional pass
+    sigma_lookup: Literal["exact", "grid"] = "exact"  # grid = the reference's nearest of 1000 sigmas
+
+
+@dataclass(frozen=True)
+class Dmd(TransformerConfig):
+    """Asymmetric distribution matching distillation with self-rollout of the student `init`."""
+
+    chunk: int = 1
+    real: str = "bidirectional"  # export of the network that scores real data
+    critic: str = ""  # export that the fake score starts from; empty = `real`
+    critic_lr: float = 1e-4
+    critic_updates: int = 5  # of the fake score for every update of the student
+    denoise: tuple[float, ...] = (1000.0, 500.0)  # student's time steps before the shift, 0..1000
+    first_denoise: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)  # of the first chunk
+    window: int = 12  # latents that a chunk sees, itself included
+    sinks: int = 0  # first latents that never leave the window
+    start_share: float = 0.5  # share of the rollouts that start from a true first chunk, 0..1
+    guidance: float = 3.0  # c + guidance (c - u) of the real score; 0 skips the unconditional pass
+    clamp: tuple[float, ...] = (0.02, 0.98)  # range of the sigma at which the scores are compared
+    cache_gradient: Literal["straight_through", "detached"] = "detached"  # into the remembered frames
+    sigma_lookup: Literal["exact", "grid"] = "exact"
+
+
+@dataclass(frozen=True)
+class Autoencoder(StageConfig):
+    """The tiny autoencoder."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All stages of one world."""
+
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    optimiser: Optimiser = field(default_factory=Optimiser)
+    autoencoder: Autoencoder = field(default_factory=Autoencoder)
+    bidirectional: Bidirectional = field(default_factory=Bidirectional)
+    teacher_forcing: TeacherForcing = field(default_factory=TeacherForcing)
+    consistency: Consistency = field(default_factory=Consistency)
+    dmd: Dmd = field(default_factory=Dmd)
+
+    def export_folder(self, source: str) -> Path:
+        """Folder of exported weights: a stage's name means that stage's export in this run folder."""
+        known = {f.name for f in dataclasses.fields(self) if isinstance(getattr(self, f.name), StageConfig)}
+        return Path(self.run.folder) / source / "export" if source in known else Path(source)
+
+
+def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Reads a recipe; every override is `section.key=value` with the value as YAML.
+
+    Raises ValueError with one sentence for a missing file, broken YAML, an unknown key (naming the nearest known one) or a
+    value of the wrong kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no recipe at {path}: expected a YAML file such as configs/blocks/cpu.yaml")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    for override in overrides:
+        _override(values, override)
+    return build(Recipe, values, str(path))
+
+
+def build(kind: type, values: object, where: str):
+    """Makes the dataclass `kind` from a mapping, checking every key and value; `where` begins the error messages."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected a mapping of {kind.__name__} options, got {values!r}")
+    hints = typing.get_type_hints(kind)
+    made = {}
+    for key, value in values.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{where}: unknown option {key!r}, the nearest known one is {near!r}")
+        hint = hints[key]
+        inner = f"{where}: {key}"
+        made[key] = build(hint, value, inner) if dataclasses.is_dataclass(hint) else _value(hint, value, inner)
+    try:
+        return kind(**made)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def as_dict(config) -> dict:
+    """The dataclass as plain JSON values (tuples become lists)."""
+    return {
+        key: as_dict(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
+        for key, value in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
+    }
+
+
+def _override(values: dict, text: str) -> None:
+    keys, equals, value = text.partition("=")
+    *sections, last = keys.strip().split(".")
+    if not equals or not sections:
+        raise ValueError(f"expected section.key=value after --set, got {text!r}")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"--set {text}: {section} is not a section")
+    values[last] = yaml.safe_load(value)
+
+
+def _value(hint, value, where: str):
+    """Checks and converts one plain value: YAML reads `1e-4` as text, and an integer is a fine float."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        if value in typing.get_args(hint):
+            return value
+        raise ValueError(f"{where} must be one of {', '.join(map(str, typing.get_args(hint)))}, got {value!r}")
+    if origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_value(typing.get_args(hint)[0], item, where) for item in value)
+        raise ValueError(f"{where} must be a list, got {value!r}")
+    if origin is types.UnionType and value is None:
+        return None
+    if hint is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif hint is str and value is None:
+        return ""
+    elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    raise ValueError(f"{where} must be a {hint.__name__}, got {value!r}")

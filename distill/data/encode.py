@@ -1,0 +1,99 @@
+"""`python -m distill encode`: clips -> latents, one file beside each clip; any number of workers, each may be killed and restarted."""
+
+import argparse
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from distill.data.clips import list_clips, read_clip
+from worldmodel.autoencoder import FRAMES_PER_LATENT, TinyAutoencoder
+
+LATENTS = "latents.safetensors"
+ENCODING_KEYS = ("latent_channels", "image_channels", "encoder_widths", "encoder_blocks", "strides", "patch_size")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `encode`."""
+    parser.add_argument("--clips", type=Path, required=True, help="folder of clips, or of recordings made by play.py")
+    parser.add_argument("--autoencoder", type=Path, required=True, help="folder of a trained autoencoder")
+    parser.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, ... (default: cpu)")
+    parser.add_argument("--worker", type=int, default=0, help="number of this worker, from 0 (default: 0)")
+    parser.add_argument("--workers", type=int, default=1, help="how many workers share the clips (default: 1)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Encodes what is missing or was made by another encoder."""
+    if not 0 <= args.worker < args.workers:
+        raise ValueError(f"expected --worker between 0 and {args.workers - 1} (--workers {args.workers}), got {args.worker}")
+    if not (args.autoencoder / "config.json").is_file():
+        raise ValueError(f"expected an autoencoder's folder with config.json, got {args.autoencoder}: train one first")
+    autoencoder = TinyAutoencoder.from_pretrained(args.autoencoder).to(args.device).eval()
+    folders = list_clips(args.clips)
+    made = encode_clips(folders[args.worker :: args.workers], autoencoder)
+    print(f"{made} of {len(folders)} clips encoded, the others had latents already or belong to other workers")
+
+
+def encode_clips(folders: list[Path], autoencoder: TinyAutoencoder) -> int:
+    """Writes `latents.safetensors` beside each clip that lacks it; returns how many were written.
+
+    File: "latents" float16 [C,F,h,w], normalised; metadata `encoder` names the encoder that made it.
+
+    Raises:
+        ValueError: a clip whose frame count is not 4F - 3 or whose size does not fit; clips before it are kept.
+    """
+    encoder = encoder_fingerprint(autoencoder)
+    made = 0
+    for folder in tqdm(folders, "encode", unit="clip"):
+        if latents_encoder(folder / LATENTS) == encoder:
+            continue
+        frames = torch.from_numpy(read_clip(folder).frames)
+        try:
+            latents = encode_frames(autoencoder, frames)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+        temporary = folder / f".{LATENTS}.{os.getpid()}"
+        save_file({"latents": latents.half()}, temporary, metadata={"encoder": encoder})
+        temporary.replace(folder / LATENTS)
+        made += 1
+    return made
+
+
+@torch.inference_mode()
+def encode_frames(autoencoder: TinyAutoencoder, frames: torch.Tensor, piece: int = 8) -> torch.Tensor:
+    """frames uint8 [4F-3,H,W,3] -> normalised latents float32 [C,F,h,w] on the CPU.
+
+    Args:
+        piece: latents encoded at a time, which bounds the memory; the result does not depend on it.
+    """
+    video = frames.permute(3, 0, 1, 2)[None]
+    autoencoder.check_video(video)
+    stream = autoencoder.streaming_encoder()
+    first = FRAMES_PER_LATENT * (piece - 1) + 1
+    parts = [video[:, :, :first], *video[:, :, first:].split(FRAMES_PER_LATENT * piece, 2)]
+    latents = [stream.step(part.to(autoencoder.device).float() / 127.5 - 1) for part in parts if part.shape[2]]
+    return torch.cat(latents, 2)[0].float().cpu()
+
+
+def encoder_fingerprint(autoencoder: TinyAutoencoder) -> str:
+    """16 hex digits of everything that latents depend on: the decoder may be trained further without a new encoding."""
+    digest = hashlib.sha256(json.dumps({key: autoencoder.config[key] for key in ENCODING_KEYS}).encode())
+    mean, std = autoencoder.latent_statistics()
+    for name, tensor in [*autoencoder.encoder.state_dict().items(), ("mean", mean), ("std", std)]:
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def latents_encoder(path: Path) -> str | None:
+    """Fingerprint of the encoder that made a latents file; None when there is no (whole) file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("encoder")
+    except (FileNotFoundError, SafetensorError):
+        return None

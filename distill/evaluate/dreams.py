@@ -1,0 +1,138 @@
+"""Dreams to be judged: transformers, each with a number of steps and a sampler, run over a batch of given camera paths."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from worldmodel.autoencoder import FRAMES_PER_LATENT, TinyAutoencoder
+from worldmodel.camera import invert, relative_to_first
+from worldmodel.rollout import Rollout, RolloutConfig, with_steps
+from worldmodel.text import PromptBook
+from worldmodel.transformer import CausalWanTransformer
+
+_STEPS = re.compile(r"^(\d+)(e?)$")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table: one transformer and one way to sample it."""
+
+    name: str
+    transformer: Path
+    rollout: RolloutConfig
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What all variants share: the autoencoder and the prompts of one world, on one device."""
+
+    autoencoder: TinyAutoencoder
+    prompts: PromptBook
+    device: torch.device
+
+    def text(self, names: list[str]) -> Tensor:
+        """Embeddings [B, L, D] of the prompts with these names, one a case; shorter ones are filled up with zeros."""
+        rows = [torch.as_tensor(self.prompts[name]) for name in names]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
+
+
+def parse_variant(text: str, rollout: RolloutConfig) -> list[Variant]:
+    """`[NAME=]FOLDER[@STEPS,...]` -> one variant for each count of steps, `e` behind a count for the Euler solver.
+
+    Without STEPS the world's own list is used. Example: `stage 1=runs/stage1/export@16e,2`. Few-step models re-noise
+    between steps (no letter), diffusion models follow the velocity (`e`).
+    """
+    name, equals, rest = text.partition("=")
+    rest = rest if equals else text
+    folder, at, counts = rest.rpartition("@") if "@" in rest else (rest, "", "")
+    name = name if equals else folder
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"expected a transformer folder with a config.json in {text!r}, got {folder!r}: name an export")
+    if not at:
+        return [Variant(f"{name}, {_describe(rollout)}", Path(folder), rollout)]
+    variants = []
+    for part in counts.split(","):
+        match = _STEPS.match(part.strip())
+        if match is None:
+            raise ValueError(f"expected counts of steps like @4,2,1 or @16e in {text!r}, got {part!r}")
+        config = replace(with_steps(rollout, int(match[1])), sampler="euler" if match[2] else "renoise")
+        variants.append(Variant(f"{name}, {_describe(config)}", Path(folder), config))
+    return variants
+
+
+def _describe(config: RolloutConfig) -> str:
+    count = len(config.steps)
+    return f"{count} step{'s' if count > 1 else ''}" + (" (Euler)" if config.sampler == "euler" else "")
+
+
+def load_transformer(folder: Path, device: torch.device) -> CausalWanTransformer:
+    """The transformer of an export folder, in float32."""
+    return CausalWanTransformer.from_pretrained(folder, torch_dtype=torch.float32).to(device).eval()
+
+
+@torch.inference_mode()
+def dream(
+    model: CausalWanTransformer, config: RolloutConfig, parts: Parts, first: np.ndarray, c2w: np.ndarray,
+    intrinsics: np.ndarray, prompts: list[str], seed: int, label: str = "dream",
+) -> Iterator[np.ndarray]:
+    """Dreams on from true first frames along given cameras; yields the frames of one latent after the other.
+
+    Args:
+        first: uint8 [B, H, W, 3], the true first frames; they become latent 0.
+        c2w: [B, F, 4, 4] one camera a latent, in any world.
+        intrinsics: [4] normalised.
+        prompts: B names.
+        seed: of all noise; equal seeds and batches give every variant the same first noise.
+        label: of the progress bar.
+    Yields:
+        uint8 [B, n, H, W, 3], n = 1 for latent 0 and 4 after it.
+    """
+    device, (batch, height, width) = parts.device, first.shape[:3]
+    factor = parts.autoencoder.spatial_factor
+    viewmats = torch.from_numpy(np.stack([invert(relative_to_first(path)) for path in c2w])).to(device)
+    lens = torch.as_tensor(intrinsics, dtype=torch.float64, device=device).expand(batch, 4)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    rollout = Rollout(model, parts.text(prompts), config, batch=batch, height=height // factor, width=width // factor, device=device)
+    decoder = parts.autoencoder.streaming_decoder()
+    latents = parts.autoencoder.encode(to_video(first[:, None], parts.autoencoder)).float()
+    rollout.commit(latents, viewmats[:, :1], lens)
+    yield to_frames(decoder.step(latents))
+    count, chunk = viewmats.shape[1], config.chunk
+    padded = torch.cat([viewmats, viewmats[:, -1:].expand(-1, chunk - 1, -1, -1)], 1)  # a last chunk may be part-filled
+    with tqdm(total=count - 1, desc=label, unit="latent", leave=False) as bar:
+        for start in range(1, count, chunk):
+            latents = rollout.step(padded[:, start : start + chunk], lens, generator=generator)
+            for latent in latents[:, :, : count - start].split(1, 2):
+                bar.update()
+                yield to_frames(decoder.step(latent))
+
+
+@torch.inference_mode()
+def reconstruct(autoencoder: TinyAutoencoder, frames: np.ndarray, batch: int = 8) -> np.ndarray:
+    """True frames uint8 [B, 4F-3, H, W, 3] through the autoencoder -> the last frame of every latent [B, F, H, W, 3].
+
+    This is the best that any dream through this autoencoder can be.
+    """
+    clips = []
+    for part in tqdm(np.array_split(frames, -(-len(frames) // batch)), "autoencoder", unit="batch", leave=False):
+        encoder, decoder = autoencoder.streaming_encoder(), autoencoder.streaming_decoder()
+        pieces = [part[:, :1], *np.split(part[:, 1:], (frames.shape[1] - 1) // FRAMES_PER_LATENT, 1)]
+        clips.append(np.stack([to_frames(decoder.step(encoder.step(to_video(p, autoencoder))))[:, -1] for p in pieces], 1))
+    return np.concatenate(clips)
+
+
+def to_video(frames: np.ndarray, autoencoder: TinyAutoencoder) -> Tensor:
+    """uint8 [B, T, H, W, 3] -> [B, 3, T, H, W] in [-1, 1], of the autoencoder's type and device."""
+    video = torch.from_numpy(np.ascontiguousarray(frames)).to(autoencoder.device)
+    return video.permute(0, 4, 1, 2, 3).to(autoencoder.dtype) / 127.5 - 1
+
+
+def to_frames(video: Tensor) -> np.ndarray:
+    """[B, 3, T, H, W] in [-1, 1] -> uint8 [B, T, H, W, 3]."""
+    return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()

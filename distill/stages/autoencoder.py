@@ -1,0 +1,165 @@
+"""Trains the tiny autoencoder on windows of footage: crisp edges, bounded latents, a decoder that forgives small errors."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from distill.data.clips import list_clips, read_clip
+from worldmodel.autoencoder import FRAMES_PER_LATENT, TinyAutoencoder
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """What the stage `autoencoder` trains, and how. The network's sizes are `TinyAutoencoder`'s arguments."""
+
+    encoder_widths: tuple[int, ...] = (32, 32, 64, 128)  # channels
+    encoder_blocks: tuple[int, ...] = (1, 2, 2)  # a level
+    decoder_widths: tuple[int, ...] = (160, 96, 48, 48)  # channels
+    decoder_blocks: tuple[int, ...] = (3, 2, 1)  # a level
+    strides: tuple[int, ...] = (1, 2, 2)  # of the encoder's levels
+    patch_size: int = 2  # pixels of a side folded into channels
+    latent_channels: int = 16
+    start: str | None = None  # folder of a trained autoencoder to go on from
+    freeze_encoder: bool = False  # train the decoder alone: latents that were made stay valid
+    window: int = 5  # latents (4 * window - 3 frames) of a training clip
+    lr: float = 6e-4  # 1.5e-3 diverges
+    weight_decay: float = 0.0
+    edge_weight: float = 1.0  # of the L1 between neighbouring-pixel differences: crisp edges
+    coarse_weight: float = 0.5  # of the L1 between pictures reduced 4x: right colours of large areas
+    latent_weight: float = 1e-3  # of the latents' mean square: keeps them bounded against the noise
+    latent_noise: float = 0.1  # standard deviation added to raw latents: smooth space, forgiving decoder
+
+
+class VideoWindows(Dataset):
+    """Every window of the footage, {"video": uint8 [3,T,H,W]} with T = 4 * window - 3; the index says clip and first frame.
+
+    All frames are held in memory as uint8 (a clip of 161 frames at 96x160 is 7.4 MB).
+    """
+
+    def __init__(self, root: Path, window: int):
+        self.frames = FRAMES_PER_LATENT * (window - 1) + 1
+        folders = list_clips(root)
+        self.clips = [torch.from_numpy(read_clip(folder).frames) for folder in tqdm(folders, "frames", unit="clip")]
+        short = [folder for folder, clip in zip(folders, self.clips, strict=True) if len(clip) < self.frames]
+        if short or not folders:
+            what = f"{short[0]} is shorter" if short else f"{root} holds none"
+            raise ValueError(f"expected clips of at least {self.frames} frames, but {what}: collect longer clips")
+        self._ends = np.cumsum([len(clip) - self.frames + 1 for clip in self.clips])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        clip = int(np.searchsorted(self._ends, index, side="right"))
+        start = index - (int(self._ends[clip - 1]) if clip else 0)
+        return {"video": self.clips[clip][start : start + self.frames].permute(3, 0, 1, 2)}
+
+
+class AutoencoderStage:
+    """The stage `autoencoder`: one network, one optimiser, one reconstruction loss."""
+
+    def __init__(self, config: AutoencoderConfig, clips: Path, device: torch.device | str = "cpu"):
+        self.config, self.clips, self.device = config, Path(clips), torch.device(device)
+        self.autoencoder = build_autoencoder(config).to(self.device)
+        self.autoencoder.encoder.requires_grad_(not config.freeze_encoder)
+        self.modules: dict[str, nn.Module] = {"autoencoder": self.autoencoder}
+        trained = [parameter for parameter in self.autoencoder.parameters() if parameter.requires_grad]
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "autoencoder": torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+        }
+        self._windows: VideoWindows | None = None
+
+    def dataset(self) -> VideoWindows:
+        """All footage; decoded once."""
+        if self._windows is None:
+            self._windows = VideoWindows(self.clips, self.config.window)
+        return self._windows
+
+    def losses(self, batch: dict, step: int, generator: torch.Generator) -> Iterator[tuple[str, Tensor, dict[str, float]]]:
+        """One reconstruction loss a batch {"video": uint8 [B,3,T,H,W]}."""
+        video = to_unit_range(batch["video"].to(self.device))
+        latents = self.autoencoder.encode(video).float()
+        _, std = self.autoencoder.latent_statistics()
+        noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(self.device)
+        decoded = self.autoencoder.decode(latents + noise * (self.config.latent_noise / std), clamp=False).float()
+        pixel, edge, coarse = reconstruction_terms(decoded, video)
+        norm = (latents * std).square().mean()
+        loss = pixel + self.config.edge_weight * edge + self.config.coarse_weight * coarse + self.config.latent_weight * norm
+        metrics = {"l1": pixel, "edge": edge, "latent_norm": norm, "psnr": psnr(decoded.clamp(-1, 1), video)}
+        yield "autoencoder", loss, {name: float(value.detach()) for name, value in metrics.items()}
+
+    @torch.no_grad()
+    def sample(self, generator: torch.Generator) -> np.ndarray:
+        """Truth above, reconstruction below: first and last frames of four windows, uint8 [2H, 8W/... ,3] in one picture."""
+        windows = self.dataset()
+        chosen = torch.randint(len(windows), (4,), generator=generator, device=generator.device).tolist()
+        video = to_unit_range(torch.stack([windows[index]["video"] for index in chosen]).to(self.device))
+        decoded = self.autoencoder.decode(self.autoencoder.encode(video)).float()
+        rows = [torch.cat([clip[:, :, 0], clip[:, :, -1]]) for clip in (video, decoded)]
+        picture = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
+        return ((picture.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+
+    def export(self, folder: Path) -> None:
+        """Measures the latents' mean and std over the footage and writes the autoencoder to a folder.
+
+        With `freeze_encoder` the statistics stay as they are: latents made before remain valid.
+        """
+        if not self.config.freeze_encoder:
+            measure_latents(self.autoencoder, self.dataset().clips, self.device)
+        self.autoencoder.save_pretrained(folder)
+
+
+def build_autoencoder(config: AutoencoderConfig) -> TinyAutoencoder:
+    """A new network of the config's sizes, or the trained one in `config.start`."""
+    if config.start is not None:
+        return TinyAutoencoder.from_pretrained(config.start)
+    if config.freeze_encoder:
+        raise ValueError("expected `start` with freeze_encoder: an untrained encoder cannot be kept; name a trained folder")
+    return TinyAutoencoder(
+        latent_channels=config.latent_channels,
+        encoder_widths=list(config.encoder_widths),
+        encoder_blocks=list(config.encoder_blocks),
+        decoder_widths=list(config.decoder_widths),
+        decoder_blocks=list(config.decoder_blocks),
+        strides=list(config.strides),
+        patch_size=config.patch_size,
+    )
+
+
+def to_unit_range(video: Tensor) -> Tensor:
+    """uint8 [0, 255] -> float32 [-1, 1]."""
+    return video.float() / 127.5 - 1
+
+
+def reconstruction_terms(decoded: Tensor, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean absolute errors [B,3,T,H,W]: of pixels, of differences to the right and lower neighbour, of 4x4 means."""
+    error = decoded - video
+    edge = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean(), edge, functional.avg_pool2d(error.flatten(0, 2), 4).abs().mean()
+
+
+def psnr(decoded: Tensor, video: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of video in [-1, 1], over all elements."""
+    return -10 * torch.log10((decoded - video).square().mean() / 4)
+
+
+@torch.no_grad()
+def measure_latents(autoencoder: TinyAutoencoder, clips: Sequence[Tensor], device: torch.device) -> None:
+    """Sets the autoencoder's per-channel statistics from the raw latents of clips uint8 [T,H,W,3]."""
+    channels = autoencoder.config.latent_channels
+    autoencoder.set_latent_statistics(torch.zeros(channels), torch.ones(channels))
+    count, total, squares = 0, torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
+    for clip in tqdm(clips, "latent statistics", unit="clip"):
+        frames = len(clip) - (len(clip) - 1) % FRAMES_PER_LATENT
+        video = to_unit_range(clip[:frames].to(device)).permute(3, 0, 1, 2)
+        latents = autoencoder.encode(video[None])[0].flatten(1).double().cpu()
+        count, total, squares = count + latents.shape[1], total + latents.sum(1), squares + latents.square().sum(1)
+    mean = total / count
+    autoencoder.set_latent_statistics(mean.float(), (squares / count - mean.square()).clamp(min=1e-12).sqrt().float())

@@ -1,0 +1,353 @@
+"""Reads published transformer weights: strictly (every tensor accounted for) and safely (no code in a file ever runs).
+
+Understood: safetensors files and `torch.save` files that hold plain tensors, with the parameter names of the original Wan2.1 code (Wan2.1, minWM,
+Self-Forcing, Causal-Forcing) or of diffusers, bare or inside a trainer's checkpoint. What a file is, is read from its content, never from its name.
+
+    python -m worldmodel.checkpoint inspect FILE
+"""
+
+import argparse
+import pickle
+import sys
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+State = Mapping[str, torch.Tensor]
+
+WAN_HEAD_DIM = 128  # width of one attention head in every published Wan model; the shapes do not tell it
+# Trainers save {part: state dict}; of several parts the first of these is taken, as the reference's inference does.
+PARTS = ("generator_ema", "generator", "model")
+# Path segments that training wrappers put into names: FSDP, activation checkpointing and torch.compile anywhere, the others in front.
+_WRAPPER_SEGMENTS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
+_LEADING_SEGMENTS = frozenset({"model", "diffusion_model", "module"})
+
+# Wan2.1 module -> diffusers module. The last path segment (weight, bias) is kept; `modulation` is a parameter by itself.
+_OUTER_NAMES = {
+    "patch_embedding": "patch_embedding",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.head": "proj_out",
+}
+_BLOCK_NAMES = {
+    "self_attn.q": "attn1.to_q",
+    "self_attn.k": "attn1.to_k",
+    "self_attn.v": "attn1.to_v",
+    "self_attn.o": "attn1.to_out.0",
+    "self_attn.norm_q": "attn1.norm_q",
+    "self_attn.norm_k": "attn1.norm_k",
+    "self_attn.prope_o": "attn1.prope_out",
+    "cross_attn.q": "attn2.to_q",
+    "cross_attn.k": "attn2.to_k",
+    "cross_attn.v": "attn2.to_v",
+    "cross_attn.o": "attn2.to_out.0",
+    "cross_attn.norm_q": "attn2.norm_q",
+    "cross_attn.norm_k": "attn2.norm_k",
+    "norm3": "norm2",  # the two codes number the norms differently
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+}
+_FAMILY_MARKS = {"wan": "text_embedding.0.weight", "diffusers": "condition_embedder.text_embedder.linear_1.weight"}
+
+
+class CheckpointError(ValueError):
+    """A weights file that cannot be used; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a state dict holds, read from its names and shapes alone."""
+
+    family: str  # naming scheme: "wan" (original code) or "diffusers"
+    part: str  # part of a trainer's checkpoint that was taken, "" for a bare state dict
+    other_parts: tuple[str, ...]  # parts of the file that were left alone, for example "critic"
+    prefix: str  # what wrappers had put in front of the names, for example "model._fsdp_wrapped_module."
+    layers: int  # transformer blocks
+    width: int  # features per token
+    ffn_width: int  # features inside the feed-forward layers
+    in_channels: int  # channels of a latent
+    out_channels: int  # channels of the predicted velocity
+    patch_size: tuple[int, int, int]  # latent cells per token: frames, rows, columns
+    text_dim: int  # features of a text token
+    freq_dim: int  # features of the sinusoidal clock
+    camera: bool  # has the PRoPE output layers
+    cross_attn_norm: bool  # layer norm with weights before cross attention
+    qk_norm: bool  # RMS norm of queries and keys
+    dtypes: tuple[str, ...]  # number types of the tensors
+    parameters: int  # numbers in all tensors
+
+    def config(self, **overrides) -> dict:
+        """Configuration for `CausalWanTransformer`; the number of heads is width / `attention_head_dim` (default 128, as in every public Wan).
+
+        Errors: CheckpointError where the head width does not divide the width.
+        """
+        if "num_attention_heads" in overrides and "attention_head_dim" not in overrides:
+            overrides["attention_head_dim"] = self.width // overrides["num_attention_heads"]
+        head_dim = overrides.setdefault("attention_head_dim", WAN_HEAD_DIM)
+        heads = overrides.setdefault("num_attention_heads", self.width // head_dim)
+        if heads * head_dim != self.width or heads < 1:
+            raise CheckpointError(
+                f"{heads} heads of {head_dim} do not make the width {self.width} of this checkpoint: give attention_head_dim (shapes do not tell it)."
+            )
+        derived = dict(
+            patch_size=self.patch_size,
+            in_channels=self.in_channels,
+            out_channels=self.out_channels,
+            text_dim=self.text_dim,
+            freq_dim=self.freq_dim,
+            ffn_dim=self.ffn_width,
+            num_layers=self.layers,
+            cross_attn_norm=self.cross_attn_norm,
+            qk_norm="rms_norm_across_heads" if self.qk_norm else None,
+            camera=self.camera,
+        )
+        return derived | overrides
+
+
+def read_state(path: str | Path) -> dict:
+    """The content of a weights file: {name: tensor}, or {part: {name: tensor}} of a trainer. Tensors are mapped, not read, where the format allows.
+
+    Errors: FileNotFoundError; CheckpointError for other formats, damaged files, and pickles with anything besides plain data (nothing in them runs).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file at {path}")
+    with path.open("rb") as file:
+        start = file.read(9)
+    try:
+        if start[8:9] == b"{":  # eight bytes of header length, then JSON
+            return load_file(path)
+        if zipfile.is_zipfile(path):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if start[:1] == b"\x80":  # torch.save before 1.6: a bare pickle
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds Python objects besides tensors and could run code, so it was not loaded: ask for a safetensors file, or save the tensors alone."
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or incomplete ({str(error).splitlines()[0]}): fetch it again.") from error
+    raise CheckpointError(f"{path} is neither a safetensors file nor a torch.save file: expected transformer weights.")
+
+
+def inspect_state(state: Mapping, part: str | None = None) -> CheckpointInfo:
+    """Says what a state dict (or a trainer's dict of state dicts) holds. `part` picks one part of a trainer's file.
+
+    Errors: CheckpointError where it is not a Wan transformer for text and camera, naming what is missing or foreign.
+    """
+    return _inspect(*_select(state, part))
+
+
+def to_diffusers_names(state: Mapping, part: str | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a Wan or diffusers state dict, whatever wraps it, under diffusers' names; `self_attn.prope_o` becomes `attn1.prope_out`.
+
+    The tensors are shared with `state`, which is not changed. Errors: CheckpointError naming a tensor that no Wan transformer has.
+    """
+    bare = _bare_names(_select(state, part)[0])
+    if _family(bare) == "diffusers":
+        return bare
+    renamed = {name: _diffusers_name(name) for name in bare}
+    foreign = [name for name, new in renamed.items() if new is None]
+    if foreign:
+        raise CheckpointError(f"the checkpoint has tensors that a Wan text-to-video transformer has not: {_listing(foreign)}.")
+    return {renamed[name]: tensor for name, tensor in bare.items()}
+
+
+def load_transformer(source: str | Path | Mapping, *, part: str | None = None, dtype: torch.dtype | None = None, **overrides):
+    """Builds the `CausalWanTransformer` that a weights file or state dict describes, and fills it; the model owns its memory.
+
+    Args:
+        source: file, or what `read_state` returned.
+        part: which part of a trainer's checkpoint; default: the EMA if there is one.
+        dtype: number type of the weights; default: the file's.
+        overrides: configuration values that shapes do not tell or that are to differ: `attention_head_dim` (default 128),
+            `camera=True` adds the camera path (zero, so the output does not change) to a model without one, `camera=False` leaves it out.
+
+    Errors: CheckpointError naming missing, foreign and misshapen tensors, or an unknown configuration key.
+    """
+    from accelerate import init_empty_weights  # both imports are slow, and reading names needs neither
+
+    from worldmodel.transformer import CausalWanTransformer
+
+    state = source if isinstance(source, Mapping) else read_state(source)
+    info = inspect_state(state, part)
+    config = info.config(**overrides)
+    known = CausalWanTransformer.load_config.__func__ and set(CausalWanTransformer._get_init_keys(CausalWanTransformer)) - {"self"}
+    unknown = sorted(set(config) - known)
+    if unknown:
+        raise CheckpointError(f"unknown configuration key {unknown[0]!r}: expected one of {', '.join(sorted(known))}.")
+    with init_empty_weights(include_buffers=False):
+        model = CausalWanTransformer(**config)
+    tensors = to_diffusers_names(state, part)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = _match_camera(tensors, expected, info.camera, config["camera"])
+    check_tensors(tensors, expected)
+    model.load_state_dict({name: tensor.to(dtype or tensor.dtype, copy=True) for name, tensor in tensors.items()}, assign=True)
+    return model.eval()
+
+
+def check_tensors(state: State, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Compares names and shapes with the expected ones. Errors: one CheckpointError naming every kind of difference."""
+    missing = [name for name in expected if name not in state]
+    foreign = [name for name in state if name not in expected]
+    shapes = [
+        f"{name} {list(tensor.shape)} instead of {list(expected[name])}"
+        for name, tensor in state.items()
+        if name in expected and tuple(tensor.shape) != tuple(expected[name])
+    ]
+    found = [f"{kind}: {_listing(names)}" for kind, names in (("missing", missing), ("not expected", foreign), ("wrong shape", shapes)) if names]
+    if found:
+        raise CheckpointError(f"the checkpoint does not fit the transformer it describes ({'; '.join(found)}): it is incomplete or of another model.")
+
+
+def _select(state: Mapping, part: str | None) -> tuple[State, str, tuple[str, ...]]:
+    """-> (state dict, name of the part or "", names of the other parts)."""
+    if not isinstance(state, Mapping) or not state:
+        raise CheckpointError(f"expected a dict of tensors with the weights of a transformer, found {type(state).__name__} with nothing in it.")
+    parts = [name for name, value in state.items() if isinstance(value, Mapping)]
+    if part is None and not parts:
+        chosen, name = state, ""
+    else:
+        wanted = [part] if part else [name for name in PARTS if name in parts]
+        if not wanted or wanted[0] not in parts:
+            raise CheckpointError(f"the checkpoint has no part {part or ' / '.join(PARTS)}: it has {_listing(list(map(str, state)))}.")
+        name, chosen = wanted[0], state[wanted[0]]
+    wrong = [key for key, value in chosen.items() if not isinstance(key, str) or not isinstance(value, torch.Tensor)]
+    if wrong or not chosen:
+        raise CheckpointError(f"expected a dict of tensors with the weights of a transformer, found other things: {_listing(list(map(str, wrong)))}.")
+    return chosen, name, tuple(str(key) for key in state if name and key != name)
+
+
+def _bare(name: str) -> str:
+    segments = [segment for segment in name.split(".") if segment not in _WRAPPER_SEGMENTS]
+    while len(segments) > 1 and segments[0] in _LEADING_SEGMENTS:
+        segments.pop(0)
+    return ".".join(segments)
+
+
+def _bare_names(state: State) -> dict[str, torch.Tensor]:
+    bare = {}
+    for name, tensor in state.items():
+        if _bare(name) in bare:
+            raise CheckpointError(f"the checkpoint has two tensors for {_bare(name)}: expected one model.")
+        bare[_bare(name)] = tensor
+    return bare
+
+
+def _family(bare: State) -> str:
+    for family, mark in _FAMILY_MARKS.items():
+        if mark in bare:
+            return family
+    raise CheckpointError(
+        f"not the weights of a Wan transformer: expected {' or '.join(_FAMILY_MARKS.values())}, found {_listing(list(bare))}."
+    )
+
+
+def _diffusers_name(name: str) -> str | None:
+    """Wan2.1 name -> diffusers name, None for a name that a text-to-video transformer has not."""
+    block, inner, names = "", name, _OUTER_NAMES
+    if name.startswith("blocks."):
+        _, number, inner = (name.split(".", 2) + ["", ""])[:3]
+        block, names = f"blocks.{number}.", _BLOCK_NAMES
+    if name == "head.modulation" or (block and inner == "modulation"):
+        return block + "scale_shift_table"
+    module, _, leaf = inner.rpartition(".")
+    return f"{block}{names[module]}.{leaf}" if module in names else None
+
+
+def _inspect(state: State, part: str, other_parts: tuple[str, ...]) -> CheckpointInfo:
+    bare = _bare_names(state)
+    family = _family(bare)
+    mark = _FAMILY_MARKS[family]
+    named = to_diffusers_names(bare)
+
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
+        if name not in named:
+            raise CheckpointError(f"the checkpoint is incomplete: {name} is missing.")
+        if named[name].ndim != dimensions:
+            raise CheckpointError(f"{name} has shape {list(named[name].shape)}: expected {dimensions} dimensions.")
+        return tuple(named[name].shape)
+
+    width, in_channels, *patch = shape("patch_embedding.weight", 5)
+    numbers = {name.split(".")[1] for name in named if name.startswith("blocks.")}
+    cells = patch[0] * patch[1] * patch[2]
+    return CheckpointInfo(
+        family=family,
+        part=part,
+        other_parts=other_parts,
+        prefix=next(name for name in state if _bare(name) == mark).removesuffix(mark),
+        layers=len(numbers),
+        width=width,
+        ffn_width=shape("blocks.0.ffn.net.0.proj.weight", 2)[0],
+        in_channels=in_channels,
+        out_channels=shape("proj_out.weight", 2)[0] // cells,
+        patch_size=tuple(patch),
+        text_dim=shape("condition_embedder.text_embedder.linear_1.weight", 2)[1],
+        freq_dim=shape("condition_embedder.time_embedder.linear_1.weight", 2)[1],
+        camera=any(".attn1.prope_out." in name for name in named),
+        cross_attn_norm="blocks.0.norm2.weight" in named,
+        qk_norm="blocks.0.attn1.norm_q.weight" in named,
+        dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in named.values()})),
+        parameters=sum(tensor.numel() for tensor in named.values()),
+    )
+
+
+def _match_camera(tensors: State, expected: Mapping, has: bool, wants: bool) -> State:
+    """Adds the camera path as zeros, or leaves it out, where the caller asked for the other kind than the file has."""
+    if wants and not has:
+        like = tensors["proj_out.weight"]
+        zeros = {name: like.new_zeros(shape) for name, shape in expected.items() if ".attn1.prope_out." in name}
+        return {**tensors, **zeros}
+    if has and not wants:
+        return {name: tensor for name, tensor in tensors.items() if ".attn1.prope_out." not in name}
+    return tensors
+
+
+def _listing(names: Iterable[str], most: int = 3) -> str:
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _describe(info: CheckpointInfo) -> str:
+    rows = {
+        "names": f"{info.family}, prefix {info.prefix!r}",
+        "part": info.part or "the whole file",
+        "not read": ", ".join(info.other_parts) or "nothing",
+        "layers": info.layers,
+        "width": f"{info.width} (feed-forward {info.ffn_width})",
+        "heads": f"{info.width // WAN_HEAD_DIM} if {WAN_HEAD_DIM} wide" if info.width % WAN_HEAD_DIM == 0 else "say attention_head_dim when loading",
+        "latent": f"{info.in_channels} -> {info.out_channels} channels, patch {'x'.join(map(str, info.patch_size))}",
+        "text": f"{info.text_dim} features",
+        "camera": "PRoPE" if info.camera else "none",
+        "numbers": f"{info.parameters / 1e6:.1f} M, {', '.join(info.dtypes)}",
+    }
+    return "\n".join(f"{name:9} {value}" for name, value in rows.items())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`inspect FILE` prints what a weights file holds; returns the exit status (2 for a file that cannot be used)."""
+    parser = argparse.ArgumentParser(prog="python -m worldmodel.checkpoint", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser("inspect", help="print what a weights file holds")
+    inspect.add_argument("file", help="safetensors or torch.save file")
+    inspect.add_argument("--part", help="part of a trainer's checkpoint, for example generator")
+    args = parser.parse_args(argv)
+    try:
+        print(_describe(inspect_state(read_state(args.file), args.part)))
+    except (ValueError, OSError) as error:
+        print(f"inspect: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

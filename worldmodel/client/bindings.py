@@ -1,0 +1,54 @@
+"""Which key does what. Data only: rebinding is a new `Bindings`, and nothing here needs pygame or torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from worldmodel.controls import KEYS as MOTIONS
+
+COMMANDS = ("restart", "next_mood", "new_town", "pause", "record", "screenshot", "overlay", "escape")
+
+DEFAULT_KEYS = MappingProxyType(
+    {
+        "w": "w",
+        "s": "s",
+        "a": "a",
+        "d": "d",
+        "left shift": "run",
+        "right shift": "run",
+        "left": "left",
+        "right": "right",
+        "up": "up",
+        "down": "down",
+        "r": "restart",
+        "n": "next_mood",
+        "t": "new_town",
+        "p": "pause",
+        "f9": "record",
+        "f12": "screenshot",
+        "f1": "overlay",
+        "escape": "escape",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Bindings:
+    """Key name, as `pygame.key.name` spells it, -> action (a motion that Controls knows, or one of COMMANDS)."""
+
+    keys: Mapping[str, str] = DEFAULT_KEYS
+
+    def __post_init__(self):
+        for key, action in self.keys.items():
+            if action not in (*MOTIONS, *COMMANDS):
+                known = ", ".join((*MOTIONS, *COMMANDS))
+                raise ValueError(f"Key {key!r} is bound to the unknown action {action!r}; use one of {known}.")
+
+    def action(self, key: str) -> str | None:
+        """The action of a key, or None for a key that means nothing here."""
+        return self.keys.get(key)
+
+    def rebound(self, key: str, action: str) -> "Bindings":
+        """A copy in which `key` alone does `action`; the keys that did it before are free."""
+        kept = {name: act for name, act in self.keys.items() if act != action and name != key}
+        return Bindings(MappingProxyType({**kept, key: action}))

@@ -1,0 +1,153 @@
+"""What is remembered of committed latent frames, and the view of it that attention reads.
+
+Store once: a frame keeps, for all layers together, its normalised un-rotated keys, its raw values and its camera. View per chunk: before a
+chunk is denoised, the window's keys are rotated and projected once, relative to the window and to the current camera, and read by all
+its passes. So positions never run out, the numbers stay small however far the player walks, rewinding is truncation, a fork shares the
+frames (they are never written again), and a sink is a frame that is not dropped.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from worldmodel import attention, prope
+from worldmodel.rope import rope_table, rotate
+
+
+@dataclass(frozen=True)
+class FrameMemory:
+    """One committed latent frame: keys and values `[layers, B, N, width]`, w2c `[B, 4, 4]` float64, intrinsics `[B, 4]` float64."""
+
+    index: int
+    keys: Tensor
+    values: Tensor
+    viewmats: Tensor
+    intrinsics: Tensor
+
+
+@dataclass
+class CacheView:
+    """The window as one chunk sees it: keys and values `[layers, B, heads or 2 heads, M, head_dim]`, or None when nothing is committed.
+
+    `first` is the rotary position of the chunk's first frame. A pass leaves its own keys and values in `fresh`, one pair a layer.
+    When the clean pass of the chunk before is merged in, the pass holds both chunks: `pending` frames come first, and the chunk behind
+    them reads `later`, the window as it will be once they are committed.
+    """
+
+    keys: Tensor | None
+    values: Tensor | None
+    first: int
+    device: torch.device
+    fresh: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    pending: int = 0
+    tokens: int = 0  # tokens a frame, needed when frames are pending
+    later: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def positions(self, frames: int) -> Tensor:
+        """Rotary positions `[frames]` of the frames of a pass."""
+        return torch.arange(self.first, self.first + frames, device=self.device)
+
+    def keep(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Called by attention: the pass's own un-rotated keys and raw values, `[B, F, N, width]`."""
+        self.fresh[layer] = (keys, values)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries of the chunk `[B, H, F N, D]` over the window and the chunk itself."""
+        if not self.pending:
+            return attention.attend(q, *self._with_window(layer, self.keys, self.values, k, v))
+        split = self.pending * self.tokens
+        before = attention.attend(q[:, :, :split], *self._with_window(layer, self.keys, self.values, k[:, :, :split], v[:, :, :split]))
+        after = attention.attend(q[:, :, split:], *self._with_window(layer, *self.later, k, v))
+        return torch.cat([before, after], dim=2)
+
+    @staticmethod
+    def _with_window(layer: int, keys: Tensor | None, values: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if keys is None:
+            return k, v
+        return torch.cat([keys[layer], k], dim=2), torch.cat([values[layer], v], dim=2)
+
+
+class KVCache:
+    """The committed frames of a rollout.
+
+    `window`: latent frames attention may see, those of the current chunk included; `sinks`: the first frames, which are kept for ever and
+    count as part of the window; `absolute`: rotary positions are frame numbers (the references' way) instead of places in the
+    window; `history`: frames kept beyond the window so that rewinding has something to return to.
+    """
+
+    def __init__(self, heads: int, window: int, sinks: int = 0, absolute: bool = False, history: int = 0):
+        if not 0 <= sinks < window:
+            raise ValueError(f"sinks must be at least 0 and fewer than the window of {window} latents, got {sinks}: change one of them")
+        self.heads, self.window, self.sinks, self.absolute, self.history = heads, window, sinks, absolute, history
+        self.frames: list[FrameMemory] = []
+        self.committed = 0
+
+    def commit(self, fresh: dict[int, tuple[Tensor, Tensor]], viewmats: Tensor, intrinsics: Tensor) -> None:
+        """Remembers a chunk: `fresh` of its clean pass, `viewmats` `[B, F, 4, 4]`, `intrinsics` `[B, F, 4]`."""
+        keys, values = (torch.stack([fresh[layer][i] for layer in sorted(fresh)]) for i in range(2))
+        for frame in range(viewmats.shape[1]):
+            self.frames.append(FrameMemory(self.committed, keys[:, :, frame], values[:, :, frame], viewmats[:, frame], intrinsics[:, frame]))
+            self.committed += 1
+        self.frames = [f for f in self.frames if f.index < self.sinks or f.index >= self.committed - self.window - self.history]
+
+    def visible(self, chunk: int) -> list[FrameMemory]:
+        """The frames that a chunk of `chunk` new frames sees: sinks, then the most recent ones."""
+        recent = self.committed - (self.window - chunk - self.sinks)
+        return [f for f in self.frames if f.index < self.sinks or f.index >= recent]
+
+    def view(self, viewmats: Tensor, intrinsics: Tensor, rows: int, columns: int) -> tuple[CacheView, Tensor]:
+        """The window for a chunk with cameras `viewmats` `[B, F, 4, 4]`, `intrinsics` `[B, F, 4]`, and the chunk's projections relative to its first camera."""
+        frames = self.visible(viewmats.shape[1])
+        first = self.committed if self.absolute else len(frames)
+        reference = torch.linalg.inv(viewmats[:, :1].double())
+        keys, values = self._rotate(frames, reference, rows, columns, start=first - len(frames))
+        view = CacheView(keys, values, first, viewmats.device)
+        return view, prope.projection(viewmats.double() @ reference, intrinsics.double()).float()
+
+    def pair_view(self, viewmats: Tensor, chunk: int, intrinsics: Tensor, rows: int, columns: int) -> tuple[CacheView, Tensor]:
+        """The view of two chunks in one pass, with `viewmats` `[B, 2 chunk, 4, 4]`: the first is about to be committed, the second follows it.
+
+        The second's window has lost its oldest frames to the first, and its sinks stand as near as they will when the first is in.
+        """
+        frames, now = self.visible(chunk), self.committed
+        later = [f for f in frames if f.index < self.sinks or f.index >= now - (self.window - 2 * chunk - self.sinks)]
+        first = now if self.absolute else len(frames)
+        reference = torch.linalg.inv(viewmats[:, :1].double())
+        keys, values = self._rotate(frames, reference, rows, columns, start=first - len(frames))
+        after = self._rotate(later, reference, rows, columns, start=first - len(later))
+        view = CacheView(keys, values, first, viewmats.device, pending=chunk, tokens=rows * columns, later=after)
+        return view, prope.projection(viewmats.double() @ reference, intrinsics.double()).float()
+
+    def _rotate(self, frames: list[FrameMemory], reference: Tensor, rows: int, columns: int, start: int) -> tuple[Tensor | None, Tensor | None]:
+        """Keys and values of `frames` in the rotary and the camera path, `[layers, B, 2 heads, M, head_dim]`."""
+        if not frames:
+            return None, None
+        keys, values = (torch.stack([getattr(f, name) for f in frames], dim=2) for name in ("keys", "values"))
+        index = torch.tensor([f.index if self.absolute else start + i for i, f in enumerate(frames)], device=keys.device)
+        cos, sin = (t.unsqueeze(2).to(keys.dtype) for t in rope_table(index, rows, columns, keys.shape[-1] // self.heads))
+        viewmats = torch.stack([f.viewmats for f in frames], dim=1) @ reference
+        cameras = prope.projection(viewmats, torch.stack([f.intrinsics for f in frames], dim=1))
+        inverse = prope.camera_matrices(cameras.float(), keys.dtype).key
+
+        def split(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.heads, -1))
+
+        rotated = torch.cat([rotate(split(keys), cos, sin), split(prope.apply(inverse, keys))], dim=-2)
+        carried = torch.cat([split(values), split(prope.apply(inverse, values))], dim=-2)
+        return tuple(x.flatten(2, 3).transpose(2, 3) for x in (rotated, carried))
+
+    def truncate(self, committed: int) -> None:
+        """Forgets every frame from number `committed` on; ValueError when that reaches back beyond what is kept."""
+        kept = [f for f in self.frames if f.index < committed]
+        wanted = range(max(self.sinks, committed - (self.window - self.sinks) + 1), committed)
+        missing = set(wanted) - {f.index for f in kept}
+        if missing or not 0 <= committed <= self.committed:
+            raise ValueError(f"can rewind to latent {min(missing, default=0)} no more, got {committed} of {self.committed}: rewind less")
+        self.frames, self.committed = kept, committed
+
+    def fork(self) -> "KVCache":
+        """An independent cache with the same past; the frames are shared, since they are never written again."""
+        twin = KVCache(self.heads, self.window, self.sinks, self.absolute, self.history)
+        twin.frames, twin.committed = list(self.frames), self.committed
+        return twin

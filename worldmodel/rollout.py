@@ -1,0 +1,189 @@
+"""THE loop: denoise a chunk, commit it. Play, self-rollout in training, trajectory data and evaluation all run this one.
+
+For each noise level of the step list: velocity -> clean estimate -> noise again to the next level; then one pass at sigma 0 leaves the clean
+keys and values in the cache. The first chunk has its own, longer step list (Causal Forcing++, arXiv 2605.15141: the first-frame rule).
+Source: Self-Forcing / minWM `CausalInferencePipeline`. Differs: window-relative positions and camera-relative projections (see `kv_cache`).
+"""
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from worldmodel.kv_cache import CacheView, KVCache
+from worldmodel.schedule import add_noise, to_x0, warp_steps
+from worldmodel.transformer import CausalWanTransformer, TextContext
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How a world is dreamed on."""
+
+    steps: tuple[int, ...] = (1000, 500)  # noise clock before the shift, in (0, 1000], falling
+    first_steps: tuple[int, ...] = (1000, 750, 500, 250)  # the same for the first chunk
+    shift: float = 5.0
+    chunk: int = 1  # latent frames denoised together
+    window: int = 12  # latent frames attention may see, the current chunk included
+    sinks: int = 0  # first latent frames that stay in the window for ever
+    positions: str = "window"  # rotary positions: "window" (places in the window) or "absolute" (frame numbers, as the references)
+    sampler: str = "renoise"  # between steps: "renoise" (few-step models) or "euler" (diffusion models, deterministic)
+    merge_clean: bool = False  # run the clean pass of a chunk together with the first step of the next
+    cache_gradient: str = "detached"  # in training, committed keys carry no gradient, or that of the last noisy pass: "straight_through"
+    history: int = 0  # latent frames kept beyond the window for rewinding
+
+    def __post_init__(self):
+        choices = {"positions": ("window", "absolute"), "sampler": ("renoise", "euler"), "cache_gradient": ("detached", "straight_through")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}: choose one of them")
+        if not 1 <= self.chunk <= self.window - self.sinks:
+            raise ValueError(f"chunk must be 1 to window - sinks = {self.window - self.sinks} latents, got {self.chunk}: change one of them")
+        for steps in (self.steps, self.first_steps):
+            warp_steps(steps, self.shift)
+
+
+class Rollout:
+    """A dream in progress: the model, its prompt, and what it remembers.
+
+    `height` and `width` count latent cells. Latents are `[B, C, F, H, W]` float32 outside the model; cameras come as w2c `viewmats`
+    `[B, F, 4, 4]` (float64 keeps far-away places exact) and normalised `intrinsics`, `[B, 4]` or one a frame, `[B, F, 4]`.
+    """
+
+    def __init__(self, model: CausalWanTransformer, text: Tensor | TextContext, config: RolloutConfig, *,
+                 batch: int = 1, height: int, width: int, device: torch.device | str = "cpu"):
+        self.model, self.config, self.batch, self.device = model, config, batch, torch.device(device)
+        self.cells = height, width
+        self.sigmas = warp_steps(config.steps, config.shift).to(self.device)
+        self.first_sigmas = warp_steps(config.first_steps, config.shift).to(self.device)
+        self.cache = KVCache(model.config.num_attention_heads, config.window, config.sinks, config.positions == "absolute", config.history)
+        self.pending: tuple[Tensor, Tensor, Tensor] | None = None  # latents, viewmats, intrinsics whose clean pass is still to come
+        self.timings: dict[str, float] = {}  # milliseconds of the last step: "network", "clean"
+        self.set_text(text)
+
+    @property
+    def frames(self) -> int:
+        """Latent frames dreamed or given so far."""
+        return self.cache.committed + (self.pending[0].shape[2] if self.pending else 0)
+
+    def set_text(self, text: Tensor | TextContext) -> None:
+        """Changes the prompt from the next chunk on; what is already remembered stays."""
+        if isinstance(text, Tensor):
+            text = self.model.encode_text(text.to(self.device))
+        self.text = text
+
+    def step(self, viewmats: Tensor, intrinsics: Tensor, *, noise: Tensor | None = None, renoise: list[Tensor] | None = None,
+             generator: torch.Generator | None = None, exit_step: int | None = None, grad: bool = False) -> Tensor:
+        """Dreams the next chunk and commits it; returns its clean latents `[B, C, F, H, W]`.
+
+        `noise` starts the chunk and `renoise` (one a step but the last, same shape) is added between steps; what is not given is drawn
+        from `generator`. Training: stop after step `exit_step` (0 = first), and with `grad` let gradients through that step alone.
+        """
+        sigmas = self.first_sigmas if self.frames == 0 else self.sigmas
+        last = len(sigmas) - 1 if exit_step is None else exit_step
+        intrinsics = _a_frame(intrinsics, viewmats)
+        shape = (self.batch, self.model.config.in_channels, viewmats.shape[1], *self.cells)
+        x = self._draw(shape, generator) if noise is None else noise
+        started = time.perf_counter()
+        view, projection, x0, fresh = None, None, None, None
+        for i in range(last + 1):
+            with torch.set_grad_enabled(grad and i == last):
+                if self.pending is not None:
+                    velocity, view, projection = self._first_pass_with_pending(x, sigmas[i], viewmats, intrinsics)
+                else:
+                    view, projection = self._view(viewmats, intrinsics) if view is None else (view, projection)
+                    velocity = self._velocity(x, sigmas[i], view, projection)
+                fresh, x0 = dict(view.fresh), to_x0(x, velocity, sigmas[i])
+            if i < last:
+                x = self._next_level(x, x0, velocity, sigmas[i], sigmas[i + 1], renoise[i] if renoise else None, generator)
+        network = time.perf_counter()
+        self._commit_dream(x0, viewmats, intrinsics, view, projection, fresh if grad else None)
+        self.timings = {"network": (network - started) * 1e3, "clean": (time.perf_counter() - network) * 1e3}
+        return x0
+
+    def commit(self, latents: Tensor, viewmats: Tensor, intrinsics: Tensor) -> None:
+        """Takes given clean latents (a start image, a recorded past) as the next chunk."""
+        self._flush()
+        intrinsics = _a_frame(intrinsics, viewmats)
+        self._clean_pass(latents, viewmats, intrinsics, *self._view(viewmats, intrinsics))
+
+    def rewind(self, frames: int) -> None:
+        """Forgets all but the first `frames` latents; ValueError when the cache no longer holds what the window then needs."""
+        self._flush()
+        self.cache.truncate(frames)
+
+    def fork(self) -> "Rollout":
+        """An independent rollout with the same past."""
+        twin = Rollout(self.model, self.text, self.config, batch=self.batch, height=self.cells[0], width=self.cells[1], device=self.device)
+        twin.cache, twin.pending = self.cache.fork(), self.pending
+        return twin
+
+    def _draw(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+        return torch.randn(shape, generator=generator, device=generator.device if generator else self.device).to(self.device)
+
+    def _view(self, viewmats: Tensor, intrinsics: Tensor) -> tuple[CacheView, Tensor]:
+        _, patch_h, patch_w = self.model.config.patch_size
+        return self.cache.view(viewmats, intrinsics, self.cells[0] // patch_h, self.cells[1] // patch_w)
+
+    def _velocity(self, x: Tensor, sigma: Tensor, view: CacheView, projection: Tensor) -> Tensor:
+        sigma = sigma.expand(self.batch, x.shape[2]) if sigma.ndim == 0 else sigma
+        return self.model(x, sigma, self.text, projection, mode="cached", view=view)
+
+    def _next_level(self, x, x0, velocity, sigma, next_sigma, noise, generator) -> Tensor:
+        if self.config.sampler == "euler":
+            return x + (next_sigma - sigma) * velocity
+        return add_noise(x0.detach(), self._draw(x0.shape, generator) if noise is None else noise, next_sigma)
+
+    def _commit_dream(self, x0, viewmats, intrinsics, view, projection, fresh) -> None:
+        if self.config.merge_clean and fresh is None:
+            self.pending = (x0, viewmats, intrinsics)
+            return
+        self._clean_pass(x0.detach(), viewmats, intrinsics, view, projection, fresh)
+
+    def _clean_pass(self, latents, viewmats, intrinsics, view: CacheView, projection: Tensor, noisy=None) -> None:
+        """The pass at sigma 0. With `noisy` (keys and values of the pass that had gradients) its gradient flows on, its values do not."""
+        with torch.no_grad():
+            self._velocity(latents, torch.zeros((), device=self.device), view, projection)
+        fresh = view.fresh
+        if noisy is not None and self.config.cache_gradient == "straight_through":
+            fresh = {layer: tuple(c + (n - n.detach()) for c, n in zip(fresh[layer], noisy[layer], strict=True)) for layer in fresh}
+        self.cache.commit(fresh, viewmats.double(), intrinsics.double())
+
+    def _flush(self) -> None:
+        """Runs a clean pass that was put off."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            with torch.no_grad():
+                self._clean_pass(*pending, *self._view(*pending[1:]))
+
+    def _first_pass_with_pending(self, x: Tensor, sigma: Tensor, viewmats: Tensor, intrinsics: Tensor):
+        """The clean pass of the chunk before and the first step of this one in a single forward pass; both see their own window."""
+        latents, past_viewmats, past_intrinsics = self.pending
+        self.pending = None
+        if viewmats.shape[1] != past_viewmats.shape[1]:
+            raise ValueError("a merged clean pass needs chunks of one length: set merge_clean to false")
+        count = viewmats.shape[1]
+        both = torch.cat([past_viewmats.double(), viewmats.double()], dim=1)
+        lenses = torch.cat([past_intrinsics, intrinsics], dim=1)
+        _, patch_h, patch_w = self.model.config.patch_size
+        view, projection = self.cache.pair_view(both, count, lenses, self.cells[0] // patch_h, self.cells[1] // patch_w)
+        levels = torch.cat([torch.zeros(self.batch, count, device=self.device), sigma.expand(self.batch, count)], dim=1)
+        velocity = self._velocity(torch.cat([latents, x], dim=2), levels, view, projection)
+        clean = {layer: (k[:, :count], v[:, :count]) for layer, (k, v) in view.fresh.items()}
+        own = {layer: (k[:, count:], v[:, count:]) for layer, (k, v) in view.fresh.items()}
+        self.cache.commit(clean, past_viewmats.double(), past_intrinsics.double())
+        view, projection = self._view(viewmats, intrinsics)
+        view.fresh.update(own)
+        return velocity[:, :, count:], view, projection
+
+
+def _a_frame(intrinsics: Tensor, viewmats: Tensor) -> Tensor:
+    """Intrinsics `[B, 4]` or `[B, F, 4]` -> `[B, F, 4]`."""
+    return intrinsics[:, None].expand(-1, viewmats.shape[1], -1) if intrinsics.ndim == 2 else intrinsics
+
+
+def with_steps(config: RolloutConfig, steps: int) -> RolloutConfig:
+    """The same rollout with `steps` evenly spaced denoising steps a chunk (1 to 50) after the first chunk."""
+    if not 1 <= steps <= 50:
+        raise ValueError(f"steps must be 1 to 50, got {steps}: 1, 2 and 4 are what few-step models are made for")
+    return replace(config, steps=tuple(round(1000 * (steps - i) / steps) for i in range(steps)))

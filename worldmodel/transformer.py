@@ -1,0 +1,317 @@
+"""`CausalWanTransformer`: Wan2.1's video diffusion transformer with camera poses (PRoPE), one network for three ways of attending.
+
+- `bidirectional`: every latent frame sees every frame, as Wan2.1 was trained.
+- `teacher_forcing`: noisy chunk i sees the clean chunks before it and itself (Causal Forcing stage 1 and 2).
+- `cached`: the frames of the current chunk see the committed frames of a `CacheView` and themselves: play and self-rollout.
+
+The mode is an argument and never guessed. Parameter names and config keys are those of diffusers' `WanTransformer3DModel`, so
+`Wan-AI/Wan2.1-T2V-1.3B-Diffusers` loads as it is; a camera model has one more linear layer a block, `attn1.prope_out`, zero at the start.
+Inside, tokens are `[B, F, N, width]`: F latent frames of N tokens each.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from worldmodel import attention, prope
+from worldmodel.kv_cache import CacheView
+from worldmodel.rope import rope_table, rotate
+from worldmodel.schedule import CLOCK
+
+
+@dataclass(frozen=True)
+class TextContext:
+    """A prompt made ready for every layer: cross-attention keys and values, each `[B, heads, L, head_dim]`."""
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+
+@dataclass(frozen=True)
+class FramePositions:
+    """Where the tokens of a pass stand: rotary table `[F, N, 1, head_dim]` twice, camera matrices or None, and who attends to whom."""
+
+    cos: Tensor
+    sin: Tensor
+    cameras: prope.CameraMatrices | None
+    mode: str
+    chunk: int  # frames denoised together
+    view: CacheView | None
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the whole width, across heads, as Wan has it."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class TwoLayers(nn.Module):
+    """linear, activation, linear: the time and text embedders."""
+
+    def __init__(self, width_in: int, width: int, activation: nn.Module):
+        super().__init__()
+        self.linear_1 = nn.Linear(width_in, width)
+        self.activation = activation
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(self.activation(self.linear_1(x)))
+
+
+class ConditionEmbedder(nn.Module):
+    """Noise level -> modulation, prompt embedding -> context."""
+
+    def __init__(self, width: int, freq_dim: int, text_dim: int):
+        super().__init__()
+        self.freq_dim = freq_dim
+        self.time_embedder = TwoLayers(freq_dim, width, nn.SiLU())
+        self.time_proj = nn.Linear(width, 6 * width)
+        self.text_embedder = TwoLayers(text_dim, width, nn.GELU(approximate="tanh"))
+
+    def embed_time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """sigma `[B, F]` -> embedding `[B, F, width]` and the blocks' modulation `[B, F, 6, width]`, in float32 outside autocast."""
+        half = torch.arange(self.freq_dim // 2, dtype=torch.float64, device=sigma.device)
+        angle = (sigma.float() * CLOCK).double()[..., None] * 10000.0 ** (-half / (self.freq_dim // 2))
+        wave = torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.time_proj.weight.dtype)
+        embedding = self.time_embedder(wave)
+        return embedding, self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
+
+
+class Attention(nn.Module):
+    """Projections of self- or cross-attention in diffusers' names; `camera` adds the second path's output layer."""
+
+    def __init__(self, width: int, heads: int, eps: float, camera: bool = False):
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.norm_q, self.norm_k = RMSNorm(width, eps), RMSNorm(width, eps)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.prope_out = nn.Linear(width, width) if camera else None
+
+    def self_attention(self, x: Tensor, positions: FramePositions, layer: int) -> Tensor:
+        """x `[B, F, N, width]` -> the same shape. Rotary and camera path are ONE attention over twice the heads."""
+        frames, heads = x.shape[1], self.heads
+        q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(x)), self.to_v(x)
+        if positions.view is not None:
+            positions.view.keep(layer, k, v)
+        out = _pattern(positions, layer)(*two_paths(q, k, v, positions, heads))
+        out = out.transpose(1, 2).unflatten(1, (frames, -1))  # [B, F, N, heads or 2 heads, head_dim]
+        result = self.to_out[0](out[..., :heads, :].flatten(-2))
+        if positions.cameras is not None:
+            result = result + self.prope_out(prope.apply(positions.cameras.result, out[..., heads:, :].flatten(-2)))
+        return result
+
+    def text_keys(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedded prompt `[B, L, width]` -> keys and values `[B, heads, L, head_dim]`."""
+        k, v = self.norm_k(self.to_k(text)), self.to_v(text)
+        return tuple(x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (k, v))
+
+    def cross_attention(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
+        q = self.norm_q(self.to_q(x)).flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        out = attention.attend(q, *text).transpose(1, 2).flatten(-2)
+        return self.to_out[0](out).view(x.shape)
+
+
+def two_paths(q: Tensor, k: Tensor, v: Tensor, positions: FramePositions, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v `[B, F, N, width]` -> `[B, heads, F N, head_dim]`, or twice the heads when there are cameras: rotary first, PRoPE second."""
+
+    def split(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (heads, -1))
+
+    paths = [[rotate(split(q), positions.cos, positions.sin), rotate(split(k), positions.cos, positions.sin), split(v)]]
+    if positions.cameras is not None:
+        c = positions.cameras
+        paths.append([split(prope.apply(c.query, q)), split(prope.apply(c.key, k)), split(prope.apply(c.key, v))])
+    return tuple(torch.cat([path[i].to(v.dtype) for path in paths], dim=-2).flatten(1, 2).transpose(1, 2) for i in range(3))
+
+
+def _pattern(positions: FramePositions, layer: int):
+    """The attention function of a mode."""
+    if positions.mode == "teacher_forcing":
+        tokens = positions.chunk * positions.cos.shape[1]
+        return lambda q, k, v: attention.teacher_forcing(q, k, v, tokens)
+    if positions.mode == "cached":
+        return lambda q, k, v: positions.view.attend(layer, q, k, v)
+    return attention.attend
+
+
+class FeedForward(nn.Module):
+    """diffusers' names for linear, tanh GELU, linear: `net.0.proj` and `net.2`."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        first = nn.Module()
+        first.proj = nn.Linear(width, hidden)
+        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(hidden, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
+
+
+class WanBlock(nn.Module):
+    """One transformer block: modulated self-attention, cross-attention to the prompt, modulated feed-forward."""
+
+    def __init__(self, width: int, heads: int, ffn_dim: int, eps: float, cross_attn_norm: bool, camera: bool):
+        super().__init__()
+        self.attn1 = Attention(width, heads, eps, camera)
+        self.attn2 = Attention(width, heads, eps)
+        self.norm2 = nn.LayerNorm(width, eps) if cross_attn_norm else nn.Identity()
+        self.ffn = FeedForward(width, ffn_dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
+        self.eps = eps
+
+    def forward(self, x: Tensor, modulation: Tensor, text: tuple[Tensor, Tensor], positions: FramePositions, layer: int) -> Tensor:
+        """x `[B, F, N, width]`, modulation `[B, F, 6, width]`, text of `Attention.text_keys`."""
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)
+        x = x + gate * self.attn1.self_attention(modulated_norm(x, scale, shift, self.eps), positions, layer)
+        x = x + self.attn2.cross_attention(self.norm2(x), text)
+        return x + ffn_gate * self.ffn(modulated_norm(x, ffn_scale, ffn_shift, self.eps))
+
+
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """Layer norm without weights, then the time's scale and shift, `[B, F, 1, width]` each."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+class CausalWanTransformer(ModelMixin, ConfigMixin):
+    """See the module's text. Config keys are diffusers'; those of models we cannot run (image branch) must be None."""
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["WanBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: tuple[int, int, int] = (1, 2, 2),
+        num_attention_heads: int = 12,
+        attention_head_dim: int = 128,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 8960,
+        num_layers: int = 30,
+        cross_attn_norm: bool = True,
+        qk_norm: str = "rms_norm_across_heads",
+        eps: float = 1e-6,
+        image_dim: int | None = None,
+        added_kv_proj_dim: int | None = None,
+        rope_max_seq_len: int = 1024,  # read for compatibility; our table has no end
+        pos_embed_seq_len: int | None = None,
+        camera: bool = True,
+    ):
+        super().__init__()
+        _check_config(patch_size, attention_head_dim, qk_norm, {"image_dim": image_dim, "added_kv_proj_dim": added_kv_proj_dim,
+                                                                "pos_embed_seq_len": pos_embed_seq_len}, camera)
+        width = num_attention_heads * attention_head_dim
+        self.patch_embedding = nn.Conv3d(in_channels, width, patch_size, patch_size)
+        self.condition_embedder = ConditionEmbedder(width, freq_dim, text_dim)
+        self.blocks = nn.ModuleList(
+            WanBlock(width, num_attention_heads, ffn_dim, eps, cross_attn_norm, camera) for _ in range(num_layers)
+        )
+        self.proj_out = nn.Linear(width, out_channels * patch_size[0] * patch_size[1] * patch_size[2])
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, width) / width**0.5)
+        self.gradient_checkpointing = False
+        for block in self.blocks if camera else ():
+            nn.init.zeros_(block.attn1.prope_out.weight)
+            nn.init.zeros_(block.attn1.prope_out.bias)
+
+    def encode_text(self, text: Tensor) -> TextContext:
+        """Prompt embedding `[B, L, text_dim]` (padded rows are zero and are attended to, as in Wan) -> every layer's keys and values."""
+        text = self.condition_embedder.text_embedder(text.to(self.patch_embedding.weight.dtype))
+        return TextContext(tuple(block.attn2.text_keys(text) for block in self.blocks))
+
+    def forward(
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        text: Tensor | TextContext,
+        projection: Tensor | None = None,
+        *,
+        mode: str = "bidirectional",
+        chunk: int = 1,
+        clean: Tensor | None = None,
+        clean_sigma: Tensor | None = None,
+        view: CacheView | None = None,
+    ) -> Tensor:
+        """Predicts the velocity `eps - x0` of noisy latents.
+
+        `latents` `[B, C, F, H, W]` (H and W multiples of the patch), `sigma` in [0, 1] `[B]` or `[B, F]`, `text` an embedding
+        `[B, L, text_dim]` or what `encode_text` made of it, `projection` `[B, F, 4, 4]` from `prope.projection` or None (no camera path).
+        teacher_forcing: `clean` latents of the same shape, their `clean_sigma` `[B, F]` (None: 0), `chunk` frames denoised together.
+        cached: `view` of the committed frames; its reference camera is the one `projection` is relative to.
+        Returns `[B, C, F, H, W]` in float32.
+        """
+        self._check_inputs(latents, projection, mode, chunk, clean, view)
+        frames, (_, patch_h, patch_w) = latents.shape[2], self.config.patch_size
+        grid = latents.shape[3] // patch_h, latents.shape[4] // patch_w
+        sigma = sigma[:, None].expand(-1, frames) if sigma.ndim == 1 else sigma
+        index = torch.arange(frames, device=latents.device) if view is None else view.positions(frames)
+        if mode == "teacher_forcing":
+            latents = torch.cat([clean, latents], dim=2)
+            sigma = torch.cat([torch.zeros_like(sigma) if clean_sigma is None else clean_sigma, sigma], dim=1)
+            index = index.repeat(2)
+            projection = None if projection is None else projection.repeat(1, 2, 1, 1)
+        if isinstance(text, Tensor):
+            text = self.encode_text(text)
+        x = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype)).flatten(3).permute(0, 2, 3, 1)
+        embedding, modulation = self.condition_embedder.embed_time(sigma)
+        positions = self._positions(index, grid, projection, mode, chunk, view, x.dtype)
+        for layer, block in enumerate(self.blocks):
+            arguments = (x, modulation, text.layers[layer], positions, layer)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x = block(*arguments)
+        if mode == "teacher_forcing":
+            x, embedding = x[:, frames:], embedding[:, frames:]
+        return self._to_latents(x, embedding, grid)
+
+    def _positions(self, index, grid, projection, mode, chunk, view, dtype) -> FramePositions:
+        cos, sin = rope_table(index, *grid, self.config.attention_head_dim)
+        cos, sin = (table.unsqueeze(2).to(dtype) for table in (cos, sin))
+        cameras = None
+        if projection is not None and self.config.camera:
+            cameras = prope.camera_matrices(projection, dtype)
+        return FramePositions(cos, sin, cameras, mode, chunk, view)
+
+    def _to_latents(self, x: Tensor, embedding: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens `[B, F, N, width]` -> velocity `[B, C, F, H, W]`."""
+        shift, scale = (self.scale_shift_table + embedding.unsqueeze(2)).unsqueeze(2).unbind(3)
+        x = self.proj_out(modulated_norm(x, scale, shift, self.config.eps)).float()
+        _, patch_h, patch_w = self.config.patch_size
+        x = x.unflatten(-1, (patch_h, patch_w, -1)).unflatten(2, grid)  # [B, F, rows, columns, patch_h, patch_w, C]
+        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+    def _check_inputs(self, latents, projection, mode, chunk, clean, view) -> None:
+        if mode not in ("bidirectional", "teacher_forcing", "cached"):
+            raise ValueError(f"mode must be bidirectional, teacher_forcing or cached, got {mode!r}: name one of them")
+        if (clean is not None) != (mode == "teacher_forcing") or (view is not None) != (mode == "cached"):
+            raise ValueError(f"clean goes with teacher_forcing and view with cached, got mode {mode!r}: pass exactly what the mode needs")
+        _, _, frames, height, width = latents.shape
+        if height % self.config.patch_size[1] or width % self.config.patch_size[2]:
+            raise ValueError(f"latents must be a multiple of the patch {tuple(self.config.patch_size)}, got {height}x{width} cells: resize")
+        if mode == "teacher_forcing" and frames % chunk:
+            raise ValueError(f"teacher forcing needs a multiple of {chunk} latent frames, got {frames}: change the clip's length or chunk")
+        if projection is not None and projection.shape[1] != frames:
+            raise ValueError(f"one camera a latent frame is needed, got {projection.shape[1]} for {frames} frames: pass {frames}")
+
+
+def _check_config(patch_size, head_dim: int, qk_norm: str, absent: dict, camera: bool) -> None:
+    wrong = [name for name, value in absent.items() if value is not None]
+    if wrong:
+        raise ValueError(f"this network has no image branch, got {wrong[0]}={absent[wrong[0]]}: use a text-to-video Wan model")
+    if patch_size[0] != 1 or qk_norm != "rms_norm_across_heads":
+        raise ValueError(f"patch_size must be (1, h, w) and qk_norm rms_norm_across_heads, got {patch_size} and {qk_norm}: not a Wan2.1 model")
+    if camera and head_dim % 4:
+        raise ValueError(f"PRoPE needs a head width that is a multiple of 4, got {head_dim}: choose another attention_head_dim")
