@@ -1,8 +1,8 @@
 """Every option of a training recipe, with its unit. A YAML file names only what differs from these defaults.
 
 A recipe is one file with all stages of a world: `load_recipe("configs/blocks/cpu.yaml", ["dmd.lr=2e-5"])`.
-Folders are relative to the working directory. Where a stage's weights are asked for (`init`, `real`, `critic`), the bare name
-of a stage means that stage's export in the same run folder.
+Folders are relative to the working directory. Where a stage's weights are asked for (`init`, `real`, `critic`), the bare
+name of a stage means that stage's export in the same run folder.
 """
 
 import dataclasses
@@ -100,14 +100,14 @@ class TransformerConfig(StageConfig):
 
 
 @dataclass(frozen=True)
-class Bidirectional(TransformerConfig):
+class BidirectionalConfig(TransformerConfig):
     """Flow matching, one sigma a clip, every frame sees every frame."""
 
     weighting: bool = True  # weight the loss by the reference's bell over the time steps
 
 
 @dataclass(frozen=True)
-class TeacherForcing(TransformerConfig):
+class TeacherForcingConfig(TransformerConfig):
     """Flow matching, one sigma a chunk; a noisy chunk sees itself and the clean chunks before it."""
 
     chunk: int = 1  # latents denoised together
@@ -116,7 +116,7 @@ class TeacherForcing(TransformerConfig):
 
 
 @dataclass(frozen=True)
-class Consistency(TransformerConfig):
+class ConsistencyConfig(TransformerConfig):
     """Causal consistency distillation of the teacher-forced model `init` (teacher, student and average start there)."""
 
     chunk: int = 1
@@ -126,7 +126,7 @@ class Consistency(TransformerConfig):
 
 
 @dataclass(frozen=True)
-class Dmd(TransformerConfig):
+class DmdConfig(TransformerConfig):
     """Asymmetric distribution matching distillation with self-rollout of the student `init`."""
 
     chunk: int = 1
@@ -134,8 +134,8 @@ class Dmd(TransformerConfig):
     critic: str = ""  # export that the fake score starts from; empty = `real`
     critic_lr: float = 1e-4
     critic_updates: int = 5  # of the fake score for every update of the student
-    denoise: tuple[float, ...] = (1000.0, 500.0)  # student's time steps before the shift, 0..1000
-    first_denoise: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)  # of the first chunk
+    denoise: tuple[int, ...] = (1000, 500)  # student's time steps before the shift, 0..1000
+    first_denoise: tuple[int, ...] = (1000, 750, 500, 250)  # of the first chunk
     window: int = 12  # latents that a chunk sees, itself included
     sinks: int = 0  # first latents that never leave the window
     start_share: float = 0.5  # share of the rollouts that start from a true first chunk, 0..1
@@ -146,8 +146,26 @@ class Dmd(TransformerConfig):
 
 
 @dataclass(frozen=True)
-class Autoencoder(StageConfig):
-    """The tiny autoencoder."""
+class AutoencoderConfig(StageConfig):
+    """The tiny autoencoder; the sizes are `TinyAutoencoder`'s arguments."""
+
+    batch: int = 4
+    lr: float = 6e-4  # 1.5e-3 diverges
+    weight_decay: float = 0.0
+    encoder_widths: tuple[int, ...] = (32, 32, 64, 128)  # channels
+    encoder_blocks: tuple[int, ...] = (1, 2, 2)  # a level
+    decoder_widths: tuple[int, ...] = (160, 96, 48, 48)  # channels
+    decoder_blocks: tuple[int, ...] = (3, 2, 1)  # a level
+    strides: tuple[int, ...] = (1, 2, 2)  # of the encoder's levels
+    patch_size: int = 2  # pixels of a side folded into channels
+    latent_channels: int = 16
+    start: str | None = None  # folder of a trained autoencoder to go on from
+    freeze_encoder: bool = False  # train the decoder alone: latents that were made stay valid
+    window: int = 5  # latents (4 * window - 3 frames) of a training clip
+    edge_weight: float = 1.0  # of the L1 between neighbouring-pixel differences: crisp edges
+    coarse_weight: float = 0.5  # of the L1 between pictures reduced 4x: right colours of large areas
+    latent_weight: float = 1e-3  # of the latents' mean square: keeps them bounded against the noise
+    latent_noise: float = 0.1  # standard deviation added to raw latents: smooth space, forgiving decoder
 
 
 @dataclass(frozen=True)
@@ -158,11 +176,11 @@ class Recipe:
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     optimiser: Optimiser = field(default_factory=Optimiser)
-    autoencoder: Autoencoder = field(default_factory=Autoencoder)
-    bidirectional: Bidirectional = field(default_factory=Bidirectional)
-    teacher_forcing: TeacherForcing = field(default_factory=TeacherForcing)
-    consistency: Consistency = field(default_factory=Consistency)
-    dmd: Dmd = field(default_factory=Dmd)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    bidirectional: BidirectionalConfig = field(default_factory=BidirectionalConfig)
+    teacher_forcing: TeacherForcingConfig = field(default_factory=TeacherForcingConfig)
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    dmd: DmdConfig = field(default_factory=DmdConfig)
 
     def export_folder(self, source: str) -> Path:
         """Folder of exported weights: a stage's name means that stage's export in this run folder."""
@@ -173,8 +191,8 @@ class Recipe:
 def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     """Reads a recipe; every override is `section.key=value` with the value as YAML.
 
-    Raises ValueError with one sentence for a missing file, broken YAML, an unknown key (naming the nearest known one) or a
-    value of the wrong kind.
+    Raises ValueError with one sentence for a missing file, broken YAML, an unknown key (naming the nearest known one) or
+    a value of the wrong kind.
     """
     path = Path(path)
     if not path.is_file():
@@ -238,8 +256,8 @@ def _value(hint, value, where: str):
         if isinstance(value, list | tuple):
             return tuple(_value(typing.get_args(hint)[0], item, where) for item in value)
         raise ValueError(f"{where} must be a list, got {value!r}")
-    if origin is types.UnionType and value is None:
-        return None
+    if origin is types.UnionType:  # `str | None`
+        return None if value is None else _value(typing.get_args(hint)[0], value, where)
     if hint is float and not isinstance(value, bool):
         try:
             return float(value)

@@ -1,7 +1,8 @@
 """Reads published transformer weights: strictly (every tensor accounted for) and safely (no code in a file ever runs).
 
-Understood: safetensors files and `torch.save` files that hold plain tensors, with the parameter names of the original Wan2.1 code (Wan2.1, minWM,
-Self-Forcing, Causal-Forcing) or of diffusers, bare or inside a trainer's checkpoint. What a file is, is read from its content, never from its name.
+Understood: safetensors files and `torch.save` files that hold plain tensors, with the parameter names of the original
+Wan2.1 code (Wan2.1, minWM, Self-Forcing, Causal-Forcing) or of diffusers, bare or inside a trainer's checkpoint.
+What a file is, is read from its content, never from its name.
 
     python -m worldmodel.checkpoint inspect FILE
 """
@@ -9,9 +10,9 @@ Self-Forcing, Causal-Forcing) or of diffusers, bare or inside a trainer's checkp
 import argparse
 import pickle
 import sys
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -23,11 +24,11 @@ State = Mapping[str, torch.Tensor]
 WAN_HEAD_DIM = 128  # width of one attention head in every published Wan model; the shapes do not tell it
 # Trainers save {part: state dict}; of several parts the first of these is taken, as the reference's inference does.
 PARTS = ("generator_ema", "generator", "model")
-# Path segments that training wrappers put into names: FSDP, activation checkpointing and torch.compile anywhere, the others in front.
+# Path segments that training puts into names: FSDP, checkpointing and torch.compile anywhere, the others in front.
 _WRAPPER_SEGMENTS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
 _LEADING_SEGMENTS = frozenset({"model", "diffusion_model", "module"})
 
-# Wan2.1 module -> diffusers module. The last path segment (weight, bias) is kept; `modulation` is a parameter by itself.
+# Wan2.1 module -> diffusers module. The last path segment (weight, bias) is kept; `modulation` is itself a parameter.
 _OUTER_NAMES = {
     "patch_embedding": "patch_embedding",
     "text_embedding.0": "condition_embedder.text_embedder.linear_1",
@@ -80,42 +81,44 @@ class CheckpointInfo:
     freq_dim: int  # features of the sinusoidal clock
     camera: bool  # has the PRoPE output layers
     cross_attn_norm: bool  # layer norm with weights before cross attention
-    qk_norm: bool  # RMS norm of queries and keys
     dtypes: tuple[str, ...]  # number types of the tensors
     parameters: int  # numbers in all tensors
 
     def config(self, **overrides) -> dict:
-        """Configuration for `CausalWanTransformer`; the number of heads is width / `attention_head_dim` (default 128, as in every public Wan).
+        """Configuration for `CausalWanTransformer`; `overrides` replace or complete what the shapes tell.
 
-        Errors: CheckpointError where the head width does not divide the width.
+        The number of heads is width / `attention_head_dim` (default 128, as in every public Wan).
+        Errors: CheckpointError where the heads do not make the width.
         """
         if "num_attention_heads" in overrides and "attention_head_dim" not in overrides:
-            overrides["attention_head_dim"] = self.width // overrides["num_attention_heads"]
+            overrides["attention_head_dim"] = self.width // max(1, overrides["num_attention_heads"])
         head_dim = overrides.setdefault("attention_head_dim", WAN_HEAD_DIM)
-        heads = overrides.setdefault("num_attention_heads", self.width // head_dim)
+        heads = overrides.setdefault("num_attention_heads", self.width // max(1, head_dim))
         if heads * head_dim != self.width or heads < 1:
             raise CheckpointError(
-                f"{heads} heads of {head_dim} do not make the width {self.width} of this checkpoint: give attention_head_dim (shapes do not tell it)."
+                f"{heads} heads of {head_dim} do not make the width {self.width} of this checkpoint: "
+                "give attention_head_dim (shapes do not tell it)."
             )
-        derived = dict(
-            patch_size=self.patch_size,
-            in_channels=self.in_channels,
-            out_channels=self.out_channels,
-            text_dim=self.text_dim,
-            freq_dim=self.freq_dim,
-            ffn_dim=self.ffn_width,
-            num_layers=self.layers,
-            cross_attn_norm=self.cross_attn_norm,
-            qk_norm="rms_norm_across_heads" if self.qk_norm else None,
-            camera=self.camera,
-        )
+        derived = {
+            "patch_size": self.patch_size,
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "text_dim": self.text_dim,
+            "freq_dim": self.freq_dim,
+            "ffn_dim": self.ffn_width,
+            "num_layers": self.layers,
+            "cross_attn_norm": self.cross_attn_norm,
+            "camera": self.camera,
+        }
         return derived | overrides
 
 
 def read_state(path: str | Path) -> dict:
-    """The content of a weights file: {name: tensor}, or {part: {name: tensor}} of a trainer. Tensors are mapped, not read, where the format allows.
+    """The content of a weights file: {name: tensor}, or a trainer's {part: {name: tensor}}.
 
-    Errors: FileNotFoundError; CheckpointError for other formats, damaged files, and pickles with anything besides plain data (nothing in them runs).
+    Tensors are mapped from the file, not read, where the format allows.
+    Errors: FileNotFoundError; CheckpointError for other formats, damaged files, and pickles that hold anything besides
+    plain data (nothing in them runs).
     """
     path = Path(path)
     if not path.is_file():
@@ -125,16 +128,18 @@ def read_state(path: str | Path) -> dict:
     try:
         if start[8:9] == b"{":  # eight bytes of header length, then JSON
             return load_file(path)
-        if zipfile.is_zipfile(path):
+        if start[:2] == b"PK":  # a zip archive: torch.save since 1.6
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if start[:1] == b"\x80":  # torch.save before 1.6: a bare pickle
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} holds Python objects besides tensors and could run code, so it was not loaded: ask for a safetensors file, or save the tensors alone."
+            f"{path} holds Python objects besides tensors and could run code, so it was not loaded: "
+            "ask for a safetensors file, or save the tensors alone."
         ) from error
     except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or incomplete ({str(error).splitlines()[0]}): fetch it again.") from error
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path} is damaged or incomplete ({reason}): fetch it again.") from error
     raise CheckpointError(f"{path} is neither a safetensors file nor a torch.save file: expected transformer weights.")
 
 
@@ -147,9 +152,10 @@ def inspect_state(state: Mapping, part: str | None = None) -> CheckpointInfo:
 
 
 def to_diffusers_names(state: Mapping, part: str | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of a Wan or diffusers state dict, whatever wraps it, under diffusers' names; `self_attn.prope_o` becomes `attn1.prope_out`.
+    """The tensors of a Wan or diffusers state dict under diffusers' names, whatever wraps them.
 
-    The tensors are shared with `state`, which is not changed. Errors: CheckpointError naming a tensor that no Wan transformer has.
+    The reference's `self_attn.prope_o` becomes `attn1.prope_out`. `state` is not changed and shares its tensors.
+    Errors: CheckpointError naming a tensor that no Wan transformer has.
     """
     bare = _bare_names(_select(state, part)[0])
     if _family(bare) == "diffusers":
@@ -157,19 +163,24 @@ def to_diffusers_names(state: Mapping, part: str | None = None) -> dict[str, tor
     renamed = {name: _diffusers_name(name) for name in bare}
     foreign = [name for name, new in renamed.items() if new is None]
     if foreign:
-        raise CheckpointError(f"the checkpoint has tensors that a Wan text-to-video transformer has not: {_listing(foreign)}.")
+        raise CheckpointError(
+            f"a Wan text-to-video transformer has no such tensors: {_listing(foreign)}; give another model."
+        )
     return {renamed[name]: tensor for name, tensor in bare.items()}
 
 
-def load_transformer(source: str | Path | Mapping, *, part: str | None = None, dtype: torch.dtype | None = None, **overrides):
-    """Builds the `CausalWanTransformer` that a weights file or state dict describes, and fills it; the model owns its memory.
+def load_transformer(
+    source: str | Path | Mapping, *, part: str | None = None, dtype: torch.dtype | None = None, **overrides
+):
+    """Builds the `CausalWanTransformer` that a weights file or state dict describes; the model owns its memory.
 
     Args:
         source: file, or what `read_state` returned.
         part: which part of a trainer's checkpoint; default: the EMA if there is one.
         dtype: number type of the weights; default: the file's.
-        overrides: configuration values that shapes do not tell or that are to differ: `attention_head_dim` (default 128),
-            `camera=True` adds the camera path (zero, so the output does not change) to a model without one, `camera=False` leaves it out.
+        overrides: configuration values that shapes do not tell or that are to differ: `attention_head_dim` (default
+            128); `camera=True` adds the camera path (zero, so the output does not change) to a model without one,
+            `camera=False` leaves it out.
 
     Errors: CheckpointError naming missing, foreign and misshapen tensors, or an unknown configuration key.
     """
@@ -180,17 +191,21 @@ def load_transformer(source: str | Path | Mapping, *, part: str | None = None, d
     state = source if isinstance(source, Mapping) else read_state(source)
     info = inspect_state(state, part)
     config = info.config(**overrides)
-    known = CausalWanTransformer.load_config.__func__ and set(CausalWanTransformer._get_init_keys(CausalWanTransformer)) - {"self"}
-    unknown = sorted(set(config) - known)
+    known = signature(CausalWanTransformer.__init__).parameters
+    unknown = [key for key in config if key not in known]
     if unknown:
-        raise CheckpointError(f"unknown configuration key {unknown[0]!r}: expected one of {', '.join(sorted(known))}.")
+        raise CheckpointError(
+            f"unknown configuration key {unknown[0]!r}: expected one of {', '.join(list(known)[1:])}."
+        )
     with init_empty_weights(include_buffers=False):
         model = CausalWanTransformer(**config)
     tensors = to_diffusers_names(state, part)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tensors = _match_camera(tensors, expected, info.camera, config["camera"])
     check_tensors(tensors, expected)
-    model.load_state_dict({name: tensor.to(dtype or tensor.dtype, copy=True) for name, tensor in tensors.items()}, assign=True)
+    model.load_state_dict(
+        {name: tensor.to(dtype or tensor.dtype, copy=True) for name, tensor in tensors.items()}, assign=True
+    )
     return model.eval()
 
 
@@ -203,26 +218,39 @@ def check_tensors(state: State, expected: Mapping[str, tuple[int, ...]]) -> None
         for name, tensor in state.items()
         if name in expected and tuple(tensor.shape) != tuple(expected[name])
     ]
-    found = [f"{kind}: {_listing(names)}" for kind, names in (("missing", missing), ("not expected", foreign), ("wrong shape", shapes)) if names]
+    found = [
+        f"{kind}: {_listing(names)}"
+        for kind, names in (("missing", missing), ("not expected", foreign), ("wrong shape", shapes))
+        if names
+    ]
     if found:
-        raise CheckpointError(f"the checkpoint does not fit the transformer it describes ({'; '.join(found)}): it is incomplete or of another model.")
+        raise CheckpointError(
+            f"the checkpoint does not fit the transformer it describes ({'; '.join(found)}): "
+            "it is incomplete or of another model."
+        )
 
 
 def _select(state: Mapping, part: str | None) -> tuple[State, str, tuple[str, ...]]:
     """-> (state dict, name of the part or "", names of the other parts)."""
     if not isinstance(state, Mapping) or not state:
-        raise CheckpointError(f"expected a dict of tensors with the weights of a transformer, found {type(state).__name__} with nothing in it.")
+        raise CheckpointError(
+            f"expected a dict with the weights of a transformer, found {type(state).__name__} with nothing in it."
+        )
     parts = [name for name, value in state.items() if isinstance(value, Mapping)]
     if part is None and not parts:
         chosen, name = state, ""
     else:
         wanted = [part] if part else [name for name in PARTS if name in parts]
         if not wanted or wanted[0] not in parts:
-            raise CheckpointError(f"the checkpoint has no part {part or ' / '.join(PARTS)}: it has {_listing(list(map(str, state)))}.")
+            raise CheckpointError(
+                f"the checkpoint has no part {part or ' / '.join(PARTS)}: it has {_listing(map(str, state))}."
+            )
         name, chosen = wanted[0], state[wanted[0]]
     wrong = [key for key, value in chosen.items() if not isinstance(key, str) or not isinstance(value, torch.Tensor)]
     if wrong or not chosen:
-        raise CheckpointError(f"expected a dict of tensors with the weights of a transformer, found other things: {_listing(list(map(str, wrong)))}.")
+        raise CheckpointError(
+            f"expected a dict with the weights of a transformer, found other things: {_listing(map(str, wrong))}."
+        )
     return chosen, name, tuple(str(key) for key in state if name and key != name)
 
 
@@ -247,7 +275,7 @@ def _family(bare: State) -> str:
         if mark in bare:
             return family
     raise CheckpointError(
-        f"not the weights of a Wan transformer: expected {' or '.join(_FAMILY_MARKS.values())}, found {_listing(list(bare))}."
+        f"not the weights of a Wan transformer: expected {' or '.join(_FAMILY_MARKS.values())}, found {_listing(bare)}."
     )
 
 
@@ -294,7 +322,6 @@ def _inspect(state: State, part: str, other_parts: tuple[str, ...]) -> Checkpoin
         freq_dim=shape("condition_embedder.time_embedder.linear_1.weight", 2)[1],
         camera=any(".attn1.prope_out." in name for name in named),
         cross_attn_norm="blocks.0.norm2.weight" in named,
-        qk_norm="blocks.0.attn1.norm_q.weight" in named,
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in named.values()})),
         parameters=sum(tensor.numel() for tensor in named.values()),
     )
@@ -324,7 +351,9 @@ def _describe(info: CheckpointInfo) -> str:
         "not read": ", ".join(info.other_parts) or "nothing",
         "layers": info.layers,
         "width": f"{info.width} (feed-forward {info.ffn_width})",
-        "heads": f"{info.width // WAN_HEAD_DIM} if {WAN_HEAD_DIM} wide" if info.width % WAN_HEAD_DIM == 0 else "say attention_head_dim when loading",
+        "heads": f"{info.width // WAN_HEAD_DIM} if {WAN_HEAD_DIM} wide"
+        if info.width % WAN_HEAD_DIM == 0
+        else "say attention_head_dim when loading",
         "latent": f"{info.in_channels} -> {info.out_channels} channels, patch {'x'.join(map(str, info.patch_size))}",
         "text": f"{info.text_dim} features",
         "camera": "PRoPE" if info.camera else "none",

@@ -73,13 +73,15 @@ class KVCache:
 
     `window`: latent frames attention may see, those of the current chunk included; `sinks`: the first frames, which are kept for ever and
     count as part of the window; `absolute`: rotary positions are frame numbers (the references' way) instead of places in the
-    window; `history`: frames kept beyond the window so that rewinding has something to return to.
+    window; `history`: frames kept beyond the window so that rewinding has something to return to; `camera`: whether
+    the network has the PRoPE path.
     """
 
-    def __init__(self, heads: int, window: int, sinks: int = 0, absolute: bool = False, history: int = 0):
+    def __init__(self, heads: int, window: int, sinks: int = 0, absolute: bool = False, history: int = 0, camera: bool = True):
         if not 0 <= sinks < window:
             raise ValueError(f"sinks must be at least 0 and fewer than the window of {window} latents, got {sinks}: change one of them")
         self.heads, self.window, self.sinks, self.absolute, self.history = heads, window, sinks, absolute, history
+        self.camera = camera
         self.frames: list[FrameMemory] = []
         self.committed = 0
 
@@ -126,16 +128,23 @@ class KVCache:
         keys, values = (torch.stack([getattr(f, name) for f in frames], dim=2) for name in ("keys", "values"))
         index = torch.tensor([f.index if self.absolute else start + i for i, f in enumerate(frames)], device=keys.device)
         cos, sin = (t.unsqueeze(2).to(keys.dtype) for t in rope_table(index, rows, columns, keys.shape[-1] // self.heads))
-        viewmats = torch.stack([f.viewmats for f in frames], dim=1) @ reference
-        cameras = prope.projection(viewmats, torch.stack([f.intrinsics for f in frames], dim=1))
-        inverse = prope.camera_matrices(cameras.float(), keys.dtype).key
 
         def split(x: Tensor) -> Tensor:
             return x.unflatten(-1, (self.heads, -1))
 
-        rotated = torch.cat([rotate(split(keys), cos, sin), split(prope.apply(inverse, keys))], dim=-2)
-        carried = torch.cat([split(values), split(prope.apply(inverse, values))], dim=-2)
-        return tuple(x.flatten(2, 3).transpose(2, 3) for x in (rotated, carried))
+        rotated, carried = [rotate(split(keys), cos, sin)], [split(values)]
+        if self.camera:
+            inverse = self._inverse_cameras(frames, reference).to(keys.dtype)
+            rotated.append(split(prope.apply(inverse, keys)))
+            carried.append(split(prope.apply(inverse, values)))
+        return tuple(torch.cat(x, dim=-2).flatten(2, 3).transpose(2, 3) for x in (rotated, carried))
+
+    @staticmethod
+    def _inverse_cameras(frames: list[FrameMemory], reference: Tensor) -> Tensor:
+        """P^-1 of every frame, relative to the reference camera `[B, 1, 4, 4]`: `[B, F, 4, 4]` float32."""
+        viewmats = torch.stack([f.viewmats for f in frames], dim=1) @ reference
+        cameras = prope.projection(viewmats, torch.stack([f.intrinsics for f in frames], dim=1))
+        return prope.camera_matrices(cameras.float(), torch.float32).key
 
     def truncate(self, committed: int) -> None:
         """Forgets every frame from number `committed` on; ValueError when that reaches back beyond what is kept."""
@@ -148,6 +157,6 @@ class KVCache:
 
     def fork(self) -> "KVCache":
         """An independent cache with the same past; the frames are shared, since they are never written again."""
-        twin = KVCache(self.heads, self.window, self.sinks, self.absolute, self.history)
+        twin = KVCache(self.heads, self.window, self.sinks, self.absolute, self.history, self.camera)
         twin.frames, twin.committed = list(self.frames), self.committed
         return twin

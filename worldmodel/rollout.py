@@ -30,6 +30,7 @@ class RolloutConfig:
     sampler: str = "renoise"  # between steps: "renoise" (few-step models) or "euler" (diffusion models, deterministic)
     merge_clean: bool = False  # run the clean pass of a chunk together with the first step of the next
     cache_gradient: str = "detached"  # in training, committed keys carry no gradient, or that of the last noisy pass: "straight_through"
+    context_sigma: float = 0.0  # noise on a dreamed chunk before its clean pass; Causal-Forcing trains with 0.00498, plays with 0
     history: int = 0  # latent frames kept beyond the window for rewinding
 
     def __post_init__(self):
@@ -56,7 +57,8 @@ class Rollout:
         self.cells = height, width
         self.sigmas = warp_steps(config.steps, config.shift).to(self.device)
         self.first_sigmas = warp_steps(config.first_steps, config.shift).to(self.device)
-        self.cache = KVCache(model.config.num_attention_heads, config.window, config.sinks, config.positions == "absolute", config.history)
+        self.cache = KVCache(model.config.num_attention_heads, config.window, config.sinks, config.positions == "absolute",
+                             config.history, model.config.camera)
         self.pending: tuple[Tensor, Tensor, Tensor] | None = None  # latents, viewmats, intrinsics whose clean pass is still to come
         self.timings: dict[str, float] = {}  # milliseconds of the last step: "network", "clean"
         self.set_text(text)
@@ -73,11 +75,12 @@ class Rollout:
         self.text = text
 
     def step(self, viewmats: Tensor, intrinsics: Tensor, *, noise: Tensor | None = None, renoise: list[Tensor] | None = None,
-             generator: torch.Generator | None = None, exit_step: int | None = None, grad: bool = False) -> Tensor:
+             generator: torch.Generator | None = None, exit_step: int | None = None, grad: bool = False,
+             context_noise: Tensor | None = None) -> Tensor:
         """Dreams the next chunk and commits it; returns its clean latents `[B, C, F, H, W]`.
 
         `noise` starts the chunk and `renoise` (one a step but the last, same shape) is added between steps; what is not given is drawn
-        from `generator`. Training: stop after step `exit_step` (0 = first), and with `grad` let gradients through that step alone.
+        from `generator`; so is `context_noise`, wanted when `context_sigma` is above 0. Training: stop after step `exit_step` (0 = first), and with `grad` let gradients through that step alone.
         """
         sigmas = self.first_sigmas if self.frames == 0 else self.sigmas
         last = len(sigmas) - 1 if exit_step is None else exit_step
@@ -91,13 +94,19 @@ class Rollout:
                 if self.pending is not None:
                     velocity, view, projection = self._first_pass_with_pending(x, sigmas[i], viewmats, intrinsics)
                 else:
-                    view, projection = self._view(viewmats, intrinsics) if view is None else (view, projection)
+                    if view is None:
+                        with torch.set_grad_enabled(grad):  # the window is read by the last step too, which may send gradient into it
+                            view, projection = self._view(viewmats, intrinsics)
                     velocity = self._velocity(x, sigmas[i], view, projection)
                 fresh, x0 = dict(view.fresh), to_x0(x, velocity, sigmas[i])
             if i < last:
                 x = self._next_level(x, x0, velocity, sigmas[i], sigmas[i + 1], renoise[i] if renoise else None, generator)
         network = time.perf_counter()
-        self._commit_dream(x0, viewmats, intrinsics, view, projection, fresh if grad else None)
+        context = x0.detach()
+        if self.config.context_sigma:
+            context_noise = self._draw(shape, generator) if context_noise is None else context_noise
+            context = add_noise(context, context_noise, torch.tensor(self.config.context_sigma, device=self.device))
+        self._commit_dream(context, viewmats, intrinsics, view, projection, fresh if grad else None)
         self.timings = {"network": (network - started) * 1e3, "clean": (time.perf_counter() - network) * 1e3}
         return x0
 
@@ -134,11 +143,11 @@ class Rollout:
             return x + (next_sigma - sigma) * velocity
         return add_noise(x0.detach(), self._draw(x0.shape, generator) if noise is None else noise, next_sigma)
 
-    def _commit_dream(self, x0, viewmats, intrinsics, view, projection, fresh) -> None:
+    def _commit_dream(self, context, viewmats, intrinsics, view, projection, fresh) -> None:
         if self.config.merge_clean and fresh is None:
-            self.pending = (x0, viewmats, intrinsics)
+            self.pending = (context, viewmats, intrinsics)
             return
-        self._clean_pass(x0.detach(), viewmats, intrinsics, view, projection, fresh)
+        self._clean_pass(context, viewmats, intrinsics, view, projection, fresh)
 
     def _clean_pass(self, latents, viewmats, intrinsics, view: CacheView, projection: Tensor, noisy=None) -> None:
         """The pass at sigma 0. With `noisy` (keys and values of the pass that had gradients) its gradient flows on, its values do not."""

@@ -46,7 +46,7 @@ def render(
     frames = torch.empty(len(c2w), height, width, 3, dtype=torch.uint8, device=device)
     rays, surroundings = {}, {}  # what consecutive frames share
     for index, (pose, lens) in enumerate(zip(c2w, intrinsics)):
-        cell = tuple(int(math.floor(pose[k, 3] / CELL)) for k in (0, 2))
+        cell = tuple(math.floor(pose[k, 3] / CELL) for k in (0, 2))
         if cell not in surroundings:
             surroundings = {cell: (town.boxes(*cell, reach), *town.ground(*cell, reach))}
         key = tuple(lens)
@@ -123,30 +123,30 @@ class _View:
             if hit is None:
                 continue
             entry, leave, faces = hit
-            nearer = (entry < leave).logical_and_(entry < depth[window])
-            depth[window] = torch.where(nearer, entry, depth[window])
+            before, number = depth[window], surface[window]
+            nearer = entry < torch.minimum(leave, before)
+            torch.where(nearer, entry, before, out=before)
             first = self.tiles.shape[0] ** 2 + 3 * int(box)
-            if len(faces) == 1:
-                surface[window].masked_fill_(nearer, first + faces[0][0])
-            for axis, own in faces if len(faces) > 1 else ():
-                surface[window].masked_fill_(nearer & (own == entry), first + axis)
+            number.masked_fill_(nearer, first + faces[0][0])
+            for axis, own in faces[1:]:
+                number.masked_fill_(nearer.logical_and(own == entry), first + axis)
         return depth, surface
 
     def _shade(self, depth: torch.Tensor) -> torch.Tensor:
         """Whether the surface seen lies in the shadow of a box, bool [samples^2, H, W]."""
         shadow = torch.zeros(depth.shape, dtype=torch.bool, device=self.device)
         sun = self.look.sun_direction
-        scaled = [self.directions[axis] * depth / float(sun[axis]) for axis in range(3)]
+        minus = [self.directions[axis] * depth / float(-sun[axis]) for axis in range(3)]  # way back along the sun ray
         start, end = self._sun_slabs()
         corners = _corners(self.low, self.high)
         fall = (corners[..., 1:2] - self.ground_y) / sun[1]  # way along the sun ray from the ground to the corner
         rectangles = self._rectangles(np.concatenate([corners, corners - fall * sun], axis=1))
         for box in np.flatnonzero(rectangles[:, 0] < rectangles[:, 1]):
             top, bottom, left, right = rectangles[box].tolist()
-            x, y, z = (plane[:, top:bottom, left:right] for plane in scaled)
+            x, y, z = (plane[:, top:bottom, left:right] for plane in minus)
             (x0, y0, z0), (x1, y1, z1) = start[box].tolist(), end[box].tolist()
-            leave = torch.minimum(torch.minimum(x1 - x, z1 - z), y1 - y)
-            enter = torch.maximum(torch.maximum(x0 - x, z0 - z), y0 - y).clamp_(min=0)
+            leave = torch.minimum(torch.minimum(x.add(x1), z.add(z1)), y.add(y1))
+            enter = torch.maximum(torch.maximum(x.add(x0), z.add(z0)), y.add(y0)).clamp_(min=0)
             shadow[:, top:bottom, left:right].logical_or_(leave > enter.add_(SKIN))
         return shadow
 

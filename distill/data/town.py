@@ -52,22 +52,22 @@ def _rgb(*codes: str) -> tuple:
 
 MOODS = {
     "meadow": Mood(
-        sky=_rgb("3f8fe0"), horizon=_rgb("cfe8f5"), sun=(35, 38), light=(0.62, 0.58, 0.48), ambient=(0.50, 0.53, 0.58),
+        sky=_rgb("3f8fe0"), horizon=_rgb("cfe8f5"), sun=(35, 38), light=(0.76, 0.72, 0.60), ambient=(0.54, 0.57, 0.62),
         disc=_rgb("fff6c8"), disc_radius=5.0, street=_rgb("d9c69a", "c8b486"), plot=_rgb("7cc04e", "68ac40"),
         walls=_rgb("f2e3c2", "e2725b", "f0b840", "6aa5c9"), roofs=_rgb("a63d2f", "6b4a3a", "47607a"),
         doors=_rgb("4a3226", "2f6b4f"), trunk=_rgb("7a5230"), crowns=_rgb("2f8f3c", "57a834")),
     "dunes": Mood(
-        sky=_rgb("3f6fb0"), horizon=_rgb("fbd3a0"), sun=(-50, 30), light=(0.72, 0.52, 0.34), ambient=(0.46, 0.44, 0.52),
+        sky=_rgb("3f6fb0"), horizon=_rgb("fbd3a0"), sun=(-50, 30), light=(0.86, 0.68, 0.48), ambient=(0.52, 0.50, 0.58),
         disc=_rgb("ffe9a8"), disc_radius=6.5, street=_rgb("e3b677", "d3a263"), plot=_rgb("f0cf96", "e2bd80"),
         walls=_rgb("f7ead2", "c8643c", "d99a4e", "5d9c98"), roofs=_rgb("8c3f2b", "f2f0e6", "2f6f78"),
         doors=_rgb("2a5d7c", "5c2e1e"), trunk=_rgb("8a5a34"), crowns=_rgb("5f8a35", "88963a")),
     "snow": Mood(
-        sky=_rgb("86aed6"), horizon=_rgb("e9f0f6"), sun=(140, 34), light=(0.48, 0.45, 0.40), ambient=(0.52, 0.56, 0.64),
+        sky=_rgb("86aed6"), horizon=_rgb("e9f0f6"), sun=(140, 34), light=(0.66, 0.62, 0.54), ambient=(0.58, 0.62, 0.70),
         disc=_rgb("fffdf0"), disc_radius=5.0, street=_rgb("b9c6d4", "a8b7c8"), plot=_rgb("f2f6fa", "e0e8f0"),
         walls=_rgb("9c3b34", "7a5a42", "3f6d94", "d9a441"), roofs=_rgb("f7fafd", "dfe8f0", "4a4f5a"),
         doors=_rgb("ece4d0", "2b2f38"), trunk=_rgb("4f3a2c"), crowns=_rgb("1f5d4a", "2f7a5c")),
     "night": Mood(
-        sky=_rgb("0b1030"), horizon=_rgb("3a3566"), sun=(-125, 33), light=(0.34, 0.38, 0.56), ambient=(0.36, 0.34, 0.50),
+        sky=_rgb("0b1030"), horizon=_rgb("3a3566"), sun=(-125, 33), light=(0.50, 0.56, 0.78), ambient=(0.46, 0.44, 0.62),
         disc=_rgb("f4f1dc"), disc_radius=6.0, street=_rgb("4f5680", "424870"), plot=_rgb("2f5560", "264852"),
         walls=_rgb("8a4f8f", "3f7f9c", "b0606a", "6c6cb0"), roofs=_rgb("2a2350", "1f3a52", "5a2a4a"),
         doors=_rgb("ffc65c", "ff9a4a"), trunk=_rgb("2a2238"), crowns=_rgb("ffb84d", "ff8f5a"), glow=0.9),
@@ -127,10 +127,10 @@ class Town:
         street = self.street(cell_i, cell_j)
         kind = self._draw(cell_i, cell_j, 0)
         spots = {
-            _house: ~street & (kind < 0.56),
-            _tower: ~street & (kind >= 0.56) & (kind < 0.64),
-            _wall: ~street & (kind >= 0.64) & (kind < 0.72),
-            _tree: (~street & (kind >= 0.72) & (kind < 0.88)) | (street & (kind < 0.05)),
+            _house: ~street & (kind < 0.62),
+            _tower: ~street & (kind >= 0.62) & (kind < 0.70),
+            _wall: ~street & (kind >= 0.70) & (kind < 0.76),
+            _tree: (~street & (kind >= 0.76) & (kind < 0.91)) | (street & (kind < 0.05)),
         }
         pieces = []
         for build, chosen in spots.items():

@@ -1,4 +1,4 @@
-"""Dreams to be judged: transformers, each with a number of steps and a sampler, run over a batch of given camera paths."""
+"""Dreams to be judged: transformers, each with its steps and sampler, run over a batch of given camera paths."""
 
 import re
 from collections.abc import Iterator
@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
 from worldmodel.autoencoder import FRAMES_PER_LATENT, TinyAutoencoder
 from worldmodel.camera import invert, relative_to_first
 from worldmodel.rollout import Rollout, RolloutConfig, with_steps
-from worldmodel.text import PromptBook
 from worldmodel.transformer import CausalWanTransformer
+from worldmodel.world import World
 
 _STEPS = re.compile(r"^(\d+)(e?)$")
 
@@ -28,20 +29,6 @@ class Variant:
     rollout: RolloutConfig
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What all variants share: the autoencoder and the prompts of one world, on one device."""
-
-    autoencoder: TinyAutoencoder
-    prompts: PromptBook
-    device: torch.device
-
-    def text(self, names: list[str]) -> Tensor:
-        """Embeddings [B, L, D] of the prompts with these names, one a case; shorter ones are filled up with zeros."""
-        rows = [torch.as_tensor(self.prompts[name]) for name in names]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
-
-
 def parse_variant(text: str, rollout: RolloutConfig) -> list[Variant]:
     """`[NAME=]FOLDER[@STEPS,...]` -> one variant for each count of steps, `e` behind a count for the Euler solver.
 
@@ -53,7 +40,9 @@ def parse_variant(text: str, rollout: RolloutConfig) -> list[Variant]:
     folder, at, counts = rest.rpartition("@") if "@" in rest else (rest, "", "")
     name = name if equals else folder
     if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"expected a transformer folder with a config.json in {text!r}, got {folder!r}: name an export")
+        raise ValueError(
+            f"expected a transformer folder with a config.json in {text!r}, got {folder!r}: name an export"
+        )
     if not at:
         return [Variant(f"{name}, {_describe(rollout)}", Path(folder), rollout)]
     variants = []
@@ -71,36 +60,45 @@ def _describe(config: RolloutConfig) -> str:
     return f"{count} step{'s' if count > 1 else ''}" + (" (Euler)" if config.sampler == "euler" else "")
 
 
-def load_transformer(folder: Path, device: torch.device) -> CausalWanTransformer:
-    """The transformer of an export folder, in float32."""
-    return CausalWanTransformer.from_pretrained(folder, torch_dtype=torch.float32).to(device).eval()
+def load_transformer(folder: Path, device: torch.device, dtype: torch.dtype) -> CausalWanTransformer:
+    """The transformer of an export folder; ValueError when it cannot be read."""
+    try:
+        return CausalWanTransformer.from_pretrained(folder, torch_dtype=dtype).to(device).eval().requires_grad_(False)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"{folder} holds no readable transformer ({str(error).splitlines()[0]}): export it again"
+        ) from None
 
 
 @torch.inference_mode()
 def dream(
-    model: CausalWanTransformer, config: RolloutConfig, parts: Parts, first: np.ndarray, c2w: np.ndarray,
-    intrinsics: np.ndarray, prompts: list[str], seed: int, label: str = "dream",
+    world: World,
+    config: RolloutConfig,
+    first: np.ndarray,
+    c2w: np.ndarray,
+    prompts: list[str],
+    seed: int,
+    label: str = "dream",
 ) -> Iterator[np.ndarray]:
     """Dreams on from true first frames along given cameras; yields the frames of one latent after the other.
 
     Args:
         first: uint8 [B, H, W, 3], the true first frames; they become latent 0.
         c2w: [B, F, 4, 4] one camera a latent, in any world.
-        intrinsics: [4] normalised.
         prompts: B names.
         seed: of all noise; equal seeds and batches give every variant the same first noise.
         label: of the progress bar.
     Yields:
         uint8 [B, n, H, W, 3], n = 1 for latent 0 and 4 after it.
     """
-    device, (batch, height, width) = parts.device, first.shape[:3]
-    factor = parts.autoencoder.spatial_factor
+    device, batch, (height, width) = world.device, len(first), world.latent_size
     viewmats = torch.from_numpy(np.stack([invert(relative_to_first(path)) for path in c2w])).to(device)
-    lens = torch.as_tensor(intrinsics, dtype=torch.float64, device=device).expand(batch, 4)
+    lens = torch.tensor(world.config.intrinsics, dtype=torch.float64, device=device).expand(batch, 4)
     generator = torch.Generator("cpu").manual_seed(seed)
-    rollout = Rollout(model, parts.text(prompts), config, batch=batch, height=height // factor, width=width // factor, device=device)
-    decoder = parts.autoencoder.streaming_decoder()
-    latents = parts.autoencoder.encode(to_video(first[:, None], parts.autoencoder)).float()
+    text = torch.stack([world.prompts[name] for name in prompts])
+    rollout = Rollout(world.transformer, text, config, batch=batch, height=height, width=width, device=device)
+    decoder = world.autoencoder.streaming_decoder()
+    latents = world.autoencoder.encode(to_video(first[:, None], world.autoencoder)).float()
     rollout.commit(latents, viewmats[:, :1], lens)
     yield to_frames(decoder.step(latents))
     count, chunk = viewmats.shape[1], config.chunk
@@ -123,7 +121,9 @@ def reconstruct(autoencoder: TinyAutoencoder, frames: np.ndarray, batch: int = 8
     for part in tqdm(np.array_split(frames, -(-len(frames) // batch)), "autoencoder", unit="batch", leave=False):
         encoder, decoder = autoencoder.streaming_encoder(), autoencoder.streaming_decoder()
         pieces = [part[:, :1], *np.split(part[:, 1:], (frames.shape[1] - 1) // FRAMES_PER_LATENT, 1)]
-        clips.append(np.stack([to_frames(decoder.step(encoder.step(to_video(p, autoencoder))))[:, -1] for p in pieces], 1))
+        clips.append(
+            np.stack([to_frames(decoder.step(encoder.step(to_video(p, autoencoder))))[:, -1] for p in pieces], 1)
+        )
     return np.concatenate(clips)
 
 

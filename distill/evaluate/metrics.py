@@ -1,6 +1,6 @@
 """Distances between a dream and the truth: plain functions of pictures, each with a closed-form test.
 
-Pictures are float32 `[N, 3, H, W]` in [0, 1] (`to_unit` makes them from uint8 `[N, H, W, 3]`); results are float32 `[N]`.
+Pictures are float32 `[N, 3, H, W]` in [0, 1] (`to_unit` makes them of uint8 `[N, H, W, 3]`); results are float32 `[N]`.
 """
 
 from dataclasses import dataclass
@@ -115,7 +115,7 @@ def _near(a: np.ndarray, b: np.ndarray, distance: float, angle: float) -> bool:
 
 
 def retrieve(scores: np.ndarray, latent: int, candidates: Candidates) -> str:
-    """"right", "neighbour" or "other": what the true frame most like the dream of `latent` is.
+    """ "right", "neighbour" or "other": what the true frame most like the dream of `latent` is.
 
     scores: `[F]` similarity of the dream to each true frame. Right = the same view as the truth at `latent`,
     neighbour = the view of the latent before or after. Latents with one view share its best score.
@@ -137,11 +137,17 @@ class FlowSigns:
 
 
 def flow_signs(frames: np.ndarray) -> FlowSigns:
-    """Optical flow (Farneback, OpenCV) between neighbouring frames uint8 `[T >= 2, H, W, 3]`, averaged over the film."""
+    """Optical flow (Farneback) between neighbouring frames uint8 `[T >= 2, H, W, 3]`, averaged over the film."""
     if frames.ndim != 4 or len(frames) < 2:
         raise ValueError(f"optical flow needs at least two frames [T, H, W, 3], got an array of shape {frames.shape}")
     grey = [cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY) for frame in frames]
-    flow = np.mean([cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 4, 15, 3, 5, 1.2, 0) for a, b in zip(grey, grey[1:])], 0)
+    flow = np.mean(
+        [
+            cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 4, 15, 3, 5, 1.2, 0)
+            for a, b in zip(grey, grey[1:], strict=False)
+        ],
+        0,
+    )
     height, width = grey[0].shape
     y, x = np.mgrid[:height, :width]
     arm = np.stack([x - (width - 1) / 2, y - (height - 1) / 2], -1)

@@ -1,40 +1,21 @@
 """Trains the tiny autoencoder on windows of footage: crisp edges, bounded latents, a decoder that forgives small errors."""
 
+import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from distill.config import AutoencoderConfig
 from distill.data.clips import list_clips, read_clip
+from distill.ema import MovingAverage
+from distill.stages.stage import Loss, Stage
 from worldmodel.autoencoder import FRAMES_PER_LATENT, TinyAutoencoder
-
-
-@dataclass(frozen=True)
-class AutoencoderConfig:
-    """What the stage `autoencoder` trains, and how. The network's sizes are `TinyAutoencoder`'s arguments."""
-
-    encoder_widths: tuple[int, ...] = (32, 32, 64, 128)  # channels
-    encoder_blocks: tuple[int, ...] = (1, 2, 2)  # a level
-    decoder_widths: tuple[int, ...] = (160, 96, 48, 48)  # channels
-    decoder_blocks: tuple[int, ...] = (3, 2, 1)  # a level
-    strides: tuple[int, ...] = (1, 2, 2)  # of the encoder's levels
-    patch_size: int = 2  # pixels of a side folded into channels
-    latent_channels: int = 16
-    start: str | None = None  # folder of a trained autoencoder to go on from
-    freeze_encoder: bool = False  # train the decoder alone: latents that were made stay valid
-    window: int = 5  # latents (4 * window - 3 frames) of a training clip
-    lr: float = 6e-4  # 1.5e-3 diverges
-    weight_decay: float = 0.0
-    edge_weight: float = 1.0  # of the L1 between neighbouring-pixel differences: crisp edges
-    coarse_weight: float = 0.5  # of the L1 between pictures reduced 4x: right colours of large areas
-    latent_weight: float = 1e-3  # of the latents' mean square: keeps them bounded against the noise
-    latent_noise: float = 0.1  # standard deviation added to raw latents: smooth space, forgiving decoder
 
 
 class VideoWindows(Dataset):
@@ -62,18 +43,19 @@ class VideoWindows(Dataset):
         return {"video": self.clips[clip][start : start + self.frames].permute(3, 0, 1, 2)}
 
 
-class AutoencoderStage:
-    """The stage `autoencoder`: one network, one optimiser, one reconstruction loss."""
+class AutoencoderStage(Stage):
+    """The stage `autoencoder`: one network, one reconstruction loss; `average` follows the network and is exported."""
 
     def __init__(self, config: AutoencoderConfig, clips: Path, device: torch.device | str = "cpu"):
         self.config, self.clips, self.device = config, Path(clips), torch.device(device)
         self.autoencoder = build_autoencoder(config).to(self.device)
+        self.average = copy.deepcopy(self.autoencoder)
         self.autoencoder.encoder.requires_grad_(not config.freeze_encoder)
-        self.modules: dict[str, nn.Module] = {"autoencoder": self.autoencoder}
+        self.modules = {"autoencoder": self.autoencoder, "average": self.average}
         trained = [parameter for parameter in self.autoencoder.parameters() if parameter.requires_grad]
-        self.optimizers: dict[str, torch.optim.Optimizer] = {
-            "autoencoder": torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
-        }
+        options = {"lr": config.lr, "betas": (0.9, 0.99), "weight_decay": config.weight_decay}
+        self.optimizers = {"autoencoder": torch.optim.AdamW(trained, **options)}
+        self.averages = {"autoencoder": MovingAverage(self.autoencoder, self.average, config.ema, config.ema_start)}
         self._windows: VideoWindows | None = None
 
     def dataset(self) -> VideoWindows:
@@ -82,7 +64,7 @@ class AutoencoderStage:
             self._windows = VideoWindows(self.clips, self.config.window)
         return self._windows
 
-    def losses(self, batch: dict, step: int, generator: torch.Generator) -> Iterator[tuple[str, Tensor, dict[str, float]]]:
+    def losses(self, batch: dict, step: int, generator: torch.Generator) -> Iterator[Loss]:
         """One reconstruction loss a batch {"video": uint8 [B,3,T,H,W]}."""
         video = to_unit_range(batch["video"].to(self.device))
         latents = self.autoencoder.encode(video).float()
@@ -93,27 +75,27 @@ class AutoencoderStage:
         norm = (latents * std).square().mean()
         loss = pixel + self.config.edge_weight * edge + self.config.coarse_weight * coarse + self.config.latent_weight * norm
         metrics = {"l1": pixel, "edge": edge, "latent_norm": norm, "psnr": psnr(decoded.clamp(-1, 1), video)}
-        yield "autoencoder", loss, {name: float(value.detach()) for name, value in metrics.items()}
+        yield "autoencoder", loss, {name: value.detach() for name, value in metrics.items()}
 
     @torch.no_grad()
     def sample(self, generator: torch.Generator) -> np.ndarray:
-        """Truth above, reconstruction below: first and last frames of four windows, uint8 [2H, 8W/... ,3] in one picture."""
+        """Truth above, reconstruction below: first and last frames of four windows, uint8 [2H, 8W, 3]."""
         windows = self.dataset()
         chosen = torch.randint(len(windows), (4,), generator=generator, device=generator.device).tolist()
         video = to_unit_range(torch.stack([windows[index]["video"] for index in chosen]).to(self.device))
-        decoded = self.autoencoder.decode(self.autoencoder.encode(video)).float()
+        decoded = self.average.decode(self.average.encode(video)).float()
         rows = [torch.cat([clip[:, :, 0], clip[:, :, -1]]) for clip in (video, decoded)]
         picture = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
         return ((picture.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
     def export(self, folder: Path) -> None:
-        """Measures the latents' mean and std over the footage and writes the autoencoder to a folder.
+        """Measures the latents' mean and std over the footage and writes the averaged autoencoder to a folder.
 
         With `freeze_encoder` the statistics stay as they are: latents made before remain valid.
         """
         if not self.config.freeze_encoder:
-            measure_latents(self.autoencoder, self.dataset().clips, self.device)
-        self.autoencoder.save_pretrained(folder)
+            measure_latents(self.average, self.dataset().clips, self.device)
+        self.average.save_pretrained(folder)
 
 
 def build_autoencoder(config: AutoencoderConfig) -> TinyAutoencoder:
@@ -151,15 +133,18 @@ def psnr(decoded: Tensor, video: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure_latents(autoencoder: TinyAutoencoder, clips: Sequence[Tensor], device: torch.device) -> None:
-    """Sets the autoencoder's per-channel statistics from the raw latents of clips uint8 [T,H,W,3]."""
+def measure_latents(autoencoder: TinyAutoencoder, clips: Sequence[Tensor], device: torch.device, frames: int = 17) -> None:
+    """Sets the autoencoder's per-channel statistics from the raw latents of the middle `frames` (4F - 3) of every clip.
+
+    clips: uint8 [T,H,W,3] each.
+    """
     channels = autoencoder.config.latent_channels
     autoencoder.set_latent_statistics(torch.zeros(channels), torch.ones(channels))
-    count, total, squares = 0, torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
+    latents = []
     for clip in tqdm(clips, "latent statistics", unit="clip"):
-        frames = len(clip) - (len(clip) - 1) % FRAMES_PER_LATENT
-        video = to_unit_range(clip[:frames].to(device)).permute(3, 0, 1, 2)
-        latents = autoencoder.encode(video[None])[0].flatten(1).double().cpu()
-        count, total, squares = count + latents.shape[1], total + latents.sum(1), squares + latents.square().sum(1)
-    mean = total / count
-    autoencoder.set_latent_statistics(mean.float(), (squares / count - mean.square()).clamp(min=1e-12).sqrt().float())
+        length = min(frames, len(clip) - (len(clip) - 1) % FRAMES_PER_LATENT)
+        start = (len(clip) - length) // 2
+        video = to_unit_range(clip[start : start + length].to(device)).permute(3, 0, 1, 2)
+        latents.append(autoencoder.encode(video[None])[0].flatten(1).float())
+    std, mean = torch.std_mean(torch.cat(latents, 1), 1)
+    autoencoder.set_latent_statistics(mean, std.clamp(min=1e-6))

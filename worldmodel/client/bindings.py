@@ -1,25 +1,25 @@
 """Which key does what. Data only: rebinding is a new `Bindings`, and nothing here needs pygame or torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from worldmodel.controls import KEYS as MOTIONS
+from worldmodel.controls import MOTIONS
 
 COMMANDS = ("restart", "next_mood", "new_town", "pause", "record", "screenshot", "overlay", "escape")
 
 DEFAULT_KEYS = MappingProxyType(
     {
-        "w": "w",
-        "s": "s",
-        "a": "a",
-        "d": "d",
+        "w": "forward",
+        "s": "back",
+        "a": "left",
+        "d": "right",
         "left shift": "run",
         "right shift": "run",
-        "left": "left",
-        "right": "right",
-        "up": "up",
-        "down": "down",
+        "left": "turn_left",
+        "right": "turn_right",
+        "up": "look_up",
+        "down": "look_down",
         "r": "restart",
         "n": "next_mood",
         "t": "new_town",
@@ -36,7 +36,7 @@ DEFAULT_KEYS = MappingProxyType(
 class Bindings:
     """Key name, as `pygame.key.name` spells it, -> action (a motion that Controls knows, or one of COMMANDS)."""
 
-    keys: Mapping[str, str] = DEFAULT_KEYS
+    keys: Mapping[str, str] = field(default_factory=lambda: DEFAULT_KEYS)
 
     def __post_init__(self):
         for key, action in self.keys.items():

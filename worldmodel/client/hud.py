@@ -10,25 +10,25 @@ ACCENT, RED, GREEN = (255, 199, 96), (240, 76, 76), (120, 214, 150)
 PANEL, CAP, CAP_DOWN = (12, 15, 22, 176), (255, 255, 255, 34), (255, 199, 96, 255)
 NIGHT = (13, 16, 24)
 
-# rows of the help panel: (caps: (label, motion it lights up for), what they do, axis that may be locked)
+# rows of the help panel: caps (label, motion that lights it up) and what they do
 HELP = (
     (
-        ((("W", "w"), ("S", "s")), "walk", "forward"),
-        ((("A", "a"), ("D", "d")), "strafe", "strafe"),
-        ((("<", "left"), (">", "right")), "turn", "yaw"),
-        ((("^", "up"), ("v", "down")), "look", "pitch"),
-        ((("Shift", "run"),), "run", "run"),
-        ((("click", ""),), "mouse", ""),
+        ((("W", "forward"), ("S", "back")), "walk"),
+        ((("A", "left"), ("D", "right")), "strafe"),
+        ((("<", "turn_left"), (">", "turn_right")), "turn"),
+        ((("^", "look_up"), ("v", "look_down")), "look"),
+        ((("Shift", "run"),), "run"),
+        ((("click", ""),), "mouse look"),
     ),
     (
-        ((("R", ""),), "restart", ""),
-        ((("N", ""),), "mood", ""),
-        ((("T", ""),), "town", ""),
-        ((("P", ""),), "pause", ""),
-        ((("F9", ""),), "record", ""),
-        ((("F12", ""),), "picture", ""),
-        ((("F1", ""),), "figures", ""),
-        ((("Esc", ""),), "quit", ""),
+        ((("R", ""),), "restart"),
+        ((("N", ""),), "mood"),
+        ((("T", ""),), "town"),
+        ((("P", ""),), "pause"),
+        ((("F9", ""),), "record"),
+        ((("F12", ""),), "picture"),
+        ((("F1", ""),), "figures"),
+        ((("Esc", ""),), "quit"),
     ),
 )
 
@@ -47,7 +47,7 @@ class Hud:
 
     def __init__(self, screen: pygame.Surface):
         self.screen = screen
-        self.unit = min(max(min(screen.get_height() / 576, screen.get_width() / 900), 0.5), 3.0)
+        self.unit = min(max(min(screen.get_height() / 576, screen.get_width() / 900), 0.8), 3.0)
         self._fonts: dict[int, pygame.font.Font] = {}
 
     def px(self, size: float) -> int:
@@ -71,7 +71,7 @@ class Hud:
 
     def help(self, held: frozenset[str], locked: frozenset[str], opacity: float) -> None:
         """The two rows of keys at the bottom; held keys are lit, what the world does not know wears a padlock."""
-        rows = [[self._entry(caps, label, held, axis in locked) for caps, label, axis in row] for row in HELP]
+        rows = [[self._entry(caps, label, held, locked) for caps, label in row] for row in HELP]
         gap, pad, line = self.px(18), self.px(12), self.px(30)
         widths = [sum(entry.get_width() for entry in row) + gap * (len(row) - 1) for row in rows]
         board = pygame.Surface((max(widths) + 2 * pad, len(rows) * line + pad), pygame.SRCALPHA)
@@ -87,8 +87,9 @@ class Hud:
     def _bottom(self, distance: float) -> int:
         return self.screen.get_height() - self.px(distance)
 
-    def _entry(self, caps, label: str, held: frozenset[str], locked: bool) -> pygame.Surface:
+    def _entry(self, caps, label: str, held: frozenset[str], unknown: frozenset[str]) -> pygame.Surface:
         """Key caps and what they do, side by side."""
+        locked = all(motion in unknown for _, motion in caps)
         parts = [self._cap(name, motion in held and not locked, locked) for name, motion in caps]
         words = self.text(label, 20, DIM if locked else MUTED)
         lock = self.px(14) if locked else 0
@@ -99,7 +100,7 @@ class Hud:
         for part in parts:
             entry.blit(part, (x, 0))
             x += part.get_width() + space
-        entry.blit(words, (x + space, (entry.get_height() - words.get_height()) // 2))
+        entry.blit(words, (x + space, (entry.get_height() - words.get_height()) // 2 + self.px(1)))
         if locked:
             self._padlock(entry, width - self.px(5), entry.get_height() // 2)
         return entry
@@ -112,9 +113,7 @@ class Hud:
         self.panel(cap.get_rect(), CAP_DOWN if down else CAP, 5, cap)
         if name in ARROWS:
             centre, reach = cap.get_rect().center, height * 0.24
-            pygame.draw.polygon(
-                cap, colour, [(centre[0] + reach * x, centre[1] + reach * y) for x, y in ARROWS[name]]
-            )
+            pygame.draw.polygon(cap, colour, [(centre[0] + reach * x, centre[1] + reach * y) for x, y in ARROWS[name]])
         else:
             cap.blit(words, words.get_rect(center=cap.get_rect().center).move(0, self.px(1)))
         return cap
@@ -147,19 +146,19 @@ class Hud:
         self.panel(box, radius=14)
         shade = 0.65 + 0.35 * math.cos(blink * math.tau)
         centre = (box.left + self.px(17), box.centery)
-        pygame.draw.circle(self.screen, [round(part * shade) for part in RED], centre, self.px(6))
+        pygame.draw.aacircle(self.screen, [round(part * shade) for part in RED], centre, self.px(6))
         self.screen.blit(words, words.get_rect(midleft=(box.left + self.px(29), box.centery + self.px(1))))
 
     def notices(self, lines: list[tuple[str, float]]) -> None:
-        """Receipts (text, opacity 0..1), top centre, newest last."""
-        y = self.px(16)
+        """Receipts (text, opacity 0..1), top right under the red dot, newest last."""
+        y = self.px(50)
         for words, opacity in lines:
             label = self.text(words, 22)
             board = pygame.Surface((label.get_width() + self.px(28), self.px(32)), pygame.SRCALPHA)
             self.panel(board.get_rect(), radius=16, onto=board)
             board.blit(label, label.get_rect(center=board.get_rect().center).move(0, self.px(1)))
             board.set_alpha(round(255 * opacity))
-            self.screen.blit(board, board.get_rect(midtop=(self.screen.get_width() // 2, y)))
+            self.screen.blit(board, board.get_rect(topright=(self.screen.get_width() - self.px(14), y)))
             y += self.px(38)
 
     def paused(self) -> None:

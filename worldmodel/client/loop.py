@@ -15,33 +15,41 @@ import numpy as np
 
 from worldmodel.client.pacer import Frame, Pacer
 from worldmodel.client.scenes import Scene, Scenes
-from worldmodel.controls import KEYS, Controls
+from worldmodel.controls import Controls, Envelope
 
-MARGIN = 0.012  # seconds between a chunk being ready and being wanted: a thread's wake-up and a window's flip
+MARGIN = 0.012  # seconds between a chunk being ready and being due: a thread's wake-up and a window's flip
+
+
+class Stopped(Exception):
+    """The player left while the world was being opened."""
 
 
 @dataclass(frozen=True)
 class LoopOptions:
+    """What happens from the first frame on."""
+
     scene: Scene = Scene()
-    script: np.ndarray | None = None  # [N, 4, 4] poses walked before the player's; a motion key takes over at once
-    record: Path | None = None  # record from the first frame into this folder
-    recordings: Path = Path("recordings")  # where later recordings go
+    path: Callable[[Envelope], np.ndarray] | None = None  # c2w [N, 4, 4] to walk until a motion key takes over
+    replay: Path | None = None  # a recording to dream again instead
+    record: Path | None = None  # folder of a recording that starts with the first frame
+    recordings: Path = Path("recordings")  # where F9 makes its folders
 
 
 @dataclass(frozen=True)
 class Status:
-    """What the window may know, replaced as a whole between chunks."""
+    """What the window may know; replaced as a whole."""
 
     phase: str = "opening"  # opening, running, paused, failed
-    stage: str = "Waking up"  # what is being waited for while opening
-    progress: float = 0.0  # 0..1 while opening
+    stage: str = "Waking up"  # while opening: what is being waited for
+    progress: float = 0.0  # while opening: 0..1, reached when this stage ends
     error: str = ""  # one sentence when failed
-    fatal: BaseException | None = None
+    cause: Exception | None = None
     scene: Scene = Scene()
-    locked: frozenset[str] = frozenset()  # axes of controls.AXES, or "run"
+    locked: frozenset[str] = frozenset()  # motions this world does not know
     latent: int = 0  # latents since the start of the session
-    window: tuple[int, int] = (0, 0)  # latents remembered, latents the memory holds
-    pose: np.ndarray | None = None  # [4, 4] c2w of the newest latent
+    memory: int = 0  # latents that are remembered
+    window: int = 0  # latents that the memory holds
+    pose: np.ndarray | None = None  # c2w [4, 4] of the newest latent
     timings: tuple[tuple[str, float], ...] = ()  # milliseconds of the newest chunk, by part
     milliseconds: float = 0.0  # per latent, median of the last chunks
     speed: float = 1.0  # of real time
@@ -49,10 +57,10 @@ class Status:
 
 
 class Loop:
-    """Owns the session. Windows call `press`, `release`, `look`, `command`, read `status`, `notices` and `pacer`.
+    """Owns the session. A window calls `press`, `release`, `look`, `command`, and reads `status`, `notices`, `pacer`.
 
-    open_scenes: called once, in the generator's thread, with a function (stage text, progress 0..1).
-    clock: seconds. sleep: waits at most that many seconds, less when `wake` is set.
+    open_scenes: called once, in the generator's thread, with a function (stage, progress) that the start screen shows.
+    clock: seconds, the same for all times that are passed in. sleep: waits that many seconds, or less when woken.
     """
 
     def __init__(
@@ -62,28 +70,29 @@ class Loop:
         clock: Callable[[], float] = time.perf_counter,
         sleep: Callable[[float], object] | None = None,
     ):
+        self.clock = clock
+        self.status = Status()
+        self.notices: deque[str] = deque(maxlen=8)  # receipts for the player; the window takes them
+        self.pacer: Pacer | None = None  # there when the world's frame rate is known
         self._open_scenes, self._options = open_scenes, options
-        self.clock, self._wake = clock, threading.Event()
+        self._wake = threading.Event()
         self._sleep = sleep or self._wake.wait
         self._commands: deque[str] = deque()
-        self._edges: deque[tuple[float, str]] = deque()
-        self.notices: deque[str] = deque(maxlen=8)  # receipts for the player, taken by the window
-        self.status = Status()
-        self.pacer: Pacer | None = None  # there once the world's frame rate is known
+        self._edges: deque[tuple[float, str]] = deque()  # (seconds, motion), for the latency figure
         self._controls: Controls | None = None
-        self._stopping = False
         self._durations: deque[float] = deque(maxlen=12)  # seconds a chunk
-        self._thread: threading.Thread | None = None
+        self._stopping, self._thread = False, None
+        self._session = self._recorder = self._film = None
 
-    # --------------------------------------------------------------------------------------------- window
+    # ------------------------------------------------------------------------------------- for the window
 
     def start(self) -> None:
         """Run in a thread of its own."""
-        self._thread = threading.Thread(target=self.run, name="generator")
+        self._thread = threading.Thread(target=self.run, name="generator", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """End after the present chunk, close the recording, and wait for it."""
+        """End after the present chunk, close the recording, and wait for both."""
         self._stopping = True
         self._wake.set()
         if self._thread:
@@ -94,24 +103,24 @@ class Loop:
         self._commands.append(name)
         self._wake.set()
 
-    def press(self, key: str, now: float) -> None:
-        """A motion key of Controls went down at `now`."""
+    def press(self, motion: str, now: float) -> None:
+        """The key of `motion` went down at `now`; nothing before there is a world."""
         if self._controls:
-            self._edges.append((now, key))
-            self._controls.press(key, now)
+            self._edges.append((now, motion))
+            self._controls.press(motion, now)
 
-    def release(self, key: str, now: float) -> None:
-        """A motion key of Controls went up at `now`."""
+    def release(self, motion: str, now: float) -> None:
+        """The key of `motion` went up at `now`."""
         if self._controls:
-            self._edges.append((now, key))
-            self._controls.release(key, now)
+            self._edges.append((now, motion))
+            self._controls.release(motion, now)
 
     def look(self, dx: float, dy: float, now: float) -> None:
         """The captured mouse moved by dx, dy counts (right, down)."""
         if self._controls:
             self._controls.look(dx, dy, now)
 
-    # ------------------------------------------------------------------------------------------ generator
+    # ------------------------------------------------------------------------------------------- the loop
 
     def run(self) -> None:
         """Everything, until `stop` or an error; an error ends up in `status` as one sentence."""
@@ -119,98 +128,113 @@ class Loop:
             self.open()
             while not self._stopping:
                 self.turn()
+        except Stopped:
+            pass
         except Exception as error:
-            sentence = str(error).strip().splitlines()
-            self._tell(phase="failed", error=sentence[0] if sentence else type(error).__name__, fatal=error)
+            lines = str(error).strip().splitlines()
+            self._tell(phase="failed", error=lines[0] if lines else type(error).__name__, cause=error)
         finally:
-            if self.status.recording:
-                self._stop_recording()
+            self._stop_recording()
 
     def open(self) -> None:
         """Load the world and show its first picture."""
-        self._scenes = self._open_scenes(lambda stage, progress: self._tell(stage=stage, progress=progress))
-        self._chunk_seconds = self._scenes.chunk * self._scenes.frames_per_latent / self._scenes.fps
-        self.pacer = Pacer(self._scenes.fps)
-        self._controls = Controls(self._scenes.envelope, self._scenes.fps, self._scenes.frames_per_latent)
-        self._script = deque() if self._options.script is None else deque(self._options.script)
-        self._tell(locked=frozenset(self._controls.locked), stage="Dreaming the first picture", progress=0.9)
-        self._enter(self._options.scene)
-        if self._options.record:
-            self._start_recording(self._options.record)
-        self._first_picture()
+        self._scenes = self._open_scenes(self._open_stage)
+        self._chunk_frames = self._scenes.chunk * self._scenes.frames_per_latent
+        self._chunk_seconds = self._chunk_frames / self._scenes.fps
+        self._path = deque(self._options.path(self._scenes.envelope) if self._options.path else ())
+        controls = Controls(self._scenes.envelope, self._scenes.fps, self._scenes.frames_per_latent)
+        self._open_stage("Dreaming the first picture", 0.98)
+        self._tell(locked=frozenset(controls.locked))
+        self.pacer, self._controls = Pacer(self._scenes.fps), controls
+        if self._options.replay:
+            self._film, scene = self._scenes.replay(self._options.replay)
+            self._stand(np.eye(4), self.clock())
+            self._tell(scene=scene, window=self._scenes.window)
+        else:
+            self._enter(self._options.scene, record=self._options.record is not None)
         self._tell(phase="running", progress=1.0)
 
+    def _open_stage(self, stage: str, progress: float) -> None:
+        if self._stopping:
+            raise Stopped
+        self._tell(stage=stage, progress=progress)
+
     def turn(self) -> None:
-        """One step of the loop: obey commands, then dream a chunk if it is time, else sleep a little."""
+        """Obey what was commanded, then dream a chunk if it is time for it, or wait a little."""
+        self._wake.clear()
         while self._commands:
             self._obey(self._commands.popleft())
-        self._wake.clear()
         if self.status.phase == "paused":
             self._sleep(0.1)
             return
-        begin = self._begin_at()
-        if begin > self.clock():
-            self._sleep(min(begin - self.clock(), 0.1))
+        left = self._begin_at() - self.clock()
+        if left > 0:
+            self._sleep(min(left, 0.1))
         else:
             self._dream()
 
     def _begin_at(self) -> float:
-        """When to start the next chunk: as late as its frames are still in time, at most one chunk ahead."""
+        """When to start the next chunk: as late as its frames are still in time, and at most one chunk ahead."""
         usual = sorted(self._durations)[-2:][0] if self._durations else self._chunk_seconds
-        return self.pacer.wanted_at(self.clock()) - min(usual + MARGIN, self._frame_period() * self._chunk_frames)
+        ahead = min(usual + MARGIN, self._period() * self._chunk_frames)
+        return self.pacer.wanted_at(self.clock()) - ahead
 
-    @property
-    def _chunk_frames(self) -> int:
-        return self._scenes.chunk * self._scenes.frames_per_latent
-
-    def _frame_period(self) -> float:
+    def _period(self) -> float:
         """Seconds between frames: the world's, or slower when this machine is, so that motion stays even."""
         typical = statistics.median(self._durations) if self._durations else 0.0
         return max(self._chunk_seconds, typical) / self._chunk_frames
 
     def _dream(self) -> None:
         begun = self.clock()
-        c2w, edges = self._poses(begun)
-        chunk = self._session.step(c2w)
-        done = self.clock()
-        self._durations.append(done - begun)
-        self._show(chunk, c2w, edges, done)
+        if self._film is None:
+            c2w, edges = self._poses(begun)
+            chunk = self._session.step(c2w)
+        else:
+            chunk, c2w = next(self._film, (None, None))
+            edges = ()
+            self._edges.clear()
+        if chunk is None:
+            self._film_ends()
+            return
+        now = self.clock()
+        self._durations.append(now - begun)
+        self._show(chunk, c2w, edges, now, self._period())
         typical = statistics.median(self._durations)
-        self._tell(
-            milliseconds=typical / self._scenes.chunk * 1000, speed=min(1.0, self._chunk_seconds / max(typical, 1e-9))
-        )
+        speed = min(1.0, self._chunk_seconds / max(typical, 1e-9))
+        self._tell(milliseconds=typical / self._scenes.chunk * 1000, speed=speed)
 
     def _poses(self, now: float) -> tuple[np.ndarray, tuple[float, ...]]:
         """The next chunk's c2w [chunk, 4, 4] and the key edges (seconds) that it is the first to show."""
-        count, since = self._scenes.chunk, self._sampled
-        edges = []
+        count, since, edges = self._scenes.chunk, self._sampled, []
         while self._edges and self._edges[0][0] <= now:
             edges.append(self._edges.popleft())
-        if edges and self._script:
-            self._script.clear()  # a key takes over; a recording or a path is only followed while nobody steers
-            self._controls.reset(self._pose)
-        if self._script:
-            poses = [self._script.popleft() for _ in range(min(count, len(self._script)))]
+        if edges and self._path:
+            self._path.clear()  # the player takes over
+            self._stand(self._pose, since)
+        if self._path:
+            poses = [self._path.popleft() for _ in range(min(count, len(self._path)))]
             poses += poses[-1:] * (count - len(poses))
-            self._controls.reset(poses[-1])
+            self._stand(poses[-1], now)
         else:
             poses = [self._controls.pose_until(since + (now - since) * (k + 1) / count) for k in range(count)]
         self._sampled, self._pose = now, poses[-1]
-        visible = tuple(t for t, key in edges if KEYS[key][0] not in self.status.locked)
-        return np.stack(poses), visible
+        return np.stack(poses), tuple(t for t, motion in edges if motion not in self.status.locked)
 
-    def _show(self, chunk, c2w: np.ndarray, edges: tuple[float, ...], now: float) -> None:
+    def _stand(self, c2w: np.ndarray, now: float) -> None:
+        """Put the camera at `c2w` [4, 4], at rest, and let motion count from `now` on. Keys stay held."""
+        self._controls.reset(c2w)
+        self._controls.pose_until(now)
+        self._sampled, self._pose = now, c2w
+
+    def _show(self, chunk, c2w: np.ndarray, edges: tuple[float, ...], now: float, period: float) -> None:
         frames = [Frame(picture, chunk.index) for picture in chunk.frames]
         frames[0] = replace(frames[0], edges=edges)
-        self.pacer.put(frames, now, self._frame_period())
-        if self.status.recording:
-            self._write(chunk, c2w)
-        self._tell(
-            latent=self._session.latents,
-            window=self._session.window,
-            pose=c2w[-1],
-            timings=tuple(chunk.timings.items()),
-        )
+        self.pacer.put(frames, now, period)
+        if self._recorder and not self._recorder.write(chunk, c2w, self._controls.held):
+            self._stop_recording()
+        latent = chunk.index + len(c2w)
+        timings = tuple(chunk.timings.items())
+        self._tell(latent=latent, memory=min(latent, self._scenes.window), pose=c2w[-1], timings=timings)
 
     def _tell(self, **changes) -> None:
         self.status = replace(self.status, **changes)
@@ -218,31 +242,101 @@ class Loop:
     # ------------------------------------------------------------------------------------------- commands
 
     def _obey(self, command: str) -> None:
+        scene = self.status.scene
         if command == "pause":
             self._pause()
         elif command == "record":
-            if self.status.recording:
-                self._stop_recording()
-            else:
-                self._start_recording(self._scenes.recording_folder(self._options.recordings, self.status.scene))
+            self._toggle_recording()
         elif command == "restart":
-            self._again(self.status.scene, "Back at the start")
+            self._again(scene, "Back at the start")
         elif command == "next_mood":
-            scene = self._scenes.next_mood(self.status.scene)
+            scene = self._scenes.next_mood(scene)
             self._again(scene, f"Mood: {scene.prompt}")
         elif command == "new_town":
-            scene = self._scenes.new_town(self.status.scene)
-            self._again(scene, f"A new town, seed {scene.seed}")
+            scene = self._scenes.new_town(scene)
+            self._again(scene, f"A new town: seed {scene.seed}")
         else:
-            raise ValueError(f"Unknown command {command!r} for the generator.")
+            raise ValueError(f"The generator knows no command {command!r}.")
 
     def _pause(self) -> None:
-        if self.status.phase == "paused":
-            self._controls.reset(self._pose)  # the time and the mouse motion of the pause do not count
+        if self.status.phase == "paused" and self._film is None and self._session is None:
+            self._again(self.status.scene, "Yours from here")  # a replay has ended
+        elif self.status.phase == "paused":
             self._edges.clear()
-            self._sampled = self.clock()
+            self._stand(self._pose, self.clock())  # the time and the mouse motion of the pause do not count
             self.pacer.release(self._sampled)
             self._tell(phase="running")
         else:
             self.pacer.hold()
             self._tell(phase="paused")
+
+    def _again(self, scene: Scene, receipt: str) -> None:
+        """Another session: nothing of the old one stays queued; a running recording goes on in a new folder."""
+        recording = self._recorder is not None
+        self._stop_recording()
+        self._film = None
+        self._path.clear()
+        self.pacer.restart()
+        self._enter(scene, recording)
+        self._tell(phase="running")
+        self.notices.append(receipt)
+
+    def _enter(self, scene: Scene, record: bool) -> None:
+        """A new session and its first picture: the start picture, or a first dream seen from the origin."""
+        self._session = None  # the old memory is given back before the new one is made
+        self._session, scene = self._scenes.open(scene)
+        self._tell(scene=scene, latent=0, window=self._scenes.window)
+        if record:
+            self._start_recording()
+        poses = np.eye(4)[None]
+        chunk = self._session.start()
+        if chunk is None:
+            poses = np.repeat(poses, self._scenes.chunk, 0)
+            chunk = self._session.step(poses)
+        self._edges.clear()
+        self._stand(np.eye(4), self.clock())
+        # one picture stands for as long as a chunk, so that the next one is in time
+        self._show(chunk, poses, (), self._sampled, self._chunk_seconds / len(chunk.frames))
+
+    def _film_ends(self) -> None:
+        self._film = None
+        self._pause()
+        self.notices.append("The recording ends here; P or R walks on from its start")
+
+    # ------------------------------------------------------------------------------------------ recording
+
+    def _toggle_recording(self) -> None:
+        if self._recorder:
+            self._stop_recording()
+        elif self._film:
+            self.notices.append("A replay is not recorded again")
+        else:
+            try:
+                self._start_recording()
+            except ValueError as error:
+                self.notices.append(str(error))
+
+    def _start_recording(self) -> None:
+        recorder = self._scenes.record(self._free_folder(), self._session)
+        if self.status.latent == 1 and self._session.start() is not None:
+            recorder.write(self._session.start(), np.eye(4)[None])  # shown before F9 was pressed
+        self._recorder = recorder
+        self._tell(recording=recorder.folder)
+        self.notices.append(f"Recording since latent {self.status.latent}")
+
+    def _stop_recording(self) -> None:
+        if self._recorder:
+            self._recorder.close()
+            self.notices.append(self._recorder.error or f"Saved {self._recorder.folder}")
+        self._recorder = None
+        self._tell(recording=None)
+
+    def _free_folder(self) -> Path:
+        """The folder that was asked for, or one named by the hour; numbered when it is taken."""
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        wanted = self._options.record or self._options.recordings / f"{self._scenes.name}-{stamp}"
+        folder, number = wanted, 1
+        while folder.exists() and any(folder.iterdir()):
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}-{number}")
+        return folder

@@ -56,7 +56,7 @@ class Pacer:
         """Forget what is queued and start the clock again at the next chunk (a restart, another scene)."""
         with self._lock:
             self._frames.clear()
-            self._due = None
+            self._due, self._held = None, False
 
     def hold(self) -> None:
         """Freeze the picture. What is queued waits and is seen after `release`, but no longer counts as latency."""

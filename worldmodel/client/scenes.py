@@ -1,3 +1,106 @@
-"""Which mood, which start picture, which seed: the choices of the player, and a session for each of them."""
+"""Which mood, which start picture, which seed: the player's choices, and a session for each of them."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:  # torch is imported by the generator's thread, long after the window is there
+    from worldmodel.recording import Recorder
+    from worldmodel.session import Session
+    from worldmodel.world import World
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Where a session starts. None: as the world has it."""
+
+    prompt: str | None = None
+    image: str | None = None  # name of a start picture of the world, or a picture file
+    seed: int = 0
+
+
+def open_scenes(folder: Path, threads: int, steps: int | None, tell: Callable[[str, float], None]) -> "Scenes":
+    """Import torch, open the world in `folder`; `tell` hears each stage and the progress (0..1) at its end."""
+    tell("Waking torch", 0.45)
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("medium")  # several times faster where a CPU has no bfloat16
+    tell("Opening the world", 0.8)
+    from worldmodel.world import World
+
+    world = World.from_pretrained(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    return Scenes(world, steps)
+
+
+class Scenes:
+    """The sessions that a world can start: moods in the order of its menu, start pictures in the order of its list."""
+
+    def __init__(self, world: "World", steps: int | None = None):
+        from worldmodel.autoencoder import FRAMES_PER_LATENT
+
+        self.world, self._steps = world, steps
+        self.name, self.envelope, self.fps = world.config.name, world.config.envelope, world.config.fps
+        self.chunk, self.window = world.config.rollout.chunk, world.config.rollout.window
+        self.frames_per_latent, self.device = FRAMES_PER_LATENT, world.device
+
+    @property
+    def moods(self) -> tuple[str, ...]:
+        """Prompts to walk through: those with start pictures, or all when none has."""
+        return tuple(self.world.config.images) or self.world.prompts.names
+
+    def resolve(self, scene: Scene) -> Scene:
+        """`scene` with the world's own choices filled in."""
+        prompt = scene.prompt
+        if prompt is None:
+            prompt = self._owner(scene.image) or self.world.config.prompts.default
+        pictures = self.world.images(prompt)
+        return replace(scene, prompt=prompt, image=scene.image or (pictures[0] if pictures else None))
+
+    def _owner(self, image: str | None) -> str | None:
+        """The mood that a start picture belongs to."""
+        return next((mood for mood in self.moods if image in self.world.images(mood)), None)
+
+    def open(self, scene: Scene) -> tuple["Session", Scene]:
+        """A session at the start of `scene`, and the scene with nothing left open."""
+        from worldmodel.session import Session
+
+        scene = self.resolve(scene)
+        return Session(self.world, prompt=scene.prompt, image=scene.image, seed=scene.seed, steps=self._steps), scene
+
+    def record(self, folder: Path, session: "Session") -> "Recorder":
+        """A recording of `session` in the new folder `folder`."""
+        from worldmodel.recording import Recorder
+
+        return Recorder(folder, session)
+
+    def replay(self, folder: Path) -> tuple[Iterator, Scene]:
+        """Dream a recording again: (FrameChunk, c2w [F, 4, 4]) chunk by chunk, and the scene it was made in."""
+        from worldmodel.recording import IMAGE, read_log, replay
+
+        log = read_log(folder)
+        image = str(folder / IMAGE) if log.header["image"] else None
+        return _with_poses(replay(folder, self.world), log.c2w), Scene(log.header["prompt"], image, log.header["seed"])
+
+    def next_mood(self, scene: Scene) -> Scene:
+        """The mood after this one, at its first start picture."""
+        moods = self.moods
+        following = moods[(moods.index(scene.prompt) + 1) % len(moods)] if scene.prompt in moods else moods[0]
+        return self.resolve(Scene(following, None, scene.seed))
+
+    def new_town(self, scene: Scene) -> Scene:
+        """Another place of the same mood: the next start picture and the next seed."""
+        pictures = self.world.images(scene.prompt)
+        after = pictures.index(scene.image) + 1 if scene.image in pictures else 0
+        image = pictures[after % len(pictures)] if pictures else None
+        return Scene(scene.prompt, image, scene.seed + 1)
+
+
+def _with_poses(chunks: Iterator, c2w: np.ndarray) -> Iterator:
+    done = 0
+    for chunk in chunks:
+        yield chunk, c2w[done : done + chunk.latents]
+        done += chunk.latents

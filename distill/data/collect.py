@@ -1,0 +1,159 @@
+"""`python -m distill collect`: footage with exact camera poses, from our own renderer (`blocks`) or a real game (`vizdoom`)."""
+
+import argparse
+import importlib
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from distill.data.clips import frames_of, read_meta, write_clip
+from distill.data.renderer import render
+from distill.data.town import MOODS, Town
+from distill.data.walker import FRAMES_PER_LATENT, walk
+
+FPS = 16
+SPLITS = ("train", "heldout")
+FIELD_OF_VIEW = 0.5  # fx / W: 90 degrees across
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """What to collect, for every source."""
+
+    source: str  # blocks or vizdoom
+    output: Path  # folder of clips
+    clips: int = 240
+    latents: int = 41  # latent frames a clip (4 * latents - 3 video frames)
+    seed: int = 0
+    split: str = "train"  # train or heldout: never the same towns
+    height: int = 96  # pixels
+    width: int = 160  # pixels
+    workers: int = 2  # processes
+    moods: tuple[str, ...] = tuple(MOODS)  # blocks only
+    samples: int = 2  # blocks only: rays along each side of a pixel
+    levels: tuple[str, ...] = ()  # vizdoom only: maps; none = the collector's own choice
+
+    def __post_init__(self):
+        for name, least in (("clips", 1), ("latents", 1), ("seed", 0), ("workers", 1), ("samples", 1)):
+            if not least <= vars(self)[name] < 2**31:
+                raise ValueError(f"expected --{name} of at least {least}, got {vars(self)[name]}")
+        for name in ("height", "width"):
+            if vars(self)[name] < 8 or vars(self)[name] % 8:
+                raise ValueError(f"expected --{name} to be a multiple of 8 (one latent cell), got {vars(self)[name]}")
+        if self.split not in SPLITS:
+            raise ValueError(f"expected --split {' or '.join(SPLITS)}, got {self.split!r}")
+
+    @property
+    def intrinsics(self) -> tuple[float, float, float, float]:
+        """fx/W, fy/H, cx/W, cy/H: square pixels, 90 degrees across."""
+        return FIELD_OF_VIEW, FIELD_OF_VIEW * self.width / self.height, 0.5, 0.5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    sources = parser.add_subparsers(dest="source", required=True)
+    blocks = sources.add_parser("blocks", help="walks through the endless town of flat-shaded boxes")
+    vizdoom = sources.add_parser("vizdoom", help="walks through levels of a ViZDoom game (extra `collect`)")
+    for source in (blocks, vizdoom):
+        source.add_argument("--output", type=Path, required=True, help="folder of the clips; finished clips in it are kept")
+        source.add_argument("--clips", type=int, default=240, help="how many clips the folder shall hold (default: 240)")
+        source.add_argument("--latents", type=int, default=41, help="latent frames a clip, 4 video frames each (default: 41)")
+        source.add_argument("--seed", type=int, default=0, help="another seed, other places and walks (default: 0)")
+        source.add_argument("--split", choices=SPLITS, default="train", help="heldout places never occur in train (default: train)")
+        source.add_argument("--height", type=int, default=96, help="pixels (default: 96)")
+        source.add_argument("--width", type=int, default=160, help="pixels (default: 160)")
+        source.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
+    blocks.add_argument("--moods", default="all", help=f"comma-separated, of {', '.join(MOODS)} (default: all)")
+    blocks.add_argument("--samples", type=int, default=2, help="rays along each side of a pixel (default: 2)")
+    vizdoom.add_argument("--levels", default="", help="comma-separated maps, e.g. MAP01,MAP02 (default: a choice of maps)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Collects what the command line asks for; one clear sentence (ValueError) when it cannot."""
+    options = {key: value for key, value in vars(args).items() if key in CollectConfig.__dataclass_fields__}
+    if args.source == "blocks":
+        options["moods"] = _moods(args.moods)
+        collect_clips(CollectConfig(**options))
+    else:
+        options["levels"] = tuple(name for name in args.levels.split(",") if name)
+        importlib.import_module("distill.data.vizdoom").collect_clips(CollectConfig(**options))
+
+
+def collect_clips(config: CollectConfig) -> None:
+    """Renders the clips that are not there yet, with several processes; may be killed and started again at any time.
+
+    Raises ValueError when the folder already holds footage of other settings.
+    """
+    todo = [index for index in range(config.clips) if not _finished(config, index)]
+    config.output.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=config.clips, initial=config.clips - len(todo), unit="clip", desc=f"{config.output}")
+    if config.workers == 1:
+        for index in todo:
+            collect_clip(config, index)
+            bar.update()
+    elif todo:
+        spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
+        with ProcessPoolExecutor(config.workers, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            jobs = [pool.submit(collect_clip, config, index) for index in todo]
+            try:
+                for job in as_completed(jobs):
+                    job.result()
+                    bar.update()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    bar.close()
+
+
+def collect_clip(config: CollectConfig, index: int) -> Path:
+    """Renders and writes clip number `index`; the same numbers give the same clip on every machine."""
+    town = town_of(config, index)
+    poses = walk(town, frames_of(config.latents), [config.seed, SPLITS.index(config.split), index])
+    frames = render(town, poses, config.intrinsics, config.height, config.width, config.samples).numpy()
+    return write_clip(
+        config.output, clip_name(config, index), frames, poses[::FRAMES_PER_LATENT], config.intrinsics,
+        caption=town.mood, fps=FPS, source=town.source, licence="Apache-2.0", **_settings(config),
+    )  # fmt: skip
+
+
+def town_of(config: CollectConfig, index: int) -> Town:
+    """The town of clip `index`: every clip has its own, train towns have even seeds, held-out towns odd ones."""
+    seed = 2 * (config.seed * 1_000_003 + index) + SPLITS.index(config.split)
+    return Town(config.moods[index % len(config.moods)], seed)
+
+
+def clip_name(config: CollectConfig, index: int) -> str:
+    return f"blocks-{index:05d}"
+
+
+def _settings(config: CollectConfig) -> dict:
+    return {"latents": config.latents, "height": config.height, "width": config.width, "samples": config.samples}
+
+
+def _finished(config: CollectConfig, index: int) -> bool:
+    """Whether the clip is there; ValueError when another clip has its place."""
+    folder = config.output / clip_name(config, index)
+    if not folder.exists():
+        return False
+    wanted = {"source": town_of(config, index).source, **_settings(config)}
+    meta = read_meta(folder)
+    for key, value in wanted.items():
+        if meta.get(key) != value:
+            raise ValueError(
+                f"{folder}: expected a clip with {key} {value}, found {meta.get(key)}; "
+                "choose another --output, or the settings this folder was begun with"
+            )
+    return True
+
+
+def _moods(text: str) -> tuple[str, ...]:
+    names = tuple(MOODS) if text == "all" else tuple(name for name in text.split(",") if name)
+    for name in names:
+        if name not in MOODS:
+            raise ValueError(f"expected --moods all or some of {', '.join(MOODS)}, got {name!r}")
+    if not names:
+        raise ValueError("expected at least one mood, got none; leave --moods out for all of them")
+    return names

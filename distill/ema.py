@@ -1,0 +1,25 @@
+"""Exponential moving average of a network's weights."""
+
+import torch
+from torch import nn
+
+
+class MovingAverage:
+    """Keeps `average` near `source`: after every step `average = decay average + (1 - decay) source`.
+
+    Before step `start` (counted from 0) the average is a plain copy. The decay is constant, where diffusers' EMAModel
+    ramps it up from 0.
+    """
+
+    def __init__(self, source: nn.Module, average: nn.Module, decay: float, start: int = 0):
+        self.decay, self.start = decay, start
+        self._source, self._average = list(source.parameters()), list(average.parameters())
+        average.requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes in the weights that optimiser step `step` has left."""
+        if step < self.start:
+            torch._foreach_copy_(self._average, self._source)
+        else:
+            torch._foreach_lerp_(self._average, self._source, 1.0 - self.decay)

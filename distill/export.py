@@ -1,0 +1,252 @@
+"""`python -m distill export`: trained networks -> a bundle that `play.py` opens, with start images and a README."""
+
+import argparse
+import json
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from distill.config import Recipe, StageConfig, load_recipe
+from distill.data.clips import list_clips, read_meta
+from distill.data.collect import FPS, CollectConfig
+from distill.data.renderer import render
+from distill.data.town import MOODS, Town
+from distill.data.walker import Gait, Walker
+from distill.evaluate.dreams import load_transformer
+from distill.evaluate.metrics import sharpness, to_unit
+from distill.evaluate.protocol import held_out_town
+from distill.evaluate.report import markdown, table
+from distill.prompts import open_prompts
+from worldmodel.autoencoder import TinyAutoencoder
+from worldmodel.benchmark import describe_commit, describe_machine
+from worldmodel.controls import Envelope
+from worldmodel.rollout import RolloutConfig, with_steps
+from worldmodel.text import PromptBook
+from worldmodel.transformer import CausalWanTransformer
+from worldmodel.world import PromptConfig, World, WorldConfig, replace_folder, save_world
+
+LIMIT = 60e6  # bytes of weights and pictures
+START_SEED = 7001  # of the towns and places of the start images
+CANDIDATES = 4  # places of which the one with most to see becomes a start image
+TITLE = "An endless town of blocks in four moods"
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a bundle is made of besides the networks."""
+
+    images: int = 4  # start images a mood
+    height: int = 96  # pixels, as the footage
+    width: int = 160  # pixels, as the footage
+    dtype: str = "bfloat16"  # of the stored weights
+    steps: int | None = None  # denoising steps a chunk; None = the recipe's `dmd.denoise`
+    sampler: str = "renoise"  # "euler" for a diffusion model that was not distilled
+    seed: int = START_SEED  # of the start images
+
+    def __post_init__(self):
+        if self.images < 1 or self.seed < 0:
+            raise ValueError(
+                f"expected at least one of --images and a --seed of at least 0, got {self.images} and {self.seed}"
+            )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `export`."""
+    default = ExportOptions()
+    parser.add_argument("--config", type=Path, required=True, help="recipe that the networks were trained with")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="the overrides it was trained with; may be repeated",
+    )
+    parser.add_argument(
+        "--transformer", required=True, help="export folder, or the name of a stage of the recipe, e.g. dmd"
+    )
+    parser.add_argument("--autoencoder", required=True, help="export folder, or `autoencoder` for the recipe's own")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="the bundle; an older one is replaced only by a complete one"
+    )
+    parser.add_argument(
+        "--images", type=int, default=default.images, help=f"start images of each mood (default: {default.images})"
+    )
+    parser.add_argument(
+        "--height", type=int, default=default.height, help=f"pixels, as the footage (default: {default.height})"
+    )
+    parser.add_argument(
+        "--width", type=int, default=default.width, help=f"pixels, as the footage (default: {default.width})"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default=default.dtype,
+        help=f"of the stored weights (default: {default.dtype})",
+    )
+    parser.add_argument("--steps", type=int, help="denoising steps a chunk (default: the recipe's dmd.denoise)")
+    parser.add_argument(
+        "--sampler",
+        choices=("renoise", "euler"),
+        default=default.sampler,
+        help="euler for a model that was not distilled (default: renoise)",
+    )
+    parser.add_argument("--seed", type=int, default=default.seed, help=f"of the start images (default: {default.seed})")
+    parser.add_argument("--evaluation", type=Path, help="JSON of `evaluate`, whose tables go into the README")
+    parser.add_argument("--hardware", help="what the networks were trained on, for the README (default: this machine)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Makes the bundle; ValueError, and an older bundle stays, when anything is wrong."""
+    options = ExportOptions(**{field.name: getattr(args, field.name) for field in fields(ExportOptions)})
+    if args.output.exists() and not (args.output / "world.yaml").is_file():
+        raise ValueError(f"expected --output as a new name or an older bundle, {args.output} is something else")
+    recipe = load_recipe(args.config, args.set)
+    folder = recipe.export_folder(args.transformer)
+    dtype = getattr(torch, options.dtype)
+    transformer = load_transformer(folder, torch.device("cpu"), dtype)
+    autoencoder = _load_autoencoder(recipe.export_folder(args.autoencoder), dtype)
+    stored = folder / "prompts.safetensors"
+    prompts = PromptBook.load(stored) if stored.is_file() else open_prompts(recipe, MOODS)
+    evaluation = _read_evaluation(args.evaluation) if args.evaluation else None
+    config = world_config(args.output.name, recipe, options)
+    networks = transformer, autoencoder
+    pictures = start_images(options)
+    size = _check_size(networks, pictures)
+    readme = make_readme(args, recipe, config, networks, evaluation)
+    draft = args.output.with_name(f".{args.output.name}.draft")
+    try:
+        save_world(draft, config, *networks, prompts, pictures, readme)
+        World.from_pretrained(draft)  # what does not open does not replace what does
+        replace_folder(draft, args.output)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    print(f"{args.output}: {size / 1e6:.1f} MB; play it with: python play.py --world {shlex.quote(str(args.output))}")
+
+
+def world_config(name: str, recipe: Recipe, options: ExportOptions) -> WorldConfig:
+    """`world.yaml`: the walker's gait is the envelope, what stage 3 rolled out with is the rollout."""
+    gait, dmd = Gait(), recipe.dmd
+    envelope = Envelope(
+        forward=gait.walk, strafe=gait.strafe, vertical=0.0, run=gait.run, yaw=gait.yaw, pitch=gait.pitch,
+        pitch_limit=gait.pitch_limit, smoothing=0.5, style="walk",
+    )  # fmt: skip
+    rollout = RolloutConfig(
+        steps=tuple(round(step) for step in dmd.denoise), first_steps=tuple(round(step) for step in dmd.first_denoise),
+        shift=dmd.shift, chunk=dmd.chunk, window=dmd.window, sinks=dmd.sinks, sampler=options.sampler,
+    )  # fmt: skip
+    if options.steps is not None:
+        rollout = with_steps(rollout, options.steps)
+    if options.sampler == "euler":
+        rollout = replace(rollout, first_steps=rollout.steps)
+    footage = CollectConfig("blocks", Path(), height=options.height, width=options.width)
+    return WorldConfig(
+        name=name, title=TITLE, height=options.height, width=options.width, fps=float(FPS),
+        intrinsics=footage.intrinsics, envelope=envelope, rollout=rollout, prompts=PromptConfig(next(iter(MOODS))),
+        licence="Apache-2.0",
+    )  # fmt: skip
+
+
+def start_images(options: ExportOptions) -> dict[str, list[np.ndarray]]:
+    """Pictures uint8 [H, W, 3] of streets of held-out towns, by mood."""
+    intrinsics = CollectConfig("blocks", Path(), height=options.height, width=options.width).intrinsics
+    images: dict[str, list[np.ndarray]] = {mood: [] for mood in MOODS}
+    for index in tqdm(range(len(MOODS) * options.images), "start images", unit="picture"):
+        town = held_out_town(options.seed, index)
+        poses = np.stack([Walker(town, [options.seed, index, candidate]).pose() for candidate in range(CANDIDATES)])
+        views = render(town, poses, intrinsics, options.height, options.width)
+        images[town.mood].append(views[int(sharpness(to_unit(views)).argmax())].numpy())
+    return images
+
+
+def make_readme(
+    args: argparse.Namespace, recipe: Recipe, config: WorldConfig,
+    networks: tuple[CausalWanTransformer, TinyAutoencoder], evaluation: dict | None,
+) -> str:  # fmt: skip
+    """How the bundle was made, and what it can do."""
+    machine = describe_machine(torch.device("cpu"))
+    hardware = args.hardware or f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}"
+    counts = [f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M" for network in networks]
+    parts = [
+        f"# {config.name}",
+        f"{config.title}. {config.height}x{config.width} pixels, {config.fps:g} frames a second; transformer "
+        f"{counts[0]} parameters, autoencoder {counts[1]}, {args.dtype}.",
+        f"Walk in it: `python play.py --world {shlex.quote(str(args.output))}`.",
+        "## How it was made",
+        f"Export: `python -m distill {shlex.join(sys.argv[1:])}`  \nCommit: {describe_commit()}  \nHardware: {hardware}  \n"
+        f"Seeds: training {recipe.run.seed}, start images {args.seed}",
+        _footage(recipe),
+        _stage_table(args, recipe),
+        f"Recipe `{args.config}`:",
+        f"```yaml\n{args.config.read_text(encoding='utf-8').strip()}\n```",
+        "## What it can do",
+        markdown(evaluation) if evaluation else "Not evaluated: see `python -m distill evaluate --help`.",
+    ]
+    return "\n\n".join(parts).strip() + "\n"
+
+
+def _footage(recipe: Recipe) -> str:
+    """The commands that made the footage, told from the clips themselves."""
+    try:
+        folders = list_clips(recipe.data.root)
+    except ValueError:
+        return f"The footage `{recipe.data.root}` was not there at export."
+    meta = read_meta(folders[0])
+    if not meta["source"].startswith("blocks:"):
+        return f"{len(folders)} clips in `{recipe.data.root}`, the first from {meta['source'] or 'an unnamed source'}."
+    seed = Town.from_source(meta["source"]).seed // 2 // 1_000_003  # as `collect` numbers its towns
+    sizes = " ".join(f"--{name} {meta[name]}" for name in ("latents", "height", "width", "samples"))
+    root = recipe.data.root
+    return (
+        f"Footage: `python -m distill collect blocks --output {root} --clips {len(folders)} {sizes} --seed {seed}`, "
+        f"encoded by `python -m distill encode --clips {root} --autoencoder "
+        f"{recipe.export_folder(recipe.data.autoencoder or 'autoencoder')}`."
+    )
+
+
+def _stage_table(args: argparse.Namespace, recipe: Recipe) -> str:
+    """Steps and hours of every stage that left metrics in the run folder."""
+    lines, overrides = [], "".join(f" --set {shlex.quote(override)}" for override in args.set)
+    for stage in (field.name for field in fields(recipe) if isinstance(getattr(recipe, field.name), StageConfig)):
+        path = Path(recipe.run.folder) / stage / "metrics.jsonl"
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        records = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        if records:
+            settings, hours = getattr(recipe, stage), sum(record["seconds"] for record in records) / 3600
+            command = f"`python -m distill train {args.config} --stage {stage}{overrides}`"
+            lines.append([command, str(records[-1]["step"]), str(settings.batch), f"{settings.lr:g}", f"{hours:.2f}"])
+    if not lines:
+        return f"The run folder `{recipe.run.folder}` was not there at export: no figures of the training."
+    return table(["command", "steps", "batch", "learning rate", "hours"], lines)
+
+
+def _load_autoencoder(folder: Path, dtype: torch.dtype) -> TinyAutoencoder:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"expected an autoencoder's folder with config.json, got {folder}: train one first")
+    return TinyAutoencoder.from_pretrained(folder, torch_dtype=dtype).eval()
+
+
+def _read_evaluation(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        markdown(found)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"expected --evaluation as the JSON that `distill evaluate` writes, got {path}") from None
+    return found
+
+
+def _check_size(networks: tuple, pictures: dict[str, list[np.ndarray]]) -> int:
+    """Bytes of the bundle, pictures counted uncompressed; ValueError above LIMIT."""
+    weights = sum(p.numel() * p.element_size() for network in networks for p in network.state_dict().values())
+    size = weights + sum(picture.nbytes for group in pictures.values() for picture in group)
+    if size > LIMIT:
+        raise ValueError(
+            f"expected at most {LIMIT / 1e6:.0f} MB in a bundle, these weights and pictures are {size / 1e6:.1f} MB: "
+            "use bfloat16 or a smaller model"
+        )
+    return size

@@ -1,0 +1,177 @@
+"""The folder of one stage's run: checkpoints that survive `kill -9`, metrics, pictures, the exported result.
+
+    runs/<recipe>/<stage>/
+        checkpoints/step-00000500/   one safetensors file a network and an optimiser, random.safetensors, state.json
+        metrics.jsonl                one line a log step
+        samples/step-00000500.png
+        export/                      what the next stage and the bundle start from
+
+Everything is written under another name and renamed. Nothing is pickled.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+KEEP = 2  # checkpoints
+
+
+class RunFolder:
+    """Reads and writes one stage's run; `config` is the plain dictionary that a checkpoint must agree with."""
+
+    def __init__(self, root: Path, config: dict):
+        self.root, self.config = Path(root), config
+        self.checkpoints = self.root / "checkpoints"
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint, or None."""
+        return max(self.checkpoints.glob("step-*"), default=None)
+
+    def save(self, step: int, stage, generator: torch.Generator, drawn: int) -> Path:
+        """Writes all that the next step depends on; `drawn` samples have been taken from the dataset so far."""
+        final = self.checkpoints / f"step-{step:08d}"
+        with replacing(final) as folder:
+            for name, module in stage.modules.items():
+                save_file(_tensors(module), folder / f"{name}.safetensors")
+            for name, optimizer in stage.optimizers.items():
+                save_file(_flatten(optimizer), folder / f"optimizer-{name}.safetensors")
+            save_file(_random_state(generator), folder / "random.safetensors")
+            state = {"step": step, "drawn": drawn, "config": self.config}
+            (folder / "state.json").write_text(json.dumps(state, indent=1))
+        for old in sorted(self.checkpoints.glob("step-*"))[:-KEEP]:
+            shutil.rmtree(old)
+        return final
+
+    def restore(self, stage, generator: torch.Generator) -> tuple[int, int]:
+        """Puts the newest checkpoint into `stage` and `generator`; returns (step, drawn). (0, 0) where there is none.
+
+        ValueError when the checkpoint belongs to another config or is not what this stage needs.
+        """
+        folder = self.newest()
+        if folder is None:
+            return 0, 0
+        try:
+            state = json.loads((folder / "state.json").read_text())
+            self._check_config(state["config"], folder)
+            for name, module in stage.modules.items():
+                module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+            for name, optimizer in stage.optimizers.items():
+                _unflatten(optimizer, load_file(folder / f"optimizer-{name}.safetensors"))
+            _restore_random(load_file(folder / "random.safetensors"), generator)
+        except (OSError, RuntimeError, KeyError, SafetensorError, json.JSONDecodeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"the checkpoint {folder} cannot be read ({reason}): remove that folder to go on from the one before"
+            ) from error
+        self._drop_metrics_after(state["step"])
+        return state["step"], state["drawn"]
+
+    def log(self, line: dict) -> None:
+        """Appends one line to metrics.jsonl."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def picture(self, step: int, image: np.ndarray) -> None:
+        """Keeps a sample picture, uint8 RGB [H, W, 3]."""
+        (self.root / "samples").mkdir(parents=True, exist_ok=True)
+        encoded = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1]
+        (self.root / "samples" / f"step-{step:08d}.png").write_bytes(encoded.tobytes())
+
+    def export(self, stage) -> Path:
+        """Writes the stage's result to `export/`; the one before stays until the new one is complete."""
+        final = self.root / "export"
+        with replacing(final) as folder:
+            stage.export(folder)
+        return final
+
+    def _check_config(self, saved: dict, folder: Path) -> None:
+        for section in self.config:
+            for key, value in self.config[section].items():
+                if saved.get(section, {}).get(key) != value:
+                    was = saved.get(section, {}).get(key)
+                    raise ValueError(
+                        f"{folder} was trained with {section}.{key} = {was}, not {value}: "
+                        "set it back, or give this run another run.folder"
+                    )
+
+    def _drop_metrics_after(self, step: int) -> None:
+        """Steps after the checkpoint are done again, so their lines go."""
+        path = self.root / "metrics.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
+            part = path.with_suffix(".partial")
+            part.write_text("".join(lines))
+            part.replace(path)
+
+
+@contextmanager
+def replacing(final: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name `final` once the block has ended well."""
+    part = final.with_name(f".{final.name}.partial")
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(part, ignore_errors=True)  # left over from a killed run
+    part.mkdir(parents=True)
+    try:
+        yield part
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(part, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _step_of(line: str) -> float:
+    """Step of a metrics line; a line that a killed run left half written counts as later than all."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+
+
+def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{name}": tensor.contiguous() for index, values in state.items() for name, tensor in values.items()
+    }
+
+
+def _unflatten(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The groups (learning rate, betas) are those of the config, not of the file."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _random_state(generator: torch.Generator) -> dict[str, Tensor]:
+    """The stage's own generator, and torch's global ones."""
+    states = {"stage": generator.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _restore_random(states: dict[str, Tensor], generator: torch.Generator) -> None:
+    generator.set_state(states["stage"])
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,0 +1,112 @@
+"""Stage 3, asymmetric DMD: the student dreams whole clips and learns what a bidirectional model thinks of them."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from distill.config import Recipe
+from distill.objectives.distribution_matching import (
+    RolloutDraws,
+    critic_loss,
+    distribution_gradient,
+    distribution_loss,
+    score_sigma,
+    self_rollout,
+)
+from distill.objectives.flow_matching import GRID, draw_index
+from distill.stages.stage import Loss, TransformerStage, Windows, bidirectional, make_optimizer
+from worldmodel.rollout import Rollout, RolloutConfig
+
+
+class DmdStage(TransformerStage):
+    """`critic_updates` steps of the fake score, then one of the student, each on fresh cameras and a fresh rollout."""
+
+    def __init__(self, recipe: Recipe, device: torch.device):
+        config = recipe.dmd
+        if not config.init or not config.real:
+            raise ValueError(
+                "dmd.init and dmd.real must name exports: the student's start and the network that scores real data"
+            )
+        super().__init__(recipe, config, device)
+        self.real = self.load_frozen(config.real)
+        self.critic = self.load(config.critic or config.real)
+        self.modules["critic"] = self.critic
+        self.optimizers["critic"] = make_optimizer(self.critic, config.critic_lr, recipe.optimiser)
+        self.batches = config.critic_updates + 1
+
+    def losses(self, batch: dict, step: int, generator: torch.Generator) -> Iterator[Loss]:
+        *critic_parts, student_part = self.prepare(batch, generator).split(self.config.batch)
+        for windows in critic_parts:
+            with torch.no_grad():
+                samples = self.dream_along(windows, generator, grad=False)
+            sigma, noise = self._score_draws(samples, generator)
+            yield (
+                "critic",
+                critic_loss(bidirectional(self.critic, windows), samples, sigma, noise, **self._reading()),
+                {},
+            )
+        yield "student", *self._student_loss(student_part, generator)
+
+    def _student_loss(self, windows: Windows, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        samples = self.dream_along(windows, generator, grad=True)
+        sigma, noise = self._score_draws(samples, generator)
+        gradient = distribution_gradient(
+            samples.detach(),
+            sigma,
+            noise,
+            fake=bidirectional(self.critic, windows),
+            real=bidirectional(self.real, windows),
+            real_unconditional=bidirectional(self.real, windows.without_text()),
+            guidance=self.config.guidance,
+            **self._reading(),
+        )
+        return distribution_loss(samples, gradient), {
+            "gradient": gradient.abs().mean(),
+            "spread": samples.detach().std(),
+        }
+
+    def dream_along(self, windows: Windows, generator: torch.Generator, *, grad: bool) -> Tensor:
+        """A self-rollout along the windows' cameras, `[B, C, F, h, w]`; a share begins with the true first chunk."""
+        latents, chunk = windows.latents, self.config.chunk
+        batch, _, _, height, width = latents.shape
+        rollout = Rollout(
+            self.student, windows.text, self.sampling(), batch=batch, height=height, width=width, device=self.device
+        )
+        draws = self._rollout_draws(latents.shape, generator)
+        given = chunk if torch.rand((), generator=generator, device=generator.device) < self.config.start_share else 0
+        if given:
+            rollout.commit(latents[:, :, :given], windows.viewmats[:, :given], windows.intrinsics[:, :given])
+        draws = RolloutDraws(draws.noise[:, :, given:], draws.exit, draws.first_exit)
+        cameras = windows.viewmats[:, given:], windows.intrinsics[:, given:]
+        dreamed = self_rollout(rollout, *cameras, draws, grad=grad, generator=generator)
+        return torch.cat([latents[:, :, :given], dreamed], dim=2)
+
+    def sampling(self) -> RolloutConfig:
+        config = self.config
+        return RolloutConfig(
+            steps=config.denoise,
+            first_steps=config.first_denoise,
+            shift=config.shift,
+            chunk=config.chunk,
+            window=config.window,
+            sinks=config.sinks,
+            cache_gradient=config.cache_gradient,
+        )
+
+    def _rollout_draws(self, shape: torch.Size, generator: torch.Generator) -> RolloutDraws:
+        def below(count: int) -> int:
+            return int(torch.randint(count, (), generator=generator, device=generator.device))
+
+        noise = torch.randn(shape, generator=generator, device=generator.device).to(self.device)
+        return RolloutDraws(noise, below(len(self.config.denoise)), below(len(self.config.first_denoise)))
+
+    def _score_draws(self, samples: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """One noise level a sample, `[B, F]`, and noise like the samples."""
+        batch, _, frames = samples.shape[:3]
+        index = draw_index(batch, frames, frames, GRID, generator).to(self.device)
+        noise = torch.randn(samples.shape, generator=generator, device=generator.device).to(self.device)
+        return score_sigma(index, self.config.shift, self.config.clamp), noise
+
+    def _reading(self) -> dict:
+        return {"lookup": self.config.sigma_lookup, "shift": self.config.shift}

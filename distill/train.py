@@ -1,0 +1,266 @@
+"""The one training loop. Stages say what a loss is; this does the rest: batches, precision, clipping, learning rate,
+averages, checkpoints, metrics, pictures. A killed run goes on from its last checkpoint as if nothing had happened.
+"""
+
+import argparse
+import importlib.util
+import math
+import signal
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import default_collate
+from tqdm import tqdm
+
+from distill.config import Recipe, StageConfig, TransformerConfig, as_dict, load_recipe
+from distill.run_folder import RunFolder
+from distill.stages import STAGES, build_stage
+from distill.stages.stage import Stage
+
+# What a continued run may change without becoming another run.
+FREE = {"steps", "sample_steps", "autoencoder", "root"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="recipe, a YAML file such as configs/blocks/cpu.yaml")
+    parser.add_argument("--stage", required=True, choices=list(STAGES), help="stage of the recipe to train")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. dmd.lr=2e-5; may be repeated"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    parser.add_argument("--export-only", action="store_true", help="write the newest checkpoint's export/ and stop")
+
+
+def run(args: argparse.Namespace) -> None:
+    train(load_recipe(args.config, args.set), args.stage, resume=args.resume, export_only=args.export_only)
+
+
+def train(recipe: Recipe, name: str, *, resume: bool = False, export_only: bool = False) -> Path:
+    """Trains stage `name` of a recipe to its end and returns the folder of the exported result.
+
+    SIGTERM and Ctrl-C leave a checkpoint and stop. ValueError for a run folder that is in use without `resume` or belongs
+    to another config, and for a loss that is no number.
+    """
+    config: StageConfig = getattr(recipe, name)
+    folder = RunFolder(Path(recipe.run.folder) / name, _identity(recipe, name))
+    if folder.newest() and not (resume or export_only):
+        raise ValueError(
+            f"{folder.root} holds a run already ({folder.newest().name}): add --resume, or choose another run.folder"
+        )
+    if export_only and not folder.newest():
+        raise ValueError(f"{folder.root} has no checkpoint to export: train the stage first")
+    accelerator = Accelerator(cpu=recipe.run.device == "cpu", log_with=_trackers(), project_dir=folder.root)
+    if recipe.run.device == "cuda" and accelerator.device.type != "cuda":
+        raise ValueError("run.device is cuda, but torch sees no such device: set it to auto or cpu")
+    torch.manual_seed(recipe.run.seed)
+    stage = build_stage(name, recipe, accelerator.device)
+    generator = torch.Generator(accelerator.device).manual_seed(recipe.run.seed)
+    for optimizer in stage.optimizers.values():
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    step, drawn = folder.restore(stage, generator)
+    if not export_only:
+        accelerator.init_trackers("tensorboard")
+        _loop(recipe, config, stage, folder, generator, accelerator, step, drawn)
+        accelerator.end_training()
+    return folder.export(stage)
+
+
+def _loop(
+    recipe: Recipe, config: StageConfig, stage: Stage, folder: RunFolder, generator, accelerator, step: int, drawn: int
+) -> None:
+    """Steps `step` .. `config.steps`, or until a signal asks to stop."""
+    options, autocast = (
+        recipe.run,
+        torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.run.precision == "bfloat16"),
+    )
+    count, saved, meter = config.batch * stage.batches, time.monotonic(), Meter()
+    with (
+        StopRequest() as stop,
+        Batches(stage, count, recipe.run.seed, drawn) as batches,
+        tqdm(total=config.steps, initial=step, unit="step") as bar,
+    ):
+        while step < config.steps and not stop.requested:
+            _set_learning_rate(stage, config, step)
+            with autocast:
+                losses = stage.losses(next(batches), step, generator)
+            for name, loss, metrics in _under(autocast, losses):
+                meter.add(name, loss, _update(stage, name, loss, step, recipe.optimiser.grad_clip), metrics)
+            step, drawn = step + 1, drawn + count
+            bar.update()
+            save = _due(step, config, options, saved, stop.requested)
+            if save or step % options.log_every == 0:
+                line = meter.line(step, count, {name: o.param_groups[0]["lr"] for name, o in stage.optimizers.items()})
+                folder.log(line)
+                accelerator.log({key: value for key, value in line.items() if key != "step"}, step=step)
+                bar.set_postfix({key: f"{value:.4f}" for key, value in line.items() if key.startswith("loss/")})
+            if options.sample_every and step % options.sample_every == 0:
+                _picture(stage, folder, step, recipe.run.seed, autocast, accelerator.device)
+            if save:
+                folder.save(step, stage, generator, drawn)
+                saved = time.monotonic()
+    if step < config.steps:
+        print(f"stopped at step {step} of {config.steps}; --resume goes on from there")
+
+
+def _update(stage: Stage, name: str, loss: Tensor, step: int, grad_clip: float) -> Tensor:
+    """One backward pass and optimiser step; returns the gradient's global norm before clipping."""
+    optimizer = stage.optimizers[name]
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], grad_clip)
+    optimizer.step()
+    if name in stage.averages:
+        stage.averages[name].update(step)
+    return norm
+
+
+def _under(autocast, losses: Iterator) -> Iterator:
+    """The losses, each computed under autocast; what the loop does with them is not."""
+    while True:
+        with autocast:
+            item = next(losses, None)
+        if item is None:
+            return
+        yield item
+
+
+def learning_rate_factor(config: StageConfig, step: int) -> float:
+    """Share of the peak learning rate at a step: linear rise, plateau, decay from `decay_from` to `lr_end`."""
+    rise = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    if config.decay == "constant" or config.decay_from >= 1.0:
+        return rise
+    progress = max(0.0, (step / config.steps - config.decay_from) / (1.0 - config.decay_from))
+    left = 1.0 - progress if config.decay == "linear" else (1.0 + math.cos(math.pi * progress)) / 2
+    return rise * (config.lr_end + (1.0 - config.lr_end) * left)
+
+
+def _set_learning_rate(stage: Stage, config: StageConfig, step: int) -> None:
+    factor = learning_rate_factor(config, step)
+    for optimizer in stage.optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
+def _due(step: int, config: StageConfig, options, saved: float, stopping: bool) -> bool:
+    """Whether to write a checkpoint after this step."""
+    by_steps = options.checkpoint_every and step % options.checkpoint_every == 0
+    by_time = options.checkpoint_minutes and time.monotonic() - saved >= 60 * options.checkpoint_minutes
+    return bool(by_steps or by_time or stopping or step == config.steps)
+
+
+def _picture(stage: Stage, folder: RunFolder, step: int, seed: int, autocast, device) -> None:
+    """Samples with a generator of their own, so that pictures do not change the training."""
+    with autocast:
+        image = stage.sample(torch.Generator(device).manual_seed(seed))
+    if image is not None:
+        folder.picture(step, image)
+
+
+class Meter:
+    """Means of losses, gradient norms and metrics since the last line. Sums stay on the device until then."""
+
+    def __init__(self):
+        self._sums: dict[str, Tensor | float] = defaultdict(float)
+        self._counts: dict[str, int] = defaultdict(int)
+        self._step, self._since = None, time.monotonic()
+
+    def add(self, name: str, loss: Tensor, norm: Tensor, metrics: dict[str, float | Tensor]) -> None:
+        values = {
+            f"loss/{name}": loss.detach(),
+            f"grad_norm/{name}": norm.detach(),
+            **{f"{name}/{key}": v for key, v in metrics.items()},
+        }
+        for key, value in values.items():
+            self._sums[key] = self._sums[key] + value
+            self._counts[key] += 1
+
+    def line(self, step: int, samples: int, rates: dict[str, float]) -> dict[str, float]:
+        """One line of metrics.jsonl; ValueError when a loss or gradient is no number: such weights are not saved."""
+        means = {key: float(total) / self._counts[key] for key, total in self._sums.items()}
+        for key, value in means.items():
+            if key.startswith(("loss/", "grad_norm/")) and not math.isfinite(value):
+                raise ValueError(
+                    f"{key} became {value} before step {step}: lower the learning rate and start from the last export"
+                )
+        seconds = time.monotonic() - self._since
+        steps = max(count for key, count in self._counts.items()) if self._step is None else step - self._step
+        self._sums.clear()
+        self._counts.clear()
+        self._step, self._since = step, time.monotonic()
+        rates = {f"lr/{name}": rate for name, rate in rates.items()}
+        return {
+            "step": step,
+            **means,
+            **rates,
+            "seconds": seconds,
+            "samples_per_second": steps * samples / max(seconds, 1e-9),
+        }
+
+
+class Batches:
+    """Endless collated batches from a stage's dataset; the next one is fetched while the current one is trained on."""
+
+    def __init__(self, stage: Stage, count: int, seed: int, drawn: int):
+        self._stage, self._count, self._seed, self._drawn = stage, count, seed, drawn
+        self._dataset, self._pool = stage.dataset(), ThreadPoolExecutor(1)
+
+    def __enter__(self) -> "Batches":
+        self._next = self._pool.submit(self._fetch, self._drawn)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def __next__(self) -> dict:
+        batch = self._next.result()
+        self._drawn += self._count
+        self._next = self._pool.submit(self._fetch, self._drawn)
+        return batch
+
+    def _fetch(self, drawn: int) -> dict:
+        return default_collate([self._dataset[index] for index in self._stage.indices(drawn, self._count, self._seed)])
+
+
+class StopRequest:
+    """SIGTERM and the first Ctrl-C ask the loop to stop after the current step; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _identity(recipe: Recipe, name: str) -> dict:
+    """The options that make a run this run and no other."""
+    config = getattr(recipe, name)
+    sections = {"data": recipe.data, "optimiser": recipe.optimiser, name: config}
+    if isinstance(config, TransformerConfig):
+        sections["model"] = recipe.model
+    kept = {
+        section: {k: v for k, v in as_dict(values).items() if k not in FREE} for section, values in sections.items()
+    }
+    return {**kept, "run": {"seed": recipe.run.seed, "precision": recipe.run.precision}}
+
+
+def _trackers() -> list[str]:
+    return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []

@@ -1,0 +1,56 @@
+"""A tiny random world, made on the spot: 32x48 pixels, two layers, seconds on one core."""
+
+import numpy as np
+import pytest
+import torch
+
+from worldmodel.autoencoder import TinyAutoencoder
+from worldmodel.controls import Envelope
+from worldmodel.rollout import RolloutConfig
+from worldmodel.text import PromptBook
+from worldmodel.transformer import CausalWanTransformer
+from worldmodel.world import PromptConfig, World, WorldConfig, save_world
+
+
+def make_tiny_bundle(folder, **rollout):
+    """Writes a complete bundle with random weights to `folder`; `rollout` overrides its RolloutConfig."""
+    torch.manual_seed(7)
+    transformer = CausalWanTransformer(
+        num_attention_heads=2, attention_head_dim=24, text_dim=8, freq_dim=16, ffn_dim=64, num_layers=2
+    )
+    for block in transformer.blocks:  # zero at the start of training; here the camera must matter
+        torch.nn.init.normal_(block.attn1.prope_out.weight, std=0.2)
+    autoencoder = TinyAutoencoder(
+        encoder_widths=(8, 8, 8, 8), encoder_blocks=(1, 1, 1), decoder_widths=(8, 8, 8, 8), decoder_blocks=(1, 1, 1)
+    )
+    config = WorldConfig(
+        name="tiny",
+        title="Random noise to walk in",
+        height=32,
+        width=48,
+        fps=16.0,
+        intrinsics=(0.5, 0.75, 0.5, 0.5),
+        envelope=Envelope(forward=0.5, strafe=0.5, yaw=6.0, pitch=4.0),
+        rollout=RolloutConfig(**{"window": 4, **rollout}),
+        prompts=PromptConfig(default="grey"),
+        licence="CC0-1.0",
+    )
+    draw = np.random.default_rng(0)
+    pictures = {
+        name: [draw.integers(0, 256, (32, 48, 3), dtype=np.uint8) for _ in range(2)] for name in ("grey", "loud")
+    }
+    prompts = PromptBook({"grey": torch.randn(3, 8), "loud": torch.randn(3, 8)}, {"grey": "grey noise"})
+    save_world(folder, config, transformer, autoencoder, prompts, pictures, readme="# tiny\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory):
+    """Folder of the tiny world; read only."""
+    return make_tiny_bundle(tmp_path_factory.mktemp("worlds") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tiny_bundle):
+    """The tiny world, opened in float32 on the CPU."""
+    return World.from_pretrained(tiny_bundle, dtype=torch.float32)

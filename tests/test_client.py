@@ -1,0 +1,371 @@
+"""The client without a window: the loop on a clock that only the test turns, the command line, the headless walk."""
+
+import importlib.util
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from worldmodel.client.bindings import Bindings
+from worldmodel.client.loop import MARGIN, Loop, LoopOptions
+from worldmodel.client.pacer import Frame, Pacer
+from worldmodel.client.paths import tour, written_path
+from worldmodel.client.scenes import Scene, Scenes
+from worldmodel.controls import Envelope
+from worldmodel.world import WorldConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVELOPE = Envelope(forward=0.5, strafe=0.4, yaw=6.0, pitch=0.0)
+LATENT = 0.25  # seconds of video
+TICK = 0.001  # seconds; how finely the fake clock moves
+
+
+class FakeSession:
+    """Takes `seconds` a step on the fake clock; its pictures are numbered, so that lost or stale ones show."""
+
+    def __init__(self, machine, scene, number):
+        self.machine, self.scene, self.number = machine, scene, number
+        self.poses = [np.eye(4)]
+
+    def start(self):
+        return self._chunk(1, 0)
+
+    def step(self, c2w):
+        self.machine.begun.append(self.machine.clock())
+        self.machine.spend(self.machine.step_seconds())
+        self.poses.extend(c2w)
+        return self._chunk(4, len(self.poses) - 1)
+
+    def _chunk(self, frames, index):
+        pictures = np.zeros((frames, 2, 2, 3), np.uint8)
+        pictures[..., 0] = self.number
+        return SimpleNamespace(frames=pictures, index=index, latents=1, timings={"network": 1.0})
+
+
+class FakeRecorder:
+    def __init__(self, folder):
+        self.folder, self.error, self.taken, self.closed = folder, None, [], False
+
+    def write(self, chunk, c2w, keys=()):
+        self.taken.append((chunk.index, keys))
+        return self.error is None
+
+    def close(self):
+        self.closed = True
+
+
+class FakeScenes:
+    name, fps, chunk, frames_per_latent, window, envelope = "fake", 16, 1, 4, 12, ENVELOPE
+
+    def __init__(self, machine):
+        self.machine, self.sessions, self.recorders = machine, [], []
+
+    def open(self, scene):
+        self.sessions.append(FakeSession(self.machine, scene, len(self.sessions)))
+        return self.sessions[-1], replace(scene, prompt=scene.prompt or "meadow")
+
+    def record(self, folder, session):
+        self.recorders.append(FakeRecorder(folder))
+        return self.recorders[-1]
+
+    def next_mood(self, scene):
+        return Scene("snow", None, scene.seed)
+
+
+class Machine:
+    """One thread plays all parts: while the generator sleeps or computes, the window ticks every millisecond."""
+
+    def __init__(self, step_seconds=0.06, options=LoopOptions()):
+        self.step_seconds = step_seconds if callable(step_seconds) else lambda: step_seconds
+        self.milliseconds, self.begun, self.seen, self.plan = 0, [], [], []
+        self.scenes = FakeScenes(self)
+        self.loop = Loop(lambda tell: self.scenes, options, clock=self.clock, sleep=self.sleep)
+
+    def clock(self):
+        return self.milliseconds / 1000
+
+    def spend(self, seconds):
+        for _ in range(max(1, round(seconds / TICK))):
+            self.milliseconds += 1
+            now = self.clock()
+            while self.plan and self.plan[0][0] <= now:
+                self.plan.pop(0)[1](now)
+            frame = self.loop.pacer.take(now) if self.loop.pacer else None
+            if frame:
+                self.seen.append((now, frame))
+                self.loop.pacer.shown(frame, now)
+
+    def sleep(self, seconds):
+        """As the loop's own: a command wakes it."""
+        for _ in range(max(1, round(seconds / TICK))):
+            if self.loop._wake.is_set():
+                break
+            self.spend(TICK)
+
+    def at(self, seconds, action):
+        """Plan `action(now)`; the start of the loop is second 0."""
+        self.plan = sorted([*self.plan, (seconds, action)], key=lambda item: item[0])
+
+    def play(self, seconds):
+        if self.loop.pacer is None:
+            self.loop.open()
+        while self.clock() < seconds:
+            self.loop.turn()
+        return self
+
+    @property
+    def gaps(self):
+        return np.diff([moment for moment, _ in self.seen])
+
+
+def test_a_key_is_on_screen_within_one_chunk_and_one_step():
+    """The latency regression test: whatever the phase of the key, chunk + step + margin is the most it may take."""
+    machine = Machine(step_seconds=0.06)
+    presses = [2 + 0.433 * n for n in range(60)]  # 433 ms against 250 ms: every phase comes up
+    for moment in presses:
+        machine.at(moment, partial(machine.loop.press, "forward"))
+        machine.at(moment + 0.2, partial(machine.loop.release, "forward"))
+        machine.at(moment + 0.1, partial(machine.loop.press, "look_up"))  # locked here: shows nothing, counts nothing
+    machine.play(29.0)
+    samples = np.array(machine.loop.pacer._latencies)
+    assert len(samples) == 2 * len(presses)
+    assert samples.max() <= LATENT + 0.06 + MARGIN + 3 * TICK
+    assert 0.06 < samples.min() < 0.06 + MARGIN + 0.02
+    assert machine.loop.pacer.latency()[0] == pytest.approx(LATENT / 2 + 0.06 + MARGIN, abs=0.02)
+    assert machine.loop.pacer.late == 0 and machine.loop.pacer.dropped == 0
+    walked = machine.scenes.sessions[0].poses[-1][2, 3]
+    assert walked == pytest.approx(60 * 0.2 / LATENT * ENVELOPE.forward, rel=1e-3)
+
+
+@pytest.mark.parametrize("step_seconds", [0.01, 0.12, 0.24])
+def test_a_fast_generator_waits_for_the_screen(step_seconds):
+    machine = Machine(step_seconds).play(10.0)
+    assert machine.gaps[8:] == pytest.approx(1 / 16, abs=2 * TICK)
+    chunks = [frame.latent for _, frame in machine.seen]
+    assert chunks == sorted(chunks) and np.all(np.bincount(chunks)[1:-2] == 4)  # none is lost
+    assert np.diff(machine.begun[4:]) == pytest.approx(LATENT, abs=3 * TICK)
+    # never more than one chunk ahead: when a chunk begins, its first frame is due within a chunk's time
+    first_seen = {frame.latent: moment for moment, frame in reversed(machine.seen)}
+    ahead = [first_seen[n + 1] - begun for n, begun in enumerate(machine.begun) if n + 1 in first_seen and n > 4]
+    assert max(ahead) <= min(step_seconds + MARGIN, LATENT) + 3 * TICK
+
+
+def test_a_slow_generator_slows_the_world_evenly():
+    machine = Machine(step_seconds=0.4).play(12.0)
+    assert machine.gaps[20:] == pytest.approx(0.1, abs=3 * TICK)  # four frames in 0.4 s, no bursts
+    assert machine.loop.pacer.dropped == 0
+    assert machine.loop.status.speed == pytest.approx(LATENT / 0.4, abs=0.02)
+    assert machine.loop.pacer.fps(machine.clock()) == pytest.approx(10, abs=0.3)
+
+
+def test_one_slow_step_is_one_late_chunk():
+    durations = iter([0.06] * 20 + [0.8] + [0.06] * 100)
+    machine = Machine(lambda: next(durations)).play(12.0)
+    assert machine.loop.pacer.late == 1 and machine.loop.pacer.dropped == 0
+    assert np.sum(machine.gaps[1:] > 0.1) == 1
+    assert np.diff(machine.begun[-8:]) == pytest.approx(LATENT, abs=3 * TICK)  # it did not start to run ahead
+
+
+def test_a_late_window_drops_frames_but_no_key():
+    pacer = Pacer(fps=16)
+    pacer.put([Frame(np.zeros((1, 1, 3), np.uint8), 1, edges) for edges in ((), (0.01,), (), ())], 0.0, 1 / 16)
+    assert pacer.take(0.0).edges == ()
+    frame = pacer.take(0.2)  # the second and third frame were due meanwhile
+    assert pacer.dropped == 2 and frame.edges == (0.01,)
+    pacer.shown(frame, 0.2)
+    assert pacer.latency() == pytest.approx((0.19, 0.19))
+
+
+def test_restart_shows_nothing_stale_and_records_on(tmp_path):
+    machine = Machine(options=LoopOptions(record=tmp_path / "walk", recordings=tmp_path))
+    (tmp_path / "walk").mkdir()
+    machine.at(1.0, partial(machine.loop.press, "forward"))
+    machine.at(3.0, lambda now: machine.loop.command("next_mood"))
+    machine.play(5.0)
+    sessions, recorders = machine.scenes.sessions, machine.scenes.recorders
+    numbers = [frame.picture[0, 0, 0] for _, frame in machine.seen]
+    assert numbers == sorted(numbers) and set(numbers) == {0, 1}
+    switched = next(moment for moment, frame in machine.seen if frame.picture[0, 0, 0] == 1)
+    assert 3.0 < switched < 3.0 + 0.06 + 3 * TICK  # after the chunk that was under way at the most
+    assert machine.loop.status.scene.prompt == "snow" and "Mood: snow" in machine.loop.notices
+    assert np.array_equal(sessions[1].poses[0], np.eye(4)) and sessions[1].poses[-1][2, 3] > 0  # the key is still held
+    assert recorders[0].closed and not recorders[1].closed
+    assert [index for index, _ in recorders[1].taken][:3] == [0, 1, 2]
+    assert recorders[0].taken[-1][1] == ("forward",)
+
+
+def test_pause_freezes_and_costs_no_time():
+    machine = Machine()
+    machine.at(1.0, partial(machine.loop.press, "forward"))
+    machine.at(4.0, lambda now: machine.loop.command("pause"))
+    machine.at(5.0, partial(machine.loop.look, 5000, 0))
+    machine.at(9.0, lambda now: machine.loop.command("pause"))
+    machine.play(12.0)
+    moments = np.array([moment for moment, _ in machine.seen])
+    assert not np.any((moments > 4.15) & (moments < 9.0))
+    assert not any(4.1 < begun < 8.9 for begun in machine.begun)
+    path = np.array(machine.scenes.sessions[0].poses)
+    steps = np.diff(path[:, 2, 3])
+    assert steps.max() == pytest.approx(ENVELOPE.forward) and np.all(path[:, 0, 2] == 0)  # no leap, no turn
+    frames = [frame.latent for _, frame in machine.seen]
+    assert np.all(np.bincount(frames)[1:-2] == 4)  # what was queued is seen afterwards
+    assert machine.loop.pacer.late == 0 and machine.loop.pacer.latency()[1] < 0.4
+
+
+def test_an_error_becomes_one_sentence_and_saves_the_recording(tmp_path):
+    def breaks():
+        if len(machine.begun) > 5:
+            raise RuntimeError("The card is out of memory.\nTraceback of a library")
+        return 0.06
+
+    machine = Machine(breaks, LoopOptions(record=tmp_path / "walk"))
+    machine.loop.run()
+    assert machine.loop.status.phase == "failed" and machine.loop.status.error == "The card is out of memory."
+    assert machine.scenes.recorders[0].closed
+
+
+def test_a_full_disk_ends_the_recording_not_the_walk(tmp_path):
+    machine = Machine(options=LoopOptions(recordings=tmp_path))
+    machine.at(1.0, lambda now: machine.loop.command("record"))
+    machine.at(2.0, lambda now: setattr(machine.scenes.recorders[0], "error", "Recording ended: the disk is full."))
+    machine.play(4.0)
+    assert "Recording ended: the disk is full." in machine.loop.notices
+    assert machine.loop.status.recording is None and machine.loop.status.phase == "running"
+    assert machine.scenes.recorders[0].taken[0][0] in (4, 5)  # it began in the middle
+
+
+def test_a_path_is_walked_until_the_player_takes_over():
+    machine = Machine(options=LoopOptions(path=partial(written_path, "w*4,l*50")))
+    machine.at(3.0, partial(machine.loop.press, "back"))
+    machine.play(5.0)
+    poses = np.array(machine.scenes.sessions[0].poses)
+    assert poses[4, 2, 3] == pytest.approx(4 * ENVELOPE.forward)
+    turned = np.degrees(np.arctan2(poses[:, 0, 2], poses[:, 2, 2]))
+    assert 30 < turned[-1] < 60 and turned[-1] == turned[-4]  # stopped turning at second 3
+    assert poses[-1, 2, 3] < poses[4, 2, 3]
+
+
+def test_tour_and_written_path_stay_inside_the_envelope():
+    path = np.concatenate([np.eye(4)[None], tour(ENVELOPE)])
+    steps = np.linalg.inv(path[:-1]) @ path[1:]
+    assert np.linalg.norm(steps[:, :3, 3], axis=1).max() <= ENVELOPE.forward + 1e-9
+    turns = np.degrees(np.arctan2(steps[:, 0, 2], steps[:, 2, 2]))
+    assert np.abs(turns).max() == pytest.approx(ENVELOPE.yaw) and np.all(path[:, 1, 2] == 0)
+    yaw = np.degrees(np.arctan2(path[:, 0, 2], path[:, 2, 2]))
+    assert yaw.max() >= 90 and abs(yaw[np.argmax(yaw) + 30]) < 1  # away and back
+    with pytest.raises(ValueError, match="'i' is locked"):
+        written_path("w*3,i*2", ENVELOPE)
+
+
+def test_moods_and_towns_go_round(tiny_world):
+    scenes = Scenes(tiny_world)
+    scene = scenes.resolve(Scene())
+    assert scene == Scene("grey", "grey-0", 0)
+    assert scenes.new_town(scene) == Scene("grey", "grey-1", 1)
+    assert scenes.new_town(scenes.new_town(scene)) == Scene("grey", "grey-0", 2)
+    assert scenes.next_mood(scenes.next_mood(scene)) == scene
+    assert scenes.resolve(Scene(image="loud-1")).prompt == "loud"
+
+
+def test_bindings_are_data():
+    bindings = Bindings().rebound("z", "forward")
+    assert bindings.action("z") == "forward" and bindings.action("w") is None and Bindings().action("w") == "forward"
+    with pytest.raises(ValueError, match="unknown action 'jump'"):
+        bindings.rebound("space", "jump")
+
+
+@pytest.fixture(scope="module")
+def play():
+    spec = importlib.util.spec_from_file_location("play", ROOT / "play.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def torch_settings():
+    """The program sets torch up for itself; the tests after it get theirs back."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--world", "atlantis"], "no world 'atlantis'"),
+        (["--prompt", "gray"], "no mood 'gray'; did you mean 'grey'?"),
+        (["--image", "nobody.png"], "no start picture 'nobody.png'"),
+        (["--steps", "0"], "whole number of at least 1, got '0'"),
+        (["--steps", "many"], "got 'many'"),
+        (["--seed", "x"], "--seed"),
+        (["--seed", "-1"], "--seed must be 0 or more"),
+        (["--speed", "9"], "Unrecognized arguments: --speed 9"),
+        (["--headless", "--trajectory", "w*3,q*2"], "Trajectory key 'q' is unknown"),
+        (["--headless", "--trajectory", "w*"], "'w*' is not KEY*COUNT"),
+        (["--output", "x.mp4"], "add --headless"),
+        (["--verify"], "--replay DIR"),
+        (["--replay", "."], "is no recording"),
+        (["--record", str(ROOT)], "not empty"),
+    ],
+)
+def test_bad_input_is_one_sentence(play, tiny_bundle, capsys, arguments, reason):
+    if "--world" not in arguments:
+        arguments = ["--world", str(tiny_bundle), *arguments]
+    assert play.main(arguments) == 2
+    errors = capsys.readouterr().err
+    assert reason in errors and len(errors.splitlines()) == 1
+
+
+def test_headless_walk_record_replay_verify(play, tiny_bundle, tmp_path, capsys, torch_settings):
+    world, film, take = ["--world", str(tiny_bundle)], tmp_path / "walk.mp4", tmp_path / "take"
+    walk = ["--headless", "--trajectory", "w*3,l*2", "--seed", "5", "--threads", "1"]
+    assert play.main([*world, *walk, "--output", str(film), "--record", str(take)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["latents"] == 6 and report["world"] == "tiny" and report["ms_per_latent"]["p50"] > 0
+    with av.open(str(film)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 21
+    lines = [json.loads(line) for line in (take / "session.jsonl").read_text().splitlines()]
+    recorded = np.array([line["c2w"] for line in lines if "c2w" in line])
+    expected = written_path("w*3,l*2", WorldConfig.read(tiny_bundle / "world.yaml").envelope)
+    assert np.allclose(recorded[1:], expected) and recorded[3][2, 3] == pytest.approx(1.5)
+
+    assert play.main([*world, "--replay", str(take), "--verify", "--threads", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["exact"] is True
+    before = film.read_bytes()
+    assert play.main([*world, "--replay", str(take), "--headless", "--output", str(tmp_path / "again.mp4")]) == 0
+    assert json.loads(capsys.readouterr().out)["latents"] == 6
+    assert film.read_bytes() == before
+
+
+def test_a_walk_that_fails_leaves_the_old_film(play, tiny_bundle, tmp_path, capsys, torch_settings, monkeypatch):
+    film = tmp_path / "walk.mp4"
+    film.write_bytes(b"older")
+
+    def breaks(self, c2w):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("worldmodel.session.Session.step", breaks)
+    with pytest.raises(RuntimeError):
+        play.main(["--world", str(tiny_bundle), "--headless", "--trajectory", "w*3", "--output", str(film)])
+    assert film.read_bytes() == b"older" and [path.name for path in tmp_path.iterdir()] == ["walk.mp4"]
+
+
+def test_without_a_display_it_says_so_and_walks(play, tiny_bundle, tmp_path, capsys, torch_settings, monkeypatch):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "walk.mp4").write_bytes(b"older")
+    assert play.main(["--world", str(tiny_bundle), "--trajectory", "w*2"]) == 0
+    told = capsys.readouterr()
+    assert "no display" in told.err and json.loads(told.out)["output"] == "out/walk-2.mp4"
+    assert (tmp_path / "out" / "walk-2.mp4").stat().st_size > 500
+    assert (tmp_path / "out" / "walk.mp4").read_bytes() == b"older"

@@ -1,0 +1,305 @@
+"""Encodings, schedule, the network and the rollout against the public reference implementations, and our fast forms against plain ones."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from worldmodel import attention, prope, rope, schedule
+from worldmodel.checkpoint import load_transformer
+from worldmodel.rollout import Rollout, RolloutConfig, with_steps
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden(name):
+    return load_file(GOLDEN / f"{name}.safetensors"), json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def network():
+    return load_transformer(GOLDEN / "weights_big.safetensors", attention_head_dim=24).eval().requires_grad_(False)
+
+
+def lenses(matrices):
+    """3x3 intrinsics -> (fx, fy, cx, cy)."""
+    return torch.stack([matrices[..., 0, 0], matrices[..., 1, 1], matrices[..., 0, 2], matrices[..., 1, 2]], -1)
+
+
+def walk(frames, batch=1, origin=0.0):
+    """Cameras that walk and turn, w2c float64, and their lens."""
+    c2w = torch.eye(4, dtype=torch.float64).repeat(frames, 1, 1)
+    for i in range(frames):
+        angle = torch.tensor(0.1 * i, dtype=torch.float64)
+        c2w[i, 0, 0] = c2w[i, 2, 2] = angle.cos()
+        c2w[i, 0, 2], c2w[i, 2, 0] = angle.sin(), -angle.sin()
+        c2w[i, :3, 3] = torch.tensor([0.02 * i, 0.0, 0.1 * i]) + origin
+    return torch.linalg.inv(c2w).repeat(batch, 1, 1, 1), torch.tensor([[0.5, 0.8, 0.5, 0.5]]).repeat(batch, 1)
+
+
+# --- encodings and schedule -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["a", "b"])
+def test_prope_matches_reference(case):
+    data, about = golden("prope")
+    heads, frames = about["configs"][case]["heads"], about["configs"][case]["frames"]
+
+    def by_frame(x):  # [B, heads, L, D] -> [B, F, N, heads D]
+        return x.transpose(1, 2).flatten(2).unflatten(1, (frames, -1))
+
+    def by_head(x):
+        return x.flatten(1, 2).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    for kind, focal in (("frame", lenses(data[f"{case}.Ks"])), ("noK", torch.ones(4))):
+        matrices = prope.camera_matrices(prope.projection(data[f"{case}.viewmats"], focal), torch.float32)
+        for name, matrix in (("q", matrices.query), ("k", matrices.key), ("o", matrices.result)):
+            ours = by_head(prope.apply(matrix, by_frame(data[f"{case}.{name}"])))
+            torch.testing.assert_close(ours, data[f"{case}.{kind}.{name}_out"], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_rope_matches_reference(index):
+    data, about = golden("rope")
+    case = about["cases"][index]
+    for start in case["starts"]:
+        cos, sin = rope.rope_table(torch.arange(start, start + case["F"]), case["H"], case["W"], case["head_dim"])
+        ours = rope.rotate(data[f"c{index}.x"].unflatten(1, (case["F"], -1)), cos.unsqueeze(2), sin.unsqueeze(2)).flatten(1, 2)
+        torch.testing.assert_close(ours, data[f"c{index}.start{start}"], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shift", [5, 8])
+def test_schedule_matches_reference(shift):
+    data, _ = golden("scheduler")
+    case = {key.split(".", 1)[1]: value for key, value in data.items() if key.startswith(f"shift{shift}.")}
+    for count in (48, 50, 1000):
+        torch.testing.assert_close(schedule.sigma_grid(count, shift), case[f"N{count}.sigmas"], atol=1e-7, rtol=0)
+    for key in (k for k in case if k.startswith("warp.")):
+        steps = [int(step) for step in key.split(".")[1].split("_")]
+        torch.testing.assert_close(schedule.warp_steps(steps, shift) * 1000, case[key], atol=1e-4, rtol=0)
+    sigma = schedule.nearest_grid_sigma(case["t_query"] / 1000, shift)
+    broadcast = sigma[:, None, None, None]
+    noised = (1 - broadcast) * case["x0"] + broadcast * case["noise"]
+    torch.testing.assert_close(noised, case["add_noise"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(schedule.training_weight(case["t_query"] / 1000, shift), case["training_weight"], atol=1e-5, rtol=1e-5)
+    x = case["add_noise"].unsqueeze(2)
+    torch.testing.assert_close(schedule.to_x0(x, case["flow"].unsqueeze(2), sigma).squeeze(2), case["flow_to_x0"], atol=1e-5, rtol=1e-5)
+
+
+def test_schedule_conversions_are_inverse():
+    x0, noise, sigma = torch.randn(2, 3, 4, 2, 2), torch.randn(2, 3, 4, 2, 2), torch.rand(2, 4) * 0.9 + 0.1
+    x = schedule.add_noise(x0, noise, sigma)
+    torch.testing.assert_close(schedule.to_x0(x, noise - x0, sigma), x0, atol=1e-5, rtol=0)
+    torch.testing.assert_close(schedule.to_velocity(x, x0, sigma), noise - x0, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="steps must fall"):
+        schedule.warp_steps([250, 500], 5.0)
+
+
+# --- forward passes ---------------------------------------------------------------------------------------------------------------
+
+
+def test_bidirectional_matches_reference(network):
+    data, _ = golden("wan_bidirectional")
+    cameras = prope.projection(data["viewmats"], lenses(data["Ks"]))
+    ours = network(data["x"], data["t"] / 1000, data["context"], cameras)
+    torch.testing.assert_close(ours, data["out_camera"], atol=2e-5, rtol=0)
+    torch.testing.assert_close(network(data["x"], data["t"] / 1000, data["context"]), data["out_nocamera"], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_teacher_forcing_matches_reference(network, chunk):
+    data, _ = golden(f"tf_block{chunk}")
+    cameras = prope.projection(data["viewmats"], lenses(data["Ks"]))
+    mode = {"mode": "teacher_forcing", "chunk": chunk, "clean": data["clean_x"]}
+    sigma = data["t"] / 1000
+    torch.testing.assert_close(network(data["x"], sigma, data["context"], **mode), data["out_nocamera"], atol=2e-5, rtol=0)
+    augmented = network(data["x"], sigma, data["context"], cameras, clean_sigma=data["aug_t"] / 1000, **mode)
+    torch.testing.assert_close(augmented, data["out_aug"], atol=2e-5, rtol=0)
+    model = load_transformer(GOLDEN / "weights_big.safetensors", attention_head_dim=24)
+    out = model(data["x"], sigma, data["context"], cameras, **mode)
+    torch.testing.assert_close(out, data["out"], atol=2e-5, rtol=0)
+    (out * data["loss_w"]).mean().backward()
+    names = {"patch_embedding.weight": "patch_embedding.weight", "blocks.1.attn1.to_k.weight": "blocks.1.self_attn.k.weight",
+             "condition_embedder.time_proj.bias": "time_projection.1.bias",
+             "blocks.0.attn1.prope_out.weight": "blocks.0.self_attn.prope_o.weight"}
+    for ours, theirs in names.items():
+        expected = data[f"grad.{theirs}"]
+        assert (model.get_parameter(ours).grad - expected).norm() < 1e-4 * expected.norm()
+    torch.testing.assert_close(attention.teacher_forcing_mask(out.shape[2] // chunk, chunk).byte(), data["frame_mask"])
+
+
+@pytest.mark.parametrize("chunk", [4, 8])
+def test_teacher_forcing_loop_equals_dense_mask(chunk):
+    q, k, v = (torch.randn(2, 3, 48, 8) for _ in range(3))
+    fast = attention.teacher_forcing(q, k, v, chunk)
+    torch.testing.assert_close(fast, attention.dense_teacher_forcing(q, k, v, chunk), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_teacher_forcing_equals_cached_rollout(network, chunk):
+    """Training and play are the same network: one pass over all chunks, or chunk by chunk from the cache."""
+    frames, text = 6, torch.randn(1, 5, 32)
+    clean, noise, (viewmats, lens) = torch.randn(1, 16, frames, 4, 4), torch.randn(1, 16, frames, 4, 4), walk(frames)
+    cameras = prope.projection(viewmats.float(), lens[:, None])
+    whole = network(noise, torch.ones(1, frames), text, cameras, mode="teacher_forcing", chunk=chunk, clean=clean)
+    rollout = Rollout(network, text, RolloutConfig(steps=(1000,), first_steps=(1000,), chunk=chunk, window=frames), height=4, width=4)
+    for i in range(0, frames, chunk):
+        now = slice(i, i + chunk)
+        twin = rollout.fork()
+        x0 = twin.step(viewmats[:, now], lens, noise=noise[:, :, now])
+        torch.testing.assert_close(noise[:, :, now] - x0, whole[:, :, now], atol=2e-5, rtol=0)
+        rollout.commit(clean[:, :, now], viewmats[:, now], lens)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model = load_transformer(GOLDEN / "weights_big.safetensors", attention_head_dim=24).train()
+    x, text, clean = torch.randn(1, 16, 3, 4, 4), torch.randn(1, 5, 32), torch.randn(1, 16, 3, 4, 4)
+    gradients = []
+    for on in (False, True):
+        model.gradient_checkpointing = on
+        model.zero_grad()
+        model(x, torch.rand(1, 3, generator=torch.Generator().manual_seed(0)), text, mode="teacher_forcing", clean=clean).sum().backward()
+        gradients.append(model.blocks[0].attn1.to_k.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "guess"}, "mode must be"),
+        ({"mode": "teacher_forcing"}, "clean goes with"),
+        ({"projection": torch.eye(4).expand(1, 2, 4, 4)}, "one camera a latent frame"),
+    ],
+)
+def test_wrong_calls_say_what_is_wrong(network, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        network(torch.randn(1, 16, 3, 4, 4), torch.ones(1), torch.randn(1, 5, 32), **arguments)
+
+
+# --- rollout ----------------------------------------------------------------------------------------------------------------------
+
+
+def play_golden(network, data, about, config):
+    """Replays a kv_* case with its recorded draws; returns latents in the reference's [B, F, C, H, W]."""
+    batch, frames = data["noise"].shape[:2]
+    height, width = data["noise"].shape[-2:]
+    start, chunk = about["initial_frames"], config.chunk
+    viewmats = data["viewmats"] if about["camera"] else torch.eye(4).expand(batch, frames, 4, 4)
+    lens = lenses(data["Ks"]) if about["camera"] else torch.ones(batch, frames, 4)
+    rollout = Rollout(network, data["context"], config, batch=batch, height=height, width=width)
+    outputs, draw = [], 0
+    for i in range(0, start, chunk):
+        outputs.append(data["initial_latent"][:, i : i + chunk].transpose(1, 2))
+        rollout.commit(outputs[-1], viewmats[:, i : i + chunk], lens[:, i : i + chunk])
+    for i in range(0, frames, chunk):
+        renoise = []
+        for _ in config.steps[1:]:
+            renoise.append(data[f"renoise_{draw:03d}"].unflatten(0, (batch, chunk)).transpose(1, 2))
+            draw += 1
+        now = slice(start + i, start + i + chunk)
+        noise = data["noise"][:, i : i + chunk].transpose(1, 2)
+        outputs.append(rollout.step(viewmats[:, now], lens[:, now], noise=noise, renoise=renoise))
+    return torch.cat(outputs, 2).transpose(1, 2)
+
+
+KV_CASES = sorted(path.stem for path in GOLDEN.glob("kv_*.json"))
+
+
+@pytest.mark.parametrize("name", KV_CASES)
+def test_rollout_matches_reference(network, name):
+    data, about = golden(name)
+    steps, local = tuple(about["denoising_step_list_raw"]), about["local_attn_size"]
+    model = network if about["camera"] else load_transformer(GOLDEN / "weights_big.safetensors", attention_head_dim=24, camera=False)
+    config = RolloutConfig(steps, steps, chunk=about["num_frame_per_block"], window=local if local > 0 else 32, sinks=about["sink_size"],
+                           positions="absolute")
+    with torch.no_grad():
+        torch.testing.assert_close(play_golden(model, data, about, config), data["latents"], atol=1e-4, rtol=0)
+        if about["sink_size"] == 0:  # places in the window differ from frame numbers by a constant, which cancels
+            relative = replace(config, positions="window", merge_clean=True)
+            torch.testing.assert_close(play_golden(model, data, about, relative), data["latents"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_first_chunk_steps_match_reference(steps):
+    data, about = golden(f"cf_first_chunk_{steps}step")
+    model = load_transformer(GOLDEN / "weights_dmd_generator.safetensors", attention_head_dim=24, camera=False).eval()
+    config = RolloutConfig(tuple(about["raw_lists"]["other"]), tuple(about["raw_lists"]["first"]), window=32, positions="absolute")
+    rollout = Rollout(model, data["context"], config, height=4, width=4)
+    draws = iter(data[k].unsqueeze(2) for k in sorted(data) if k.startswith("inference.draw_") and k.endswith("randn_like"))
+    outputs = []
+    with torch.no_grad():
+        for i in range(data["noise"].shape[1]):
+            renoise = [next(draws) for _ in (config.steps if i else config.first_steps)[1:]]
+            outputs.append(rollout.step(torch.eye(4).expand(1, 1, 4, 4), torch.ones(1, 4), noise=data["noise"][:, i : i + 1].transpose(1, 2), renoise=renoise))
+    expected = data.get("inference.output", data.get("inference.latents"))
+    torch.testing.assert_close(torch.cat(outputs, 2).transpose(1, 2), expected, atol=1e-4, rtol=0)
+
+
+def dream(network, config, frames=10, origin=0.0):
+    rollout = Rollout(network, torch.ones(1, 5, network.config.text_dim), config, height=4, width=4)
+    viewmats, lens = walk(frames, origin=origin)
+    generator = torch.Generator().manual_seed(1)
+    chunks = range(0, frames, config.chunk)
+    with torch.no_grad():
+        return torch.cat([rollout.step(viewmats[:, i : i + config.chunk], lens, generator=generator) for i in chunks], 2), rollout
+
+
+@pytest.mark.parametrize("config", [RolloutConfig(window=4, sinks=1), RolloutConfig(window=5), RolloutConfig(window=6, chunk=2, sinks=1)])
+def test_merged_clean_pass_equals_separate(network, config):
+    separate, _ = dream(network, config)
+    merged, _ = dream(network, replace(config, merge_clean=True))
+    torch.testing.assert_close(merged, separate, atol=2e-5, rtol=0)
+
+
+def test_far_away_is_the_same_world(network):
+    near, _ = dream(network, RolloutConfig(window=4))
+    far, _ = dream(network, RolloutConfig(window=4), origin=10_000.0)
+    assert (near - far).abs().max() < 1e-3
+
+
+def test_two_thousand_latents_stay_finite_and_flat():
+    model = load_transformer(GOLDEN / "weights_cd_teacher.safetensors", attention_head_dim=24).eval()
+    config = RolloutConfig(steps=(1000,), first_steps=(1000,), window=3, sinks=1, history=2)
+    latents, rollout = dream(model, config, frames=2000)
+    assert latents.isfinite().all() and rollout.frames == 2000
+    assert len(rollout.cache.frames) == 3 + 2 + 1  # window, history, and the sink that outlives both
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_rewind_and_fork_give_the_same_future(network, merge):
+    config = RolloutConfig(window=3, history=4, merge_clean=merge)
+    _, rollout = dream(network, config, frames=6)
+    viewmats, lens = walk(9)
+    twin, future = rollout.fork(), []
+    for one in (rollout, twin, rollout):
+        one.rewind(6) if one.frames > 6 else None
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            future.append(torch.cat([one.step(viewmats[:, i : i + 1], lens, generator=generator) for i in range(6, 9)], 2))
+    torch.testing.assert_close(future[0], future[1], atol=0, rtol=0)
+    torch.testing.assert_close(future[2], future[0], atol=2e-5, rtol=0)
+    with pytest.raises(ValueError, match="rewind less"):
+        rollout.rewind(1)
+
+
+def test_euler_sampler_follows_the_velocity(network):
+    config = RolloutConfig(steps=(1000, 500), first_steps=(1000, 500), sampler="euler", window=4)
+    rollout = Rollout(network, torch.ones(1, 5, 32), config, height=4, width=4)
+    viewmats, lens = walk(1)
+    noise, cameras = torch.randn(1, 16, 1, 4, 4), prope.projection(torch.eye(4).expand(1, 1, 4, 4), lens[:, None])
+    x = noise
+    for sigma, after in ((1.0, 5 / 6), (5 / 6, 0.0)):
+        x = x + (after - sigma) * network(x, torch.full((1, 1), sigma), torch.ones(1, 5, 32), cameras)
+    torch.testing.assert_close(rollout.step(viewmats, lens, noise=noise), x, atol=2e-5, rtol=0)
+
+
+def test_bad_rollouts_are_refused():
+    for wrong, message in (({"chunk": 5, "window": 4}, "chunk must be"), ({"positions": "somewhere"}, "positions must be"), ({"steps": ()}, "steps")):
+        with pytest.raises(ValueError, match=message):
+            RolloutConfig(**wrong)
+    assert with_steps(RolloutConfig(), 4).steps == (1000, 750, 500, 250)
+    with pytest.raises(ValueError, match="1 to 50"):
+        with_steps(RolloutConfig(), 0)

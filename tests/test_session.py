@@ -1,0 +1,189 @@
+"""Sessions: same inputs, same frames; rewind, fork, save and load lose nothing."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tiny_bundle
+
+from worldmodel.camera import MotionStep, advance, parse_trajectory
+from worldmodel.session import Session, fit_picture
+from worldmodel.world import World
+
+WALK = parse_trajectory("w*4,w+l*6,s*3", MotionStep(0.5, 6.0), style="walk")[1:]
+
+
+def dream(session, poses):
+    return [session.step(pose).frames for pose in poses]
+
+
+def same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.fixture(scope="module", params=[{"chunk": 1}, {"chunk": 2, "window": 6}, {"chunk": 1, "merge_clean": True}])
+def variant(request, tmp_path_factory):
+    """(world, walk cut into what a step takes) frame-wise, chunk-wise, and with the clean pass merged."""
+    folder = make_tiny_bundle(tmp_path_factory.mktemp("variant") / "tiny", **request.param)
+    chunk = request.param["chunk"]
+    return World.from_pretrained(folder, dtype=torch.float32), WALK[:12].reshape(-1, chunk, 4, 4)
+
+
+def test_shapes_and_bookkeeping(tiny_world):
+    session = Session(tiny_world)
+    assert session.start() is None
+    first, second = session.step(WALK[0]), session.step(WALK[1])
+    assert first.frames.shape == (1, 32, 48, 3) and second.frames.shape == (4, 32, 48, 3)
+    assert first.frames.dtype == np.uint8 and (first.index, second.index, session.frames) == (0, 1, 2)
+    assert set(second.timings) == {"network", "clean", "decode"} and all(v >= 0 for v in second.timings.values())
+    np.testing.assert_array_equal(session.poses, WALK[:2])
+    pictured = Session(tiny_world, image="loud-0")
+    assert pictured.start().frames.shape == (1, 32, 48, 3) and pictured.frames == 1
+    assert pictured.step(WALK[0]).frames.shape == (4, 32, 48, 3)
+
+
+def test_inputs_matter(tiny_world):
+    plain = dream(Session(tiny_world), WALK[:3])
+    same(plain, dream(Session(tiny_world), WALK[:3]))
+    for other in (Session(tiny_world, seed=1), Session(tiny_world, prompt="loud"), Session(tiny_world, steps=1),
+                  Session(tiny_world, image="grey-0")):  # fmt: skip
+        assert not np.array_equal(dream(other, WALK[:3])[-1], plain[-1])
+    turned = dream(Session(tiny_world), [advance(pose, [0, 0, 0], 30.0 * k, 0) for k, pose in enumerate(WALK[:3])])
+    assert not np.array_equal(turned[-1], plain[-1])
+
+
+def test_only_relative_poses_matter(tiny_world):
+    away = advance(np.eye(4), [10_000.0, 3.0, -20_000.0], 130.0, 10.0)
+    here, there = dream(Session(tiny_world), WALK[:6]), dream(Session(tiny_world), away @ WALK[:6])
+    for one, other in zip(here, there, strict=True):
+        assert np.abs(one.astype(int) - other).max() <= 1  # one step of rounding
+
+
+def test_noise_is_the_latents_own(tiny_world, variant):
+    """Latent k draws the same noise whatever came before: chunks and restarts do not shift it."""
+    framewise, chunked = Session(tiny_world), Session(variant[0])
+    noise, renoise = chunked._noise(4)
+    one, again = framewise._noise(4)
+    assert torch.equal(noise[:, :, :1], one) and torch.equal(renoise[0][:, :, :1], again[0])
+    assert not torch.equal(one, framewise._noise(5)[0])
+
+
+def test_rewind_and_fork(variant):
+    world, walk = variant
+    straight = dream(Session(world, seed=3, image="grey-1"), walk)
+    session = Session(world, seed=3, image="grey-1")
+    dream(session, walk[:3])
+    fork = session.fork()
+    dream(fork, walk[::-1])  # somewhere else altogether
+    same(dream(session, walk[3:]), straight[3:])
+    session.rewind(2 * session.chunk)
+    assert session.frames == 1 + len(WALK[:12]) - 2 * session.chunk
+    for one, other in zip(dream(session, walk[-2:]), straight[-2:], strict=True):
+        assert np.abs(one.astype(int) - other).max() <= 1  # a merged clean pass was redone by itself
+
+
+def test_rewind_is_exact_and_bounded(tiny_world):
+    session = Session(tiny_world, image="grey-0", history=6)
+    straight = dream(session, WALK[:10])
+    before = session.poses
+    with pytest.raises(ValueError, match="Cannot take back 7 latents: .* at most 6"):
+        session.rewind(7)
+    np.testing.assert_array_equal(session.poses, before)
+    session.rewind(6)
+    same(dream(session, WALK[4:10]), straight[4:])
+    fresh = Session(tiny_world, image="grey-0")
+    fresh.step(WALK[0])
+    with pytest.raises(ValueError, match="at most 1 "):  # the start image itself stays
+        fresh.rewind(2)
+    fresh.rewind(1)
+    same(dream(fresh, WALK[:2]), straight[:2])
+
+
+def test_memory_is_bounded(tiny_world):
+    session = Session(tiny_world, history=5)
+    dream(session, np.tile(WALK, (3, 1, 1)))
+    assert len(session._states) == 6 and len(session.rollout.cache.frames) <= tiny_world.config.rollout.window + 5
+
+
+def test_save_and_load(variant, tmp_path):
+    world, walk = variant
+    session = Session(world, prompt="loud", image="loud-1", seed=11, steps=1)
+    dream(session, walk[:3])
+    session.save(tmp_path / "save")
+    future = dream(session, walk[3:])
+    loaded = Session.load(tmp_path / "save", world)
+    assert (loaded.prompt, loaded.seed, loaded.steps, loaded.start()) == ("loud", 11, 1, None)
+    np.testing.assert_array_equal(loaded.image, session.image)
+    same(dream(loaded, walk[3:]), future)
+    np.testing.assert_array_equal(loaded.poses, session.poses)
+    session.save(tmp_path / "save")  # over an older save
+    assert Session.load(tmp_path / "save", world).frames == session.frames
+    assert [path.name for path in tmp_path.iterdir()] == ["save"]
+
+
+def test_bad_saves(tiny_world, tiny_bundle, tmp_path):
+    session = Session(tiny_world)
+    session.step(WALK[0])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "diary.txt").write_text("dear")
+    with pytest.raises(ValueError, match="is no saved session; choose another name"):
+        session.save(tmp_path / "mine")
+    session.save(tmp_path / "save")
+    with pytest.raises(ValueError, match="with dtype torch.float32, .* has torch.bfloat16"):
+        Session.load(tmp_path / "save", World.from_pretrained(tiny_bundle, dtype=torch.bfloat16))
+    weights = tmp_path / "save" / "session.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="no complete saved session"):
+        Session.load(tmp_path / "save", tiny_world)
+    with pytest.raises(ValueError, match="no complete saved session"):
+        Session.load(tmp_path / "nothing", tiny_world)
+
+
+def test_prompt_and_restart(tiny_world):
+    session = Session(tiny_world, image="grey-0")
+    session.step(WALK[0])
+    session.set_prompt("loud")
+    other = session.step(WALK[1])
+    plain = dream(Session(tiny_world, image="grey-0"), WALK[:2])
+    assert other.prompt == "loud" and not np.array_equal(other.frames, plain[1])
+    with pytest.raises(ValueError, match="did you mean 'loud'"):
+        session.restart(0, "load")
+    assert session.frames == 3
+    session.restart(0, "grey", "grey-0")
+    same(dream(session, WALK[:2]), plain)
+
+
+def test_bfloat16(tiny_bundle):
+    world = World.from_pretrained(tiny_bundle, dtype=torch.bfloat16)
+    session = Session(world, image="grey-0")
+    assert dream(session, WALK[:6])[-1].shape == (4, 32, 48, 3)
+
+
+def test_bad_input(tiny_world, tmp_path):
+    session = Session(tiny_world)
+    with pytest.raises(ValueError, match="pose 0 holds NaN"):
+        session.step(np.full((4, 4), np.nan))
+    with pytest.raises(ValueError, match="1 poses are needed .* got 2"):
+        session.step(WALK[:2])
+    assert session.frames == 0
+    for seed in (-1, 2**63, 0.5, "x"):
+        with pytest.raises(ValueError, match="seed"):
+            Session(tiny_world, seed=seed)
+    with pytest.raises(ValueError, match="no start image 'grey-9'"):
+        Session(tiny_world, image="grey-9")
+    (tmp_path / "broken.png").write_bytes(b"PNG")
+    with pytest.raises(ValueError, match="no complete PNG"):
+        Session(tiny_world, image=tmp_path / "broken.png")
+    with pytest.raises(ValueError, match="uint8"):
+        Session(tiny_world, image=np.zeros((8, 8, 3)))
+    with pytest.raises(ValueError, match="steps"):
+        Session(tiny_world, steps=0)
+
+
+def test_fit_picture():
+    wide = np.zeros((20, 100, 3), np.uint8)
+    wide[:, 40:60] = 255  # the middle survives the crop
+    fitted = fit_picture(wide, 32, 32)
+    assert fitted.shape == (32, 32, 3) and fitted.min() > 200
+    assert fit_picture(np.zeros((500, 300, 3), np.uint8), 32, 48).shape == (32, 48, 3)

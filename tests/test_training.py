@@ -1,0 +1,340 @@
+"""The training loop: options, exact resume after a kill, averages, learning rate, and what each stage's step does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from distill import train as training
+from distill.config import StageConfig, load_recipe
+from distill.data.clips import write_clip, write_latents
+from distill.ema import MovingAverage
+from distill.prompts import make_prompt_book
+from distill.stages import STAGES, build_stage
+from distill.train import learning_rate_factor, train
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "configs" / "blocks" / "tiny.yaml"
+SMALL_AUTOENCODER = {
+    "encoder_widths": "[8, 8, 8, 8]",
+    "encoder_blocks": "[1, 1, 1]",
+    "decoder_widths": "[8, 8, 8, 8]",
+    "decoder_blocks": "[1, 1, 1]",
+    "window": "2",
+    "steps": "4",
+    "batch": "2",
+}
+
+# Trains every stage in a process of its own, which is killed in its fourth step; the checkpoint is from the second.
+KILLED = """
+import os, signal, sys
+import distill.train as training
+from distill.config import load_recipe
+build = training.build_stage
+
+def mortal(name, recipe, device):
+    stage = build(name, recipe, device)
+    losses = stage.losses
+    def until_killed(batch, step, generator):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield from losses(batch, step, generator)
+    stage.losses = until_killed
+    return stage
+
+training.build_stage = mortal
+config, *stages = sys.argv[1].split(",")
+for name in stages:
+    child = os.fork()
+    if not child:
+        training.train(load_recipe(config, sys.argv[2:]), name)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, name
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Bit-identical sums need the same number of threads in every process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    """Three clips of six latents: moving noise, each with its mood."""
+    root, random = tmp_path_factory.mktemp("clips"), np.random.default_rng(0)
+    for index, mood in enumerate(["meadow", "dunes", "night"]):
+        c2w = np.tile(np.eye(4), (6, 1, 1))
+        c2w[:, 2, 3] = 0.1 * np.arange(6)
+        video = random.integers(0, 255, (21, 32, 32, 3), np.uint8)
+        folder = write_clip(root, f"clip-{index}", video, c2w, [0.5, 0.8, 0.5, 0.5], mood, 16, "test", "CC0")
+        write_latents(folder, torch.randn(16, 6, 4, 4, generator=torch.Generator().manual_seed(index)))
+    return root
+
+
+def overrides(clips: Path, folder: Path, *more: str) -> list[str]:
+    small = [f"autoencoder.{key}={value}" for key, value in SMALL_AUTOENCODER.items()]
+    return [f"data.root={clips}", f"run.folder={folder}", *small, *more]
+
+
+@pytest.fixture(scope="module")
+def straight(clips, tmp_path_factory) -> Path:
+    """All stages trained to their end without interruption."""
+    folder = tmp_path_factory.mktemp("straight")
+    for name in STAGES:
+        train(load_recipe(TINY, overrides(clips, folder)), name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def killed(clips, straight, tmp_path_factory) -> tuple[Path, list[str]]:
+    """All stages killed in their fourth step, and the options they were trained with."""
+    folder = tmp_path_factory.mktemp("killed")
+    starts = [
+        f"{name}.init={straight}/{init}/export"
+        for name, init in (
+            ("teacher_forcing", "bidirectional"),
+            ("consistency", "teacher_forcing"),
+            ("dmd", "consistency"),
+        )
+    ]
+    options = overrides(clips, folder, *starts, f"dmd.real={straight}/bidirectional/export")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [sys.executable, "-c", KILLED, ",".join([str(TINY), *STAGES]), *options], check=True, env=environment, cwd=ROOT
+    )
+    return folder, options
+
+
+@pytest.mark.parametrize("name", list(STAGES))
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(name, clips, straight, killed):
+    folder, options = killed
+    assert [path.name for path in sorted((folder / name / "checkpoints").iterdir())] == ["step-00000002"]
+    starts = {"teacher_forcing": "bidirectional", "consistency": "teacher_forcing", "dmd": "consistency"}
+    assert name not in starts or (straight / starts[name] / "export" / "config.json").is_file()
+    train(load_recipe(TINY, options), name, resume=True)
+    ours, theirs = (path / name / "checkpoints" / "step-00000004" for path in (folder, straight))
+    files = sorted(path.name for path in theirs.glob("*.safetensors"))
+    assert files == sorted(path.name for path in ours.glob("*.safetensors")) and len(files) >= 3
+    for file in files:
+        expected, actual = load_file(theirs / file), load_file(ours / file)
+        assert expected.keys() == actual.keys() and expected
+        assert all(torch.equal(expected[key], actual[key]) for key in expected), file
+    logged = [[json.loads(line) for line in (path / name / "metrics.jsonl").open()] for path in (straight, folder)]
+    losses = [
+        [(line["step"], *(v for k, v in line.items() if k.startswith("loss/"))) for line in lines] for lines in logged
+    ]
+    assert losses[0] == losses[1] and [line[0] for line in losses[0]] == [1, 2, 3, 4]
+
+
+def test_the_export_is_the_average_and_carries_its_prompts(straight):
+    for name in ("bidirectional", "teacher_forcing", "consistency", "dmd"):
+        exported = load_file(straight / name / "export" / "diffusion_pytorch_model.safetensors")
+        average, student = (
+            load_file(straight / name / "checkpoints" / "step-00000004" / f"{part}.safetensors")
+            for part in ("average", "student")
+        )
+        assert all(torch.equal(exported[key], average[key]) for key in average)
+        assert any(not torch.equal(student[key], average[key]) for key in average)
+        assert sorted(load_file(straight / name / "export" / "prompts.safetensors")) == ["dunes", "meadow", "night"]
+
+
+def test_a_run_folder_in_use_is_left_alone(clips, straight):
+    before = {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="holds a run already .*--resume"):
+        train(load_recipe(TINY, overrides(clips, straight)), "bidirectional")
+    with pytest.raises(ValueError, match=r"trained with optimiser.grad_clip = 1.0, not 2.0"):
+        train(load_recipe(TINY, overrides(clips, straight, "optimiser.grad_clip=2")), "bidirectional", resume=True)
+    with pytest.raises(ValueError, match=r"trained with run.seed = 0, not 1"):
+        train(load_recipe(TINY, overrides(clips, straight, "run.seed=1")), "dmd", resume=True)
+    assert before == {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file()}
+
+
+def test_a_broken_checkpoint_is_one_sentence(clips, tmp_path):
+    recipe = load_recipe(TINY, overrides(clips, tmp_path))
+    train(recipe, "bidirectional")
+    (tmp_path / "bidirectional/checkpoints/step-00000004/average.safetensors").write_bytes(b"short")
+    with pytest.raises(ValueError, match="step-00000004 cannot be read.*remove that folder"):
+        train(recipe, "bidirectional", resume=True)
+
+
+def test_sigterm_leaves_a_checkpoint(clips, tmp_path, monkeypatch):
+    def asked_to_stop(name, recipe, device):
+        stage = build_stage(name, recipe, device)
+        losses = stage.losses
+
+        def losses_and_a_signal(batch, step, generator):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield from losses(batch, step, generator)
+
+        stage.losses = losses_and_a_signal
+        return stage
+
+    recipe = load_recipe(TINY, overrides(clips, tmp_path, "run.checkpoint_every=0"))
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "build_stage", asked_to_stop)
+        train(recipe, "bidirectional")
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert [path.name for path in (tmp_path / "bidirectional/checkpoints").iterdir()] == ["step-00000003"]
+    train(recipe, "bidirectional", resume=True)
+    assert (tmp_path / "bidirectional/checkpoints/step-00000004").is_dir()
+
+
+def test_a_loss_that_is_no_number_is_never_saved(clips, tmp_path, monkeypatch):
+    def poisoned(name, recipe, device):
+        stage = build_stage(name, recipe, device)
+        losses = stage.losses
+        stage.losses = lambda batch, step, generator: (
+            (n, loss * (float("nan") if step == 3 else 1), m) for n, loss, m in losses(batch, step, generator)
+        )
+        return stage
+
+    monkeypatch.setattr(training, "build_stage", poisoned)
+    with pytest.raises(ValueError, match="became nan before step 4"):
+        train(load_recipe(TINY, overrides(clips, tmp_path)), "bidirectional")
+    assert [path.name for path in (tmp_path / "bidirectional/checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_it_learns(clips, tmp_path):
+    options = overrides(
+        clips,
+        tmp_path,
+        "teacher_forcing.init=",
+        "teacher_forcing.steps=40",
+        "teacher_forcing.weighting=false",
+        "run.log_every=10",
+        "run.checkpoint_every=0",
+    )
+    train(load_recipe(TINY, [*options, "teacher_forcing.lr=5e-3"]), "teacher_forcing")
+    losses = [json.loads(line)["loss/student"] for line in (tmp_path / "teacher_forcing/metrics.jsonl").open()]
+    assert len(losses) == 4 and losses[-1] < 0.9 * losses[0]
+
+
+def test_every_stage_draws_a_picture_with_an_autoencoder(clips, straight):
+    for name in STAGES:
+        recipe = load_recipe(
+            TINY,
+            overrides(
+                clips,
+                straight,
+                "data.autoencoder=autoencoder",
+                *(f"{s}.sample_steps=2" for s in ("bidirectional", "teacher_forcing")),
+            ),
+        )
+        image = build_stage(name, recipe, torch.device("cpu")).sample(torch.Generator().manual_seed(0))
+        assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.std() > 0
+        assert name == "autoencoder" or image.shape == (4 * 32, 4 * 32, 3)
+
+
+def test_each_loss_of_dmd_moves_the_network_it_names_alone(clips, straight):
+    recipe = load_recipe(TINY, overrides(clips, straight))
+    stage = build_stage("dmd", recipe, torch.device("cpu"))
+    batch = torch.utils.data.default_collate([stage.dataset()[i] for i in range(stage.batches * recipe.dmd.batch)])
+    names = []
+    for name, loss, _ in stage.losses(batch, 0, torch.Generator().manual_seed(0)):
+        names.append(name)
+        for module in (stage.student, stage.critic):
+            module.zero_grad(set_to_none=True)
+        loss.backward()
+        touched = {
+            kind
+            for kind, module in (("student", stage.student), ("critic", stage.critic))
+            if any(p.grad is not None for p in module.parameters())
+        }
+        assert touched == {name}
+        assert all(p.grad is None for p in stage.real.parameters())
+    assert names == ["critic", "critic", "student"]
+
+
+def test_sigmas_stay_float32_under_bfloat16_and_context_noise_is_told(clips, straight):
+    recipe = load_recipe(
+        TINY, overrides(clips, straight, "teacher_forcing.context_sigma_max=0.3", "teacher_forcing.caption_dropout=1")
+    )
+    stage = build_stage("teacher_forcing", recipe, torch.device("cpu"))
+    seen = []
+    stage.student.register_forward_pre_hook(lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    batch = torch.utils.data.default_collate([stage.dataset()[i] for i in range(2)])
+    with torch.autocast("cpu", torch.bfloat16):
+        list(stage.losses(batch, 0, torch.Generator().manual_seed(0)))
+    (_, sigma, text, matrices), kwargs = seen[0]
+    assert sigma.dtype == matrices.dtype == kwargs["clean_sigma"].dtype == torch.float32
+    assert 0 < kwargs["clean_sigma"].max() <= 0.3 and not torch.equal(kwargs["clean"], batch["latents"])
+    assert not text.any()  # every caption dropped
+
+
+def test_average_is_a_copy_until_it_starts():
+    source, average = nn.Linear(3, 2), nn.Linear(3, 2)
+    moving = MovingAverage(source, average, decay=0.9, start=1)
+    moving.update(0)
+    assert torch.equal(average.weight, source.weight) and not average.weight.requires_grad
+    before = average.weight.clone()
+    with torch.no_grad():
+        source.weight.add_(1.0)
+    moving.update(1)
+    torch.testing.assert_close(average.weight, 0.9 * before + 0.1 * source.weight)
+
+
+def test_learning_rate_rises_stays_and_falls():
+    config = StageConfig(steps=100, warmup=10, decay="cosine", decay_from=0.5, lr_end=0.1)
+    factors = [learning_rate_factor(config, step) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == factors[49] == 1.0
+    assert factors[75] == pytest.approx(0.55) and factors[100] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(factors[9:], factors[10:], strict=False))
+    assert learning_rate_factor(replace(config, decay="constant", warmup=0), 99) == 1.0
+
+
+def test_prompts_are_made_from_their_captions():
+    book, again = make_prompt_book(["snow", "night"], 4, 64), make_prompt_book(["night"], 4, 64)
+    assert book.names == ("night", "snow") and book.shape == (4, 64)
+    assert torch.equal(book["night"], again["night"]) and not torch.equal(book["night"], book["snow"])
+    assert abs(book["night"].std() - 1) < 0.15
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_is_valid(path):
+    recipe = load_recipe(path)
+    assert recipe.export_folder("dmd") == Path(recipe.run.folder) / "dmd" / "export"
+    assert recipe.export_folder(recipe.dmd.init) == Path(recipe.run.folder) / "consistency" / "export"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("dmd: {critic_update: 3}", [], "unknown option 'critic_update', the nearest known one is 'critic_updates'"),
+        ("consistancy: {lr: 1}", [], "unknown option 'consistancy', the nearest known one is 'consistency'"),
+        ("dmd: {lr: fast}", [], "lr must be a float, got 'fast'"),
+        ("dmd: {steps: 1.5}", [], "steps must be a int"),
+        ("dmd: {steps: 0}", [], "steps must be above 0, got 0"),
+        ("dmd: {sigma_lookup: near}", [], "must be one of exact, grid, got 'near'"),
+        ("dmd: [1]", [], "expected a mapping"),
+        ("dmd: {lr: 1", [], "not valid YAML"),
+        ("", ["dmd.lrr=1"], "nearest known one is 'lr'"),
+        ("", ["steps"], "expected section.key=value"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(tmp_path, text, overrides, message):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_recipe(tmp_path / "recipe.yaml", overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_are_read_as_people_write_them(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("dmd: {lr: 1e-4, clamp: [0, 1]}\nautoencoder: {start: some/folder}")
+    recipe = load_recipe(tmp_path / "recipe.yaml", ["dmd.critic_lr=3"])
+    assert recipe.dmd.lr == 1e-4 and recipe.dmd.critic_lr == 3.0 and recipe.dmd.clamp == (0.0, 1.0)
+    assert recipe.autoencoder.start == "some/folder"

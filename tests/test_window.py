@@ -1,0 +1,184 @@
+"""The real window: pygame on a virtual screen, real keys and a real mouse, the program as a player starts it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pygame
+import pytest
+
+from worldmodel.client.loop import Loop
+from worldmodel.client.scenes import Scene
+from worldmodel.client.window import Window, WindowOptions, fit, open_display
+from worldmodel.controls import Envelope
+
+ROOT = Path(__file__).resolve().parents[1]
+PATIENCE = 120  # seconds until something that must happen is declared missing
+MISSING = [program for program in ("Xvfb", "xdotool") if shutil.which(program) is None]
+
+
+def wait_for(condition, what):
+    """The first true value of `condition()`."""
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.05)
+    pytest.fail(f"{what} did not happen")
+
+
+@pytest.fixture
+def screen():
+    """A virtual screen of 1280x800; gives the environment to use it."""
+    server = subprocess.Popen(
+        ["Xvfb", "-displayfd", "1", "-screen", "0", "1280x800x24", "-nolisten", "tcp"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    display = server.stdout.readline().decode().strip()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SDL_", "WAYLAND_"))}
+    yield {**environment, "DISPLAY": f":{display}", "OMP_NUM_THREADS": "1"}
+    server.terminate()
+    server.wait()
+
+
+def recorded(folder):
+    """c2w [F,4,4] of a recording, also while it is being written."""
+    try:
+        rows = (folder / "session.jsonl").read_text().split("\n")[:-1]
+    except OSError:
+        return np.zeros((0, 4, 4))
+    return np.array([row["c2w"] for row in map(json.loads, rows) if "c2w" in row]).reshape(-1, 4, 4)
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} (Debian packages xvfb and xdotool)")
+def test_play_in_a_real_window(screen, tiny_bundle, tmp_path):
+    def xdotool(*words):
+        subprocess.run(["xdotool", *map(str, words)], env=screen, check=True, timeout=20)
+
+    take = tmp_path / "take"
+    program = [sys.executable, str(ROOT / "play.py"), "--world", str(tiny_bundle), "--record", str(take)]
+    with subprocess.Popen(program, env=screen, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as game:
+        try:
+            wait_for(lambda: len(recorded(take)) > 3 or game.poll() is not None, "the first frames")
+            xdotool("keydown", "w")
+            wait_for(lambda: len(recorded(take)) and recorded(take)[-1][2, 3] > 1.5, "walking")
+            xdotool("keyup", "w", "keydown", "Right")
+            wait_for(lambda: recorded(take)[-1][0, 2] > 0.3, "turning right by the arrow")
+            xdotool("keyup", "Right", "key", "F1", "key", "F12")
+            picture = wait_for(lambda: list(tmp_path.glob("*[0-9].png")), "the screenshot")[0]
+            xdotool("mousemove", 500, 400, "click", 1)
+            turned = recorded(take)[-1][0, 2]
+            for _ in range(20):
+                xdotool("mousemove_relative", "--", -9, 0)
+                time.sleep(0.02)
+            wait_for(lambda: recorded(take)[-1][0, 2] < turned - 0.2, "turning left by the mouse")
+            xdotool("key", "F9")
+            wait_for(lambda: '"end"' in (take / "session.jsonl").read_text(), "the end of the recording")
+            xdotool("key", "F9")
+            again = tmp_path / "take-2"
+            wait_for(lambda: len(recorded(again)) > 1, "a second recording")
+            xdotool("key", "Escape")  # releases the mouse, no more
+            count = len(recorded(again))
+            wait_for(lambda: len(recorded(again)) > count + 3 or game.poll() is not None, "playing on")
+            assert game.poll() is None
+            xdotool("key", "Escape")
+            assert game.wait(timeout=PATIENCE) == 0, game.stderr.read()
+        finally:
+            game.kill()
+    path = recorded(take)
+    assert np.array_equal(path[0], np.eye(4)) and np.all(np.diff(path[:, 2, 3])[:4] >= 0)
+    assert '"end"' in (again / "session.jsonl").read_text() and (again / "video.mp4").stat().st_size > 0
+    pixels = pygame.surfarray.array3d(pygame.image.load(picture))
+    assert pixels.shape == (960, 576, 3) and len(np.unique(pixels[480, :, :], axis=0)) > 10
+    assert pixels[2, 288].max() == 0  # 48x32 pixels are shown in 864x576, between black bars
+
+
+class OneRoom:
+    """Scenes with one grey session whose steps wait until `go` is set."""
+
+    name, fps, chunk, frames_per_latent, window = "room", 16, 1, 4, 12
+    envelope = Envelope(pitch=0.0)
+
+    def __init__(self):
+        self.go, self.entered, self.index = threading.Event(), threading.Event(), 0
+
+    def open(self, scene):
+        return self, Scene("grey", None, 0)
+
+    def start(self):
+        return self._chunk(1)
+
+    def step(self, c2w):
+        self.entered.set()
+        self.go.wait()
+        self.index += 1
+        return self._chunk(4)
+
+    def _chunk(self, count):
+        return SimpleNamespace(frames=np.full((count, 32, 48, 3), 128, np.uint8), index=self.index, timings={})
+
+
+@pytest.fixture
+def dummy(monkeypatch):
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    assert open_display()
+    yield
+    pygame.quit()
+
+
+def press(key):
+    pygame.event.post(pygame.event.Event(pygame.KEYDOWN, key=key))
+
+
+def test_the_window_never_waits_for_the_network(dummy, tmp_path):
+    """While a step hangs, keys are still answered: a screenshot is taken and a locked key is named."""
+    room, seen = OneRoom(), {}
+    window = Window(Loop(lambda tell: room), WindowOptions(screenshots=tmp_path))
+
+    def player():
+        room.entered.wait(PATIENCE)
+        press(pygame.K_UP)
+        press(pygame.K_F12)
+        seen["pictures"] = wait_for(lambda: list(tmp_path.glob("*[0-9].png")), "the screenshot")
+        seen["notices"] = [words for words, _ in window._notices]
+        room.go.set()
+        press(pygame.K_ESCAPE)
+
+    thread = threading.Thread(target=player)
+    thread.start()
+    assert window.run() == 0
+    thread.join()
+    assert len(seen["pictures"]) == 1
+    assert any(words.startswith("Looking up and down is locked") for words in seen["notices"])
+
+
+@pytest.mark.parametrize(("error", "status"), [(ValueError("No such mood."), 2), (RuntimeError("It broke."), 1)])
+def test_an_error_is_shown_told_and_the_exit_status(dummy, capsys, error, status):
+    def fails(tell):
+        raise error
+
+    window = Window(Loop(fails), WindowOptions(error_seconds=0.2))
+    assert window.run() == status
+    assert capsys.readouterr().err == f"play.py: {error}\n"
+
+
+@pytest.mark.parametrize(
+    ("screen_size", "rect"),
+    [
+        ((960, 576), (0, 0, 960, 576)),
+        ((1000, 600), (20, 12, 960, 576)),  # six times, not 6.25 times: every pixel equally large
+        ((1920, 1080), (80, 12, 1760, 1056)),
+        ((300, 300), (0, 60, 300, 180)),  # once instead of 1.875 times would waste the window
+    ],
+)
+def test_pictures_are_undistorted_and_crisp(screen_size, rect):
+    assert tuple(fit((160, 96), screen_size)) == rect

@@ -1,0 +1,164 @@
+"""Without a window: walk a path, write a film, say how fast it was."""
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from tqdm import tqdm
+
+from worldmodel.client.options import PlayOptions
+from worldmodel.client.paths import tour, written_path
+from worldmodel.client.scenes import Scene, Scenes, open_scenes
+
+OUTPUT = Path("out/walk.mp4")
+
+
+class Film:
+    """An H.264 MP4 that appears under its name when it is complete.
+
+    path: the file to write. fps: frames a second. Frames are uint8 [H, W, 3], all of one size.
+    """
+
+    def __init__(self, path: Path, fps: float):
+        self._path, self._fps = path, Fraction(fps).limit_denominator(1001)
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._container = av.open(str(self._temporary), "w", format="mp4")
+        self._stream = None
+
+    def add(self, frames: np.ndarray) -> None:
+        """Append uint8 [n, H, W, 3]."""
+        if self._stream is None:
+            self._stream = self._container.add_stream("libx264", rate=self._fps, options={"crf": "14"})
+            height, width = frames.shape[1:3]
+            self._stream.height, self._stream.width = height - height % 2, width - width % 2  # H.264 wants even sizes
+            self._stream.pix_fmt = "yuv420p"
+        for picture in frames[:, : self._stream.height, : self._stream.width]:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            self._container.mux(self._stream.encode(frame))
+
+    def __enter__(self) -> "Film":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            if kind is None and self._stream is not None:
+                self._container.mux(self._stream.encode())
+            self._container.close()
+            if kind is None:
+                os.replace(self._temporary, self._path)
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+
+def walk(options: PlayOptions) -> int:
+    """Dream the asked path, the tour or a recording into an MP4 and print one line of JSON; returns the exit status."""
+    output = options.output or _free_name(OUTPUT)
+    scenes = _open(options)
+    chunks, total = _replayed(scenes, options) if options.replay else _walked(scenes, options)
+    spent, timings, latents = [], [], 0
+    try:
+        with Film(output, scenes.fps) as film, tqdm(total=total, desc="dreaming", unit="latent") as bar:
+            begun = time.perf_counter()
+            for chunk in chunks:
+                if chunk.index > 0:  # the first picture is not what walking costs
+                    spent.append((time.perf_counter() - begun) * 1000 / chunk.latents)
+                    timings.append({name: value / chunk.latents for name, value in chunk.timings.items()})
+                film.add(chunk.frames)
+                latents += chunk.latents
+                bar.update(chunk.latents)
+                begun = time.perf_counter()
+    except av.FFmpegError as error:
+        raise OSError(f"The film {output} could not be written: {error.strerror}.") from None
+    print(json.dumps(_report(scenes, options, output, latents, np.array(spent), timings)))
+    return 0
+
+
+def verify_recording(options: PlayOptions) -> int:
+    """Dream a recording again and print how far it is from what was recorded; 0 only when nothing differs."""
+    from worldmodel.recording import verify
+
+    result = verify(options.replay, _open(options).world)
+    print(json.dumps(result))
+    return 0 if result["exact"] else 1
+
+
+def _open(options: PlayOptions) -> Scenes:
+    def tell(stage: str, _: float) -> None:
+        print(f"{stage} ...", file=sys.stderr)
+
+    return open_scenes(options.world, options.threads, options.steps, tell)
+
+
+def _replayed(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, int | None]:
+    film, _ = scenes.replay(options.replay)
+    return (chunk for chunk, _ in film), None
+
+
+def _walked(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, int]:
+    """(FrameChunks of a path, latents in all), recorded too when that was asked for."""
+    path = written_path(options.trajectory, scenes.envelope) if options.trajectory else tour(scenes.envelope)
+    path = np.concatenate([path, path[-1:].repeat(-len(path) % scenes.chunk, 0)])
+    session, _ = scenes.open(Scene(options.prompt, options.image, options.seed))
+    first = 1 if session.start() is not None else scenes.chunk
+    poses = np.concatenate([np.eye(4)[None].repeat(first, 0), path])
+
+    def chunks() -> Iterator:
+        recorder = scenes.record(options.record, session) if options.record else None
+        try:
+            for place in (0, *range(first, len(poses), scenes.chunk)):
+                c2w = poses[place : place + (scenes.chunk if place else first)]
+                chunk = session.step(c2w) if place or session.start() is None else session.start()
+                if recorder and not recorder.write(chunk, c2w):
+                    raise OSError(recorder.error)
+                yield chunk
+        finally:
+            if recorder:
+                recorder.close()
+
+    return chunks(), len(poses)
+
+
+def _report(scenes: Scenes, options: PlayOptions, output: Path, latents: int, spent: np.ndarray, timings) -> dict:
+    """The measured figures of a walk."""
+    import torch
+
+    p50, p95 = np.percentile(spent, (50, 95)) if len(spent) else (0.0, 0.0)
+    fps = scenes.frames_per_latent * 1000 / p50 if p50 else 0.0
+    parts = {name: round(float(np.median([part[name] for part in timings])), 1) for name in (timings or [{}])[0]}
+    return {
+        "output": str(output),
+        "world": scenes.name,
+        "latents": latents,
+        "ms_per_latent": {"p50": round(float(p50), 1), "p95": round(float(p95), 1), **parts},
+        "frames_per_second": round(fps, 1),
+        "of_real_time": round(fps / scenes.fps, 2),
+        "threads": options.threads,
+        "device": torch.cuda.get_device_name() if scenes.device.type == "cuda" else _processor(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or `path` with a number: a film that nobody named does not replace an older one."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_stem(f"{path.stem}-{number}")
+    return free

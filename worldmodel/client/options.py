@@ -1,0 +1,154 @@
+"""The command line of play.py: read, checked, and complete before anything slow is imported."""
+
+import argparse
+import difflib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from worldmodel.camera import parse_trajectory
+
+WORLDS = Path(__file__).resolve().parents[2] / "assets" / "worlds"
+KEYS_HELP = (
+    "keys: W A S D move, arrows and mouse look (a click captures the mouse), Shift run, R restart, N next mood, "
+    "T new town, P pause, F9 record, F12 screenshot, F1 figures, Esc releases the mouse, then quits"
+)
+
+
+@dataclass(frozen=True)
+class PlayOptions:
+    """What the player asked for. None means: as the world has it."""
+
+    world: Path = WORLDS / "blocks"  # bundle folder
+    prompt: str | None = None  # a mood of the world
+    image: str | None = None  # name of a start image of the world, or a picture file
+    seed: int = 0
+    steps: int | None = None  # denoising steps a chunk
+    record: Path | None = None  # folder of a recording that starts with the first frame
+    threads: int = 1  # of torch
+    headless: bool = False
+    trajectory: str | None = None  # "w*10,l*5,w+l*8"
+    output: Path | None = None  # MP4 of a headless walk
+    replay: Path | None = None  # folder of a recording
+    verify: bool = False  # compare a replay with what was recorded
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes are one sentence for the caller, not a page and an exit."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message[:1].upper()}{message[1:]}; python play.py --help lists the options.")
+
+
+def parse_options(arguments: list[str]) -> PlayOptions:
+    """Command line -> PlayOptions; ValueError with one sentence for anything that cannot be honoured."""
+    parser = _Parser(prog="play.py", description="Walk through a dreamed world.", epilog=KEYS_HELP)
+    parser.add_argument("--world", metavar="NAME|FOLDER", help="world to enter (default: blocks, or the recorded one)")
+    parser.add_argument("--prompt", metavar="MOOD", help="mood to start in (default: the world's first)")
+    parser.add_argument("--image", metavar="NAME|FILE", help="start picture: one of the world's, or a file of yours")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the dream (default: 0)")
+    parser.add_argument("--steps", type=_positive, help="denoising steps a chunk (default: the world's)")
+    parser.add_argument("--record", type=Path, metavar="DIR", help="record into this new folder from the first frame")
+    parser.add_argument("--threads", type=_positive, default=usual_threads(), help="CPU threads (default: %(default)s)")
+    parser.add_argument("--headless", action="store_true", help="no window: walk a path and write an MP4")
+    parser.add_argument("--trajectory", metavar="TEXT", help='path to walk, such as "w*10,l*5,w+l*8"')
+    parser.add_argument("--output", type=Path, metavar="FILE", help="MP4 of a headless walk (default: out/walk.mp4)")
+    parser.add_argument("--replay", type=Path, metavar="DIR", help="dream a recording again; a motion key takes over")
+    parser.add_argument("--verify", action="store_true", help="with --replay: compare with what was recorded")
+    given = parser.parse_args(arguments)
+    recorded = recorded_world(given.replay) if given.replay else "blocks"
+    given.world = recorded if given.world is None else given.world
+    options = PlayOptions(**{**vars(given), "world": find_world(given.world)})
+    _check_together(options)
+    _check_scene(options)
+    if options.trajectory is not None:
+        parse_trajectory(options.trajectory)
+    return options
+
+
+def usual_threads() -> int:
+    """All cores but one, which the window and the decoder of the recording need."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    return max(1, cores - 1)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _check_together(options: PlayOptions) -> None:
+    if options.verify and options.replay is None:
+        raise ValueError("--verify compares a recording; name its folder with --replay DIR.")
+    if options.output and not options.headless:
+        raise ValueError("--output is the film of a walk without a window; add --headless (in a window, F9 records).")
+    if options.replay and (options.trajectory or options.prompt or options.image or options.steps or options.seed):
+        raise ValueError("--replay brings its own path, mood, picture, seed and steps; leave those options away.")
+    if options.replay and options.record:
+        raise ValueError("--replay is not recorded again; copy the folder instead of adding --record.")
+    if options.verify and (options.output or options.headless):
+        raise ValueError("--replay DIR --verify only compares; leave --headless and --output away.")
+    if options.seed < 0:
+        raise ValueError(f"--seed must be 0 or more, got {options.seed}.")
+    if options.record and options.record.exists() and any(options.record.iterdir() if options.record.is_dir() else [1]):
+        raise ValueError(f"{options.record} exists and is not empty; name a new folder for the recording.")
+
+
+def find_world(name: str) -> Path:
+    """A bundle's folder, or the name of one under assets/worlds -> folder; ValueError when there is none."""
+    for folder in (WORLDS / name, Path(name)):
+        if (folder / "world.yaml").is_file():
+            return folder
+    known = sorted(path.parent.name for path in WORLDS.glob("*/world.yaml"))
+    listed = f"the worlds here are {', '.join(known)}" if known else f"there is none in {WORLDS} yet"
+    raise ValueError(f"There is no world {name!r} (a name or a folder with a world.yaml); {listed}.")
+
+
+def recorded_world(folder: Path) -> str:
+    """Name of the world that a recording was made in; ValueError when `folder` is no recording."""
+    try:
+        with (folder / "session.jsonl").open(encoding="utf-8") as lines:
+            return str(json.loads(lines.readline())["world"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder} is no recording (session.jsonl cannot be read); name a folder F9 made.") from None
+
+
+def _check_scene(options: PlayOptions) -> None:
+    """Prompt and picture exist, as far as can be said without torch; the world itself checks everything again."""
+    if options.prompt is not None:
+        _known("mood", options.prompt, prompt_names(options.world))
+    if options.image is not None and not Path(options.image).is_file():
+        _known("start picture", options.image, [Path(name).stem for name in image_files(options.world)])
+
+
+def _known(what: str, name: str, names: list[str]) -> None:
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        guess = f"did you mean {near[0]!r}? There are" if near else "there are"
+        raise ValueError(f"This world has no {what} {name!r}; {guess} {', '.join(names) or 'none'}.")
+
+
+def prompt_names(folder: Path) -> list[str]:
+    """Names of a bundle's prompts."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / "prompts.safetensors", framework="numpy") as prompts:
+            return sorted(prompts.keys())
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder / 'prompts.safetensors'} cannot be read ({error}); fetch the world again.") from None
+
+
+def image_files(folder: Path, prompt: str | None = None) -> list[str]:
+    """File names in `images/` of a bundle, those of `prompt` (default: of the usual one) first."""
+    try:
+        values = yaml.safe_load((folder / "world.yaml").read_text(encoding="utf-8"))
+        groups = dict(values.get("images") or {})
+        usual = prompt or (values.get("prompts") or {}).get("default")
+        return [*groups.pop(usual, ()), *(name for group in groups.values() for name in group)]
+    except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError):
+        return []  # a faulty world.yaml is reported in full when the world is opened

@@ -1,0 +1,59 @@
+"""Ways through a world that nobody steers: a trajectory text, or a walk that shows what there is to see."""
+
+import math
+import re
+
+import numpy as np
+
+from worldmodel.camera import MOTIONS, MotionStep, parse_trajectory
+from worldmodel.controls import Controls, Envelope
+
+# (motions held together, latents; a turn counts degrees instead)
+TOUR = (
+    (("forward",), 10),
+    (("turn_right",), 90),
+    ((), 3),
+    (("turn_left",), 90),
+    (("forward", "run"), 8),
+    (("left",), 6),
+    (("right",), 6),
+    (("look_up",), 12),
+    (("look_down",), 12),
+    (("forward", "turn_left"), 60),
+    (("forward", "turn_right"), 60),
+    (("back",), 4),
+    (("forward",), 8),
+)
+
+
+def written_path(text: str, envelope: Envelope) -> np.ndarray:
+    """Trajectory text -> c2w [N, 4, 4] of the latents after the first, in the steps of this world.
+
+    ValueError for an unknown key, and for a key that the world has not learned.
+    """
+    known = np.array([envelope.strafe, envelope.vertical, envelope.forward, envelope.yaw, envelope.pitch]) > 0
+    poses = parse_trajectory(text, MotionStep(envelope.forward, envelope.yaw), envelope.style)[1:]
+    for key in re.findall(r"[a-z]+", text.lower()):
+        if np.any(np.concatenate(MOTIONS[key])[~known]):
+            raise ValueError(f"Trajectory key {key!r} is locked: this world has not learned that motion; leave it out.")
+    return poses
+
+
+def tour(envelope: Envelope) -> np.ndarray:
+    """The scripted walk, c2w [N, 4, 4]: walk, turn away and back, run, strafe, look about; locked motions left out."""
+    controls, poses, now = Controls(envelope, fps=4.0, frames_per_latent=4), [], 0.0
+    controls.pose_until(now)
+    for motions, amount in TOUR:
+        if any(motion in controls.locked for motion in motions if motion != "run"):
+            continue
+        turn = next((motion for motion in motions if motion.startswith(("turn", "look"))), None)
+        if turn:
+            amount = math.ceil(amount / (envelope.pitch if turn.startswith("look") else envelope.yaw))
+        for motion in motions:
+            controls.press(motion, now)
+        for _ in range(amount):
+            now += 1.0
+            poses.append(controls.pose_until(now))
+        for motion in motions:
+            controls.release(motion, now)
+    return np.stack(poses)

@@ -1,0 +1,431 @@
+"""Records a session so that nothing but the last moment can be lost, reads it back, and dreams it again.
+
+A recording is one unbroken take, and a training clip:
+
+    video.mp4      fragmented H.264, readable at any moment; 4F-3 frames for F latents
+    session.jsonl  a header, one line a latent, and an end line when it was closed properly
+    poses.json     WorldPlay's format, one camera a latent
+    meta.yaml      caption (the prompt's name), fps, source "play:<world>", licence
+    start.png      the start image, if the session had one
+    start/         the session's state, if recording began in the middle
+
+A recording that began in the middle shows only the last frame of its first latent: pixel frame 0 is latent 0.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Self
+
+import av
+import cv2
+import numpy as np
+import yaml
+from tqdm import tqdm
+
+from worldmodel.camera import check_poses, write_pose_json
+from worldmodel.session import FrameChunk, Session, engine
+from worldmodel.world import World, read_image
+
+VIDEO, LOG, POSES, META, IMAGE, STATE = "video.mp4", "session.jsonl", "poses.json", "meta.yaml", "start.png", "start"
+FORMAT = 1
+QUEUE = 8  # chunks that may wait for the encoder before play waits with them
+KEYFRAME_SECONDS = 0.5  # a fragment of the video ends here: what a crash can cost
+SYNC_LATENTS = 16  # latents between two forced writes of the log to the disk
+_FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
+
+
+@dataclass(frozen=True)
+class Log:
+    """What session.jsonl says."""
+
+    header: dict
+    lines: tuple[dict, ...]  # one a latent
+    closed: bool  # whether the recording was ended properly
+
+    @property
+    def c2w(self) -> np.ndarray:
+        return np.array([line["c2w"] for line in self.lines], np.float64).reshape(-1, 4, 4)
+
+
+class Recorder:
+    """Writes every chunk of `session` into the new folder `folder`, in a thread of its own.
+
+    Make it between two steps of the session. The session's start picture is taken by itself when it is not written.
+    Errors: ValueError when the folder cannot be begun. Later nothing is raised: when the disk is full, or the session was
+    rewound or restarted, recording ends, `error` says why in one sentence, and what was written stays readable.
+    """
+
+    def __init__(self, folder, session: Session):
+        self.folder, self.error = Path(folder), None
+        self.latents = 0  # taken so far
+        self._session, self._begun = session, time.perf_counter()
+        self._queue: queue.Queue = queue.Queue(QUEUE)
+        if self.folder.is_file() or self.folder.is_dir() and any(self.folder.iterdir()):
+            raise ValueError(f"{self.folder} exists already; record into a new folder.")
+        middle = session.frames > (0 if session.start() is None else 1)
+        self._next = session.frames if middle else 0  # index of the chunk that must come
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._files = _Files(self.folder, session, middle)
+        except OSError as error:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise ValueError(f"Recording cannot begin in {self.folder}: {error.strerror or error}.") from None
+        self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
+        self._thread.start()
+
+    def write(self, chunk: FrameChunk, c2w, keys: Sequence[str] = ()) -> bool:
+        """Takes a chunk just shown, its poses [4,4] or [F,4,4], and the keys held. False when recording has ended.
+
+        Waits only when the encoder is `QUEUE` chunks behind; nothing is dropped.
+        """
+        if self.error or not self._thread.is_alive():
+            return False
+        if (self._next, chunk.index) == (0, 1) and self._session.start() is not None:
+            self.write(self._session.start(), np.eye(4))
+        if self._next != chunk.index:
+            self.error = (
+                f"Recording ended: the session went from latent {self._next} to {chunk.index}, and a recording is one "
+                f"unbroken take; what was recorded before is kept in {self.folder}."
+            )
+            self.close()
+            return False
+        poses = check_poses(c2w, chunk.latents, "Recorder.write")
+        if not self._put((chunk, poses, tuple(keys), time.perf_counter() - self._begun)):
+            return False
+        self._next = chunk.index + chunk.latents
+        self.latents += chunk.latents
+        return True
+
+    def close(self) -> None:
+        """Ends the recording; returns when everything is on disk."""
+        self._put(None)
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _put(self, item) -> bool:
+        """Hands an item to the thread, waiting for room; False when the thread has ended."""
+        while self._thread.is_alive():
+            try:
+                self._queue.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def _work(self) -> None:
+        try:
+            while (item := self._queue.get()) is not None:
+                self._files.add(*item)
+            if self._files.latents == 0:
+                self.error = f"Nothing was recorded, so {self.folder} was not kept."
+                return
+            self._files.end()
+        except Exception as error:  # noqa: BLE001 (whatever happens to a recording, play goes on)
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            self.error = f"Recording ended: {reason}; what was recorded before is kept in {self.folder}."
+        finally:
+            self._files.abandon()
+            if self._files.latents == 0:
+                shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class _Files:
+    """The open files of a recording; used by one thread."""
+
+    def __init__(self, folder: Path, session: Session, middle: bool):
+        config = session.world.config
+        self._folder, self._config, self._trim = folder, config, middle
+        self._poses: list[np.ndarray] = []
+        self._written = 0  # latents in poses.json
+        size = (config.width, config.height) * 2
+        self._pixels = [share * pixels for share, pixels in zip(config.intrinsics, size, strict=True)]  # fx, fy, cx, cy
+        self._finished = False
+        meta = {
+            "caption": session.prompt,
+            "fps": config.fps,
+            "source": f"play:{config.name}",
+            "licence": config.licence,
+        }
+        (folder / META).write_text(yaml.safe_dump(meta, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        if session.image is not None:
+            _write_picture(folder / IMAGE, session.image)
+        if middle:
+            session.save(folder / STATE)
+        self._log = (folder / LOG).open("w", encoding="utf-8")
+        _lock(self._log)
+        self._line(_header(session, middle))
+        self._raw = (folder / VIDEO).open("wb")
+        self._container = av.open(self._raw, "w", format="mp4", options=_FRAGMENTS)
+        self._stream = self._container.add_stream("libx264", rate=Fraction(config.fps).limit_denominator(1001))
+        self._stream.width, self._stream.height, self._stream.pix_fmt = config.width, config.height, "yuv420p"
+        keyframe = str(max(4, round(config.fps * KEYFRAME_SECONDS)))
+        # zerolatency: no frame waits inside the encoder, and any prefix of the stream can be cut off and decoded
+        self._stream.options = {"crf": "12", "preset": "veryfast", "tune": "zerolatency", "g": keyframe}
+        self._stream.codec_context.thread_count = 1
+
+    @property
+    def latents(self) -> int:
+        """Latents written so far."""
+        return len(self._poses)
+
+    def add(self, chunk: FrameChunk, poses: np.ndarray, keys: tuple[str, ...], seconds: float) -> None:
+        for number, frames in enumerate(_by_latent(chunk)):
+            for picture in frames[-1:] if self._trim and not self._poses else frames:
+                self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            self._raw.flush()
+            index = chunk.index + number
+            self._line(
+                {
+                    "index": index, "time": round(seconds, 4), "keys": keys, "prompt": chunk.prompt,
+                    "c2w": poses[number].tolist(), "K": self._pixels, "chunk": chunk.latents,
+                    "timings": {name: round(value, 3) for name, value in chunk.timings.items()},
+                    "sha256": _checksum(frames),
+                }
+            )  # fmt: skip
+            self._poses.append(poses[number])
+            if len(self._poses) % SYNC_LATENTS == 0:
+                os.fsync(self._log.fileno())
+        if len(self._poses) - self._written >= max(SYNC_LATENTS, self._written // 8):
+            self._write_poses()
+
+    def end(self) -> None:
+        """Closes everything properly."""
+        self._container.mux(self._stream.encode())
+        self._container.close()
+        self._raw.close()
+        self._write_poses()
+        self._line({"end": True, "latents": len(self._poses)})
+        os.fsync(self._log.fileno())
+        self._finished = True
+
+    def abandon(self) -> None:
+        """Closes what is still open, whatever happens, and makes the most of what is on disk."""
+        for close in (self._container.close, self._raw.close, self._log.close):
+            try:
+                close()
+            except (OSError, av.FFmpegError):
+                continue
+        if not self._finished:
+            try:
+                recover(self._folder)
+            except (OSError, ValueError):
+                pass  # no room to tidy up: readers call `recover` themselves
+
+    def _write_poses(self) -> None:
+        if self._poses:
+            config = self._config
+            write_pose_json(self._folder / POSES, np.stack(self._poses), config.intrinsics, config.width, config.height)
+            self._written = len(self._poses)
+
+    def _line(self, values: dict) -> None:
+        self._log.write(json.dumps(values) + "\n")
+        self._log.flush()
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def read_log(folder) -> Log:
+    """Reads session.jsonl; a last line that was cut off is left out. ValueError when it is no log of ours."""
+    path = Path(folder) / LOG
+    try:
+        rows = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise ValueError(f"{folder} is no recording: {LOG} cannot be read ({error.strerror}).") from None
+    values = []
+    for row in rows[:-1]:  # what follows the last line break is empty or cut off
+        try:
+            values.append(json.loads(row))
+        except ValueError:
+            break  # a crash of the whole machine can leave a torn block; nothing after it is trusted
+    if not values or not isinstance(values[0], dict) or values[0].get("format") != FORMAT:
+        raise ValueError(f"{path} is no session log of format {FORMAT}; it cannot be replayed by this program.")
+    lines = tuple(value for value in values[1:] if "index" in value)
+    return Log(values[0], lines, any("end" in value for value in values))
+
+
+def recover(folder) -> int:
+    """Makes a recording that was cut off a whole clip again and returns its latents; does nothing to a whole one.
+
+    Keeps the latents that both the log and the video hold: poses.json is rebuilt, extra video frames are cut off without
+    encoding again. ValueError for a recording that is still being written, or that holds no latent.
+    """
+    folder = Path(folder)
+    log = read_log(folder)
+    if log.closed:
+        return len(log.lines)
+    with (folder / LOG).open("a", encoding="utf-8") as file:
+        if not _lock(file):
+            raise ValueError(f"{folder} is still being recorded; close it first.")
+        frames = _count_frames(folder / VIDEO)
+        latents = min(len(log.lines), (frames + 3) // 4)
+        if latents == 0:
+            raise ValueError(f"{folder} was cut off before its first latent was on disk; nothing can be recovered.")
+        _cut_video(folder / VIDEO, 4 * latents - 3)  # even if the count fits: half a packet may follow
+        header = log.header
+        write_pose_json(folder / POSES, log.c2w[:latents], header["intrinsics"], header["width"], header["height"])
+        kept = [header, *log.lines[:latents], {"end": True, "latents": latents, "recovered": True}]
+        _write_whole(folder / LOG, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in kept)))
+    return latents
+
+
+def replay(folder, world: World) -> Iterator[FrameChunk]:
+    """Dreams a recording again from its log, chunk by chunk. ValueError when the world is not the recorded one."""
+    folder = Path(folder)
+    recover(folder)
+    log = read_log(folder)
+    header = log.header
+    if header["fingerprint"] != world.fingerprint:
+        raise ValueError(
+            f"{folder} was recorded in the world {header['world']!r} ({header['fingerprint']}), not in {world.config.name!r} "
+            f"({world.fingerprint}); open the same version of the same world."
+        )
+    if header["middle"]:
+        session = Session.load(folder / STATE, world)
+    else:
+        image = read_image(folder / IMAGE) if header["image"] else None
+        session = Session(world, header["prompt"], image, header["seed"], header["steps"])
+    lines = list(log.lines)
+    if session.start() is not None and lines[0]["index"] == 0:
+        lines.pop(0)
+        yield session.start()
+    while lines and len(lines) >= lines[0]["chunk"]:  # a chunk that was cut in two is not dreamed
+        group, lines = lines[: lines[0]["chunk"]], lines[lines[0]["chunk"] :]
+        if group[0]["prompt"] != session.prompt:
+            session.set_prompt(group[0]["prompt"])
+        yield session.step(np.array([line["c2w"] for line in group]))
+
+
+def verify(folder, world: World) -> dict:
+    """Dreams a recording again and compares.
+
+    Returns "latents"; "exact" (every frame the same to the last bit); "first_difference" (latent or None); "psnr_mean" and
+    "psnr_min" (decibels, against the lossy video, with which other machines can be judged); "engine_differs" (what is not
+    as it was when recorded: torch, device, dtype, threads).
+    """
+    folder = Path(folder)
+    recover(folder)
+    log = read_log(folder)
+    middle, wrong, psnr = log.header["middle"], [], []
+    with av.open(str(folder / VIDEO)) as container:
+        shown = (frame.to_ndarray(format="rgb24") for frame in container.decode(video=0))
+        expected = iter(log.lines)
+        with tqdm(total=len(log.lines), desc="verify", unit="latent") as bar:
+            for chunk in replay(folder, world):
+                for frames in _by_latent(chunk):
+                    line = next(expected)
+                    if line["sha256"] != _checksum(frames):
+                        wrong.append(line["index"])
+                    first = middle and line is log.lines[0]
+                    psnr += [_psnr(picture, next(shown)) for picture in (frames[-1:] if first else frames)]
+                bar.update(chunk.latents)
+    engine_now = engine(Session(world, steps=log.header["steps"]))
+    recorded = log.header["engine"]
+    return {
+        "latents": len(log.lines),
+        "exact": not wrong,
+        "first_difference": wrong[0] if wrong else None,
+        "psnr_mean": float(np.mean(psnr)),
+        "psnr_min": float(np.min(psnr)),
+        "engine_differs": [name for name in engine_now if engine_now[name] != recorded.get(name)],
+    }
+
+
+# ------------------------------------------------------------------------------------------------- inside
+
+
+def _header(session: Session, middle: bool) -> dict:
+    config, start = session.world.config, session.start()
+    prompt = session.prompt if middle or start is None else start.prompt  # the start image was taken in with its own
+    return {
+        "format": FORMAT, "world": config.name, "fingerprint": session.world.fingerprint, "prompt": prompt,
+        "image": session.image is not None, "seed": session.seed, "steps": session.steps, "middle": middle,
+        "fps": config.fps, "height": config.height, "width": config.width, "intrinsics": config.intrinsics,
+        "engine": engine(session), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }  # fmt: skip
+
+
+def _by_latent(chunk: FrameChunk) -> list[np.ndarray]:
+    """The frames of each latent: 4, and 1 for latent 0 of a session."""
+    first = len(chunk.frames) - 4 * (chunk.latents - 1)
+    return np.split(chunk.frames, range(first, len(chunk.frames), 4))
+
+
+def _checksum(frames: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(frames)).hexdigest()
+
+
+def _psnr(ours: np.ndarray, theirs: np.ndarray) -> float:
+    error = np.mean((ours.astype(np.float64) - theirs) ** 2)
+    return float(10 * np.log10(255**2 / max(error, 1e-2)))
+
+
+def _count_frames(path: Path) -> int:
+    """Frames that can be decoded before the video ends or is cut off. Every packet is one frame (see `_Files`)."""
+    count = 0
+    try:
+        with av.open(str(path)) as container:
+            container.streams.video[0].thread_type = "SLICE"  # frame threads would hold frames back at the cut
+            for _ in container.decode(video=0):
+                count += 1
+    except (av.FFmpegError, IndexError):
+        return count  # 0 when killed before the first fragment
+    return count
+
+
+def _cut_video(path: Path, frames: int) -> None:
+    """Keeps the first `frames` frames, by copying packets."""
+
+    def write(temporary: Path) -> None:
+        with av.open(str(path)) as source, av.open(str(temporary), "w", format="mp4", options=_FRAGMENTS) as target:
+            stream = target.add_stream_from_template(source.streams.video[0])
+            for packet in itertools.islice(source.demux(video=0), frames):
+                packet.stream = stream
+                target.mux(packet)
+
+    _write_whole(path, write)
+
+
+def _write_picture(path: Path, picture: np.ndarray) -> None:
+    done, data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    if not done:
+        raise OSError(f"{path} could not be encoded")
+    path.write_bytes(data.tobytes())
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _lock(file) -> bool:
+    """Marks an open file as being written; False when another one has. Where there is no flock (Windows) an open file
+    cannot be replaced anyway."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

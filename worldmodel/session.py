@@ -1,0 +1,287 @@
+"""A walk through a world: poses in, frames out; it can be rewound, forked, saved and continued exactly."""
+
+import copy
+import json
+import os
+import shutil
+import time
+from collections import OrderedDict
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from worldmodel.autoencoder import StreamState
+from worldmodel.camera import check_poses, invert
+from worldmodel.kv_cache import FrameMemory
+from worldmodel.rollout import Rollout, with_steps
+from worldmodel.world import World, read_image, replace_folder
+
+HISTORY = 64  # latents that can be taken back
+_FORMAT = 1
+_FILES = ("session.yaml", "session.safetensors")
+
+
+@dataclass(frozen=True)
+class FrameChunk:
+    """What one step shows."""
+
+    frames: np.ndarray  # uint8 [n, H, W, 3] RGB; a session's first latent is 1 frame, later ones are 4 each
+    index: int  # number of the chunk's first latent
+    latents: int  # latents in the chunk
+    prompt: str  # the prompt it was dreamed with
+    timings: dict[str, float]  # milliseconds: "network", "clean", "decode"
+
+
+class Session:
+    """One player's dream of a world.
+
+    world: an opened bundle. prompt: name, None = the world's default. image: what latent 0 shows: a start image's name,
+    a picture file or uint8 [H,W,3] (resized and cropped to fit); None = the first chunk is dreamed too.
+    seed: 0 <= seed < 2^63; same seed, poses and prompt = same frames, whatever the timing and however often rewound.
+    steps: denoising steps of later chunks, None = the world's. history: latents that `rewind` can take back at most.
+    """
+
+    def __init__(self, world: World, prompt: str | None = None, image=None, seed: int = 0, steps: int | None = None,
+                 history: int = HISTORY):  # fmt: skip
+        self.world, self.steps = world, steps
+        config = world.config.rollout if steps is None else with_steps(world.config.rollout, steps)
+        self.config = replace(config, history=max(history, config.history))
+        self._intrinsics = torch.tensor([world.config.intrinsics], dtype=torch.float64, device=world.device)
+        self.restart(seed, prompt, image)
+
+    @torch.no_grad()
+    def restart(self, seed: int = 0, prompt: str | None = None, image=None) -> None:
+        """Begins anew, with the arguments of the constructor; when one is wrong, the session stays as it was."""
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be a whole number from 0 to 2^63 - 1, got {seed!r}.")
+        prompt = self.world.config.prompts.default if prompt is None else prompt
+        embedding = self.world.prompts[prompt]
+        picture = None if image is None else _picture(self.world, image)
+        rows, columns = self.world.latent_size
+        self.rollout = Rollout(
+            self.world.transformer, embedding[None], self.config, height=rows, width=columns, device=self.world.device
+        )
+        self.seed, self.prompt, self.image = seed, prompt, picture
+        self._decoder = self.world.autoencoder.streaming_decoder()
+        self._states: OrderedDict[int, StreamState] = OrderedDict()  # decoder after so many latents
+        self._poses: list[np.ndarray] = []
+        self._start: FrameChunk | None = None
+        if picture is None:
+            self._remember()
+        else:
+            self._start = self._show_picture(picture)
+
+    @property
+    def frames(self) -> int:
+        """Latents so far; the index of the next one."""
+        return len(self._poses)
+
+    @property
+    def poses(self) -> np.ndarray:
+        """c2w [F,4,4] of all latents so far, in the session's frame."""
+        return np.stack(self._poses) if self._poses else np.zeros((0, 4, 4))
+
+    @property
+    def chunk(self) -> int:
+        """Latents a `step` dreams; as many poses are needed."""
+        return self.config.chunk
+
+    def start(self) -> FrameChunk | None:
+        """Latent 0 as one frame when the session has a start image (its pose is the identity), else None."""
+        return self._start
+
+    @torch.no_grad()
+    def step(self, c2w) -> FrameChunk:
+        """Dreams the next chunk as seen from `c2w` [4,4] (one latent) or [chunk,4,4], absolute in the session's frame."""
+        poses = check_poses(c2w, self.chunk, "Session.step")
+        if len(poses) != self.chunk:
+            raise ValueError(f"Session.step: {self.chunk} poses are needed (the world's chunk), got {len(poses)}.")
+        index = self.frames
+        noise, renoise = self._noise(index)
+        latents = self.rollout.step(self._viewmats(poses), self._intrinsics, noise=noise, renoise=renoise)
+        return self._shown(latents, poses, index, dict(self.rollout.timings))
+
+    def set_prompt(self, name: str) -> None:
+        """The prompt from the next chunk on."""
+        embedding = self.world.prompts[name]
+        with torch.no_grad():
+            self.rollout.set_text(embedding[None])
+        self.prompt = name
+
+    def rewind(self, latents: int) -> None:
+        """Takes back the last `latents` latents (whole chunks). ValueError, and nothing changes, when that is too many."""
+        target = self.frames - latents
+        if latents < 0 or target not in self._states:
+            reachable = sorted(self.frames - index for index in self._states)
+            raise ValueError(
+                f"Cannot take back {latents} latents: whole chunks of {self.chunk}, at most {reachable[-1]} latents now "
+                f"(the last {self.config.history} are kept)."
+            )
+        self.rollout.rewind(target)
+        self._decoder.restore(self._states[target])
+        self._states = OrderedDict((index, state) for index, state in self._states.items() if index <= target)
+        del self._poses[target:]
+
+    def fork(self) -> "Session":
+        """An independent session with the same past; with the same inputs it has the same future."""
+        twin = copy.copy(self)
+        twin.rollout = self.rollout.fork()
+        twin._decoder = self.world.autoencoder.streaming_decoder()
+        twin._decoder.restore(self._decoder.state())
+        twin._states, twin._poses = self._states.copy(), list(self._poses)
+        return twin
+
+    # ------------------------------------------------------------------------------------------ save, load
+
+    def save(self, path) -> None:
+        """Writes the folder `path` from which `load` continues exactly. What was taken for rewinding is not kept."""
+        path = Path(path)
+        if path.exists() and not (path / _FILES[0]).is_file():
+            raise ValueError(f"{path} exists and is no saved session; choose another name.")
+        tensors, decoder = self._state_tensors()
+        values = {
+            "format": _FORMAT, "world": self.world.config.name, "fingerprint": self.world.fingerprint,
+            "dtype": str(self.world.dtype), "prompt": self.prompt, "seed": self.seed, "steps": self.steps,
+            "history": self.config.history, "frames": self.frames, "decoder": decoder,
+        }  # fmt: skip
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            save_file(tensors, temporary / _FILES[1])
+            (temporary / _FILES[0]).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+            replace_folder(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    @classmethod
+    def load(cls, path, world: World) -> "Session":
+        """Continues a saved session. ValueError when the save is damaged or belongs to other weights or number types."""
+        path = Path(path)
+        try:
+            values = yaml.safe_load((path / _FILES[0]).read_text(encoding="utf-8"))
+            if values["format"] != _FORMAT:
+                raise ValueError(f"format {values['format']!r} instead of {_FORMAT}")
+            with safe_open(path / _FILES[1], framework="pt", device=str(world.device)) as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        except (OSError, SafetensorError, yaml.YAMLError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no complete saved session ({error}).") from None
+        for key, ours in (("fingerprint", world.fingerprint), ("dtype", str(world.dtype))):
+            if values[key] != ours:
+                raise ValueError(
+                    f"{path} was saved in the world {values['world']!r} with {key} {values[key]}, the opened world "
+                    f"{world.config.name!r} has {ours}; open the same world in the same way."
+                )
+        session = cls(world, values["prompt"], None, values["seed"], values["steps"], values["history"])
+        session._restore(tensors, values)
+        return session
+
+    def _state_tensors(self) -> tuple[dict[str, Tensor], dict]:
+        """Everything the future depends on, and which decoder memories exist."""
+        tensors = {"poses": torch.from_numpy(self.poses)}
+        if self.image is not None:
+            tensors["image"] = torch.from_numpy(self.image)
+        for memory in self.rollout.cache.visible(1):
+            for name in ("keys", "values", "viewmats", "intrinsics"):
+                tensors[f"frame.{memory.index}.{name}"] = getattr(memory, name)
+        for position, tensor in enumerate(self.rollout.pending or ()):
+            tensors[f"pending.{position}"] = tensor
+        state = self._decoder.state()
+        tensors |= {f"decoder.{i}": memory for i, memory in enumerate(state.memories) if memory is not None}
+        # clones: views of one storage cannot be stored as they are
+        plain = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        return plain, {"started": state.started, "memories": len(state.memories)}
+
+    def _restore(self, tensors: dict[str, Tensor], values: dict) -> None:
+        indices = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("frame.")})
+        cache, parts = self.rollout.cache, ("keys", "values", "viewmats", "intrinsics")
+        cache.frames = [FrameMemory(i, *(tensors[f"frame.{i}.{part}"] for part in parts)) for i in indices]
+        if "pending.0" in tensors:
+            self.rollout.pending = tuple(tensors[f"pending.{position}"] for position in range(3))
+        cache.committed = values["frames"] - (tensors["pending.0"].shape[2] if "pending.0" in tensors else 0)
+        self.image = tensors["image"].cpu().numpy() if "image" in tensors else None
+        self._poses = list(tensors["poses"].cpu().numpy())
+        memories = tuple(tensors.get(f"decoder.{i}") for i in range(values["decoder"]["memories"]))
+        self._decoder.restore(StreamState(values["decoder"]["started"], memories))
+        self._states.clear()
+        self._remember()
+
+    # ------------------------------------------------------------------------------------------ inside
+
+    def _show_picture(self, picture: np.ndarray) -> FrameChunk:
+        video = torch.from_numpy(picture).to(self.world.device).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
+        started = time.perf_counter()
+        latents = self.world.autoencoder.streaming_encoder().step(video).float()
+        pose = np.eye(4)[None]
+        self.rollout.commit(latents, self._viewmats(pose), self._intrinsics)
+        clean = (time.perf_counter() - started) * 1e3
+        return self._shown(latents, pose, 0, {"network": 0.0, "clean": clean})
+
+    def _shown(self, latents: Tensor, poses: np.ndarray, index: int, timings: dict[str, float]) -> FrameChunk:
+        """Decodes a chunk that has been committed and remembers that it was shown."""
+        started = time.perf_counter()
+        video = self._decoder.step(latents)[0].float()
+        frames = ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+        timings["decode"] = (time.perf_counter() - started) * 1e3
+        self._poses.extend(poses)
+        self._remember()
+        return FrameChunk(np.ascontiguousarray(frames), index, len(poses), self.prompt, timings)
+
+    def _remember(self) -> None:
+        self._states[self.frames] = self._decoder.state()
+        while next(iter(self._states)) < self.frames - self.config.history:
+            self._states.popitem(last=False)
+
+    def _viewmats(self, c2w: np.ndarray) -> Tensor:
+        """c2w [F,4,4] -> w2c [1,F,4,4] float64 on the device."""
+        return torch.from_numpy(invert(c2w))[None].to(self.world.device)
+
+    def _noise(self, index: int) -> tuple[Tensor, list[Tensor]]:
+        """Start noise and re-noise of the chunk at latent `index`: every latent has its own generator, seeded by (seed, number)."""
+        steps = len(self.config.first_steps if index == 0 else self.config.steps)
+        shape = (steps, self.world.transformer.config.in_channels, *self.world.latent_size)
+        draws = []
+        for number in range(index, index + self.chunk):
+            mixed = int(np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0]) >> 1
+            draws.append(torch.randn(shape, generator=torch.Generator().manual_seed(mixed)))
+        first, *later = torch.stack(draws, dim=2).unsqueeze(1).to(self.world.device)  # [steps, 1, C, F, h, w]
+        return first, later
+
+
+def fit_picture(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [h,w,3] of any size -> uint8 [height,width,3]: scaled until it covers, then cropped around the centre."""
+    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        found = f"{picture.dtype} {list(picture.shape)}" if isinstance(picture, np.ndarray) else type(picture).__name__
+        raise ValueError(f"A start picture must be uint8 [H,W,3], got {found}.")
+    scale = max(height / picture.shape[0], width / picture.shape[1])
+    size = max(width, round(picture.shape[1] * scale)), max(height, round(picture.shape[0] * scale))
+    scaled = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    top, left = (scaled.shape[0] - height) // 2, (scaled.shape[1] - width) // 2
+    return np.ascontiguousarray(scaled[top : top + height, left : left + width])
+
+
+def _picture(world: World, image) -> np.ndarray:
+    """A start image's name, a picture file or an array -> uint8 [H,W,3] of the world's size."""
+    if isinstance(image, (str, Path)):
+        names = {Path(file).stem for group in world.config.images.values() for file in group}
+        known = Path(image).name == str(image) and Path(image).stem in names
+        image = read_image(image) if not known and Path(image).is_file() else world.image(str(image))
+    return fit_picture(image, world.config.height, world.config.width)
+
+
+def engine(session: Session) -> dict:
+    """What besides the world's weights decides about the last bit: written into recordings, compared by `verify`."""
+    return {
+        "torch": torch.__version__,
+        "device": session.world.device.type,
+        "dtype": str(session.world.dtype),
+        "threads": torch.get_num_threads(),
+        "rollout": json.loads(json.dumps(asdict(session.config))),
+    }

@@ -1,0 +1,79 @@
+"""Prompts as the network sees them: named, stored text embeddings."""
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+class PromptBook:
+    """Embeddings [L, D] float32 by name, all of one shape, and the full text of each prompt.
+
+    embeddings: name -> [L, D]. texts: name -> the sentence that was embedded (a name without one is its own text).
+    """
+
+    def __init__(self, embeddings: Mapping[str, Tensor], texts: Mapping[str, str] | None = None):
+        self._embeddings = {name: tensor.detach().float().contiguous() for name, tensor in embeddings.items()}
+        self._texts = dict(texts or {})
+        shapes = {tuple(tensor.shape) for tensor in self._embeddings.values()}
+        if len(shapes) != 1 or len(next(iter(shapes))) != 2:
+            raise ValueError(f"A prompt book needs embeddings [L, D] of one shape, got {sorted(shapes) or 'none'}.")
+        for name in self._texts:
+            self._check(name)
+
+    @classmethod
+    def load(cls, path) -> "PromptBook":
+        """Reads a safetensors file (name -> [L, D]; metadata "texts": JSON of name -> text)."""
+        path = Path(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                embeddings = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                texts = json.loads((file.metadata() or {}).get("texts", "{}"))
+        except (OSError, SafetensorError, ValueError) as error:
+            raise ValueError(f"Prompts {path} cannot be read ({error}); fetch or export the file again.") from None
+        return cls(embeddings, texts)
+
+    def save(self, path) -> None:
+        """Writes what `load` reads, to a temporary name that is then renamed."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        save_file(self._embeddings, temporary, {"texts": json.dumps(self._texts)})
+        os.replace(temporary, path)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._embeddings))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(L, D) of every embedding."""
+        return tuple(next(iter(self._embeddings.values())).shape)
+
+    @property
+    def unconditional(self) -> Tensor:
+        """The embedding of "no prompt": zeros [L, D]."""
+        return torch.zeros(self.shape)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """[L, D] float32; ValueError for an unknown name."""
+        self._check(name)
+        return self._embeddings[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._embeddings
+
+    def text(self, name: str) -> str:
+        """The sentence behind a name."""
+        self._check(name)
+        return self._texts.get(name, name)
+
+    def _check(self, name: str) -> None:
+        if name not in self._embeddings:
+            near = difflib.get_close_matches(str(name), self.names, 1, 0)[0]
+            raise ValueError(f"Unknown prompt {name!r}; did you mean {near!r}? Known are {', '.join(self.names)}.")
