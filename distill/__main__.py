@@ -9,7 +9,7 @@ COMMANDS = {
     "collect": ("distill.data.collect", "render or record footage with exact camera poses"),
     "import": ("distill.data.worldplay", "turn WorldPlay / minWM footage into clips"),
     "encode": ("distill.data.encode", "turn clips into latents with an autoencoder"),
-    "train": ("distill.train", "train one stage from a config; resumes by itself"),
+    "train": ("distill.train", "train one stage from a config"),
     "export": ("distill.export", "write a bundle that play.py opens"),
     "evaluate": ("distill.evaluate.evaluate", "compare dreams with the truth"),
 }

@@ -1,8 +1,8 @@
 """Every option of a training recipe, with its unit. A YAML file names only what differs from these defaults.
 
-A recipe is one file with all stages of a world: `load_recipe("configs/blocks/cpu.yaml", ["dmd.lr=2e-5"])`.
-Folders are relative to the working directory. Where a stage's weights are asked for (`init`, `real`, `critic`), the bare
-name of a stage means that stage's export in the same run folder.
+A recipe is one file with all stages of a world: `load_recipe("configs/blocks/cpu.yaml", ["dmd.lr=2e-5"])`. Folders
+are relative to the working directory. Where a stage's weights are asked for (`init`, `real`, `critic`), the bare name
+of a stage means that stage's export in the same run folder.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Optimiser:
-    """AdamW, shared by all stages."""
+    """AdamW of the transformer stages; the autoencoder takes `grad_clip` alone."""
 
     betas: tuple[float, ...] = (0.9, 0.99)
     eps: float = 1e-8
@@ -96,7 +96,6 @@ class TransformerConfig(StageConfig):
     init: str = ""  # export folder (or stage name) that the weights come from; empty = random weights
     caption_dropout: float = 0.1  # share of the captions replaced by the unconditional embedding, 0..1
     shift: float = 5.0  # of the sigma schedule
-    sample_steps: int = 12  # denoising steps of the sample pictures (dmd uses its own step lists)
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,7 @@ class BidirectionalConfig(TransformerConfig):
     """Flow matching, one sigma a clip, every frame sees every frame."""
 
     weighting: bool = True  # weight the loss by the reference's bell over the time steps
+    sample_steps: int = 12  # denoising steps of the sample pictures
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ class TeacherForcingConfig(TransformerConfig):
 
     chunk: int = 1  # latents denoised together
     weighting: bool = True
+    sample_steps: int = 12  # denoising steps of the sample pictures
     context_sigma_max: float = 0.0  # the clean context is noised by a sigma uniform in [0, this]; 0 = clean
 
 
@@ -123,6 +124,7 @@ class ConsistencyConfig(TransformerConfig):
     grid: int = 48  # points of the sigma grid that the teacher steps along
     guidance: float = 3.0  # u + guidance (c - u); 1 skips the unconditional pass
     sigma_lookup: Literal["exact", "grid"] = "exact"  # grid = the reference's nearest of 1000 sigmas
+    sample_steps: int = 4  # denoising steps of the sample pictures
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,12 @@ class Recipe:
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
     dmd: DmdConfig = field(default_factory=DmdConfig)
 
+    def __post_init__(self) -> None:
+        for name in ("teacher_forcing", "consistency", "dmd"):
+            chunk = getattr(self, name).chunk
+            if chunk < 1 or self.data.frames % chunk:
+                raise ValueError(f"data.frames is {self.data.frames}, not a multiple of {name}.chunk = {chunk}: change one")
+
     def export_folder(self, source: str) -> Path:
         """Folder of exported weights: a stage's name means that stage's export in this run folder."""
         known = {f.name for f in dataclasses.fields(self) if isinstance(getattr(self, f.name), StageConfig)}
@@ -191,8 +199,8 @@ class Recipe:
 def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     """Reads a recipe; every override is `section.key=value` with the value as YAML.
 
-    Raises ValueError with one sentence for a missing file, broken YAML, an unknown key (naming the nearest known one) or
-    a value of the wrong kind.
+    Raises ValueError with one sentence for a missing file, broken YAML, an unknown key (naming the nearest known one)
+    or a value of the wrong kind.
     """
     path = Path(path)
     if not path.is_file():

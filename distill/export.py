@@ -178,8 +178,8 @@ def make_readme(
         f"{counts[0]} parameters, autoencoder {counts[1]}, {args.dtype}.",
         f"Walk in it: `python play.py --world {shlex.quote(str(args.output))}`.",
         "## How it was made",
-        f"Export: `python -m distill {shlex.join(sys.argv[1:])}`  \nCommit: {describe_commit()}  \nHardware: {hardware}  \n"
-        f"Seeds: training {recipe.run.seed}, start images {args.seed}",
+        f"Export: `python -m distill {shlex.join(sys.argv[1:])}`  \nCommit: {describe_commit()}  \n"
+        f"Hardware: {hardware}  \nSeeds: training {recipe.run.seed}, start images {args.seed}",
         _footage(recipe),
         _stage_table(args, recipe),
         f"Recipe `{args.config}`:",

@@ -29,9 +29,7 @@ def open_prompts(recipe: Recipe, captions: Iterable[str]) -> PromptBook:
     book = PromptBook.load(recipe.data.prompts)
     missing = [caption for caption in captions if caption not in book]
     if missing:
-        raise ValueError(
-            f"{recipe.data.prompts} has no prompt {missing[0]!r}, which a clip is captioned with: add it, or leave data.prompts empty"
-        )
+        raise ValueError(f"{recipe.data.prompts} has no prompt {missing[0]!r}, but clips have: add it, or leave data.prompts empty")
     if book.shape[1] != recipe.model.text_dim:
         raise ValueError(
             f"{recipe.data.prompts} holds embeddings of width {book.shape[1]}, but model.text_dim is "

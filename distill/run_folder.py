@@ -40,6 +40,8 @@ class RunFolder:
     def save(self, step: int, stage, generator: torch.Generator, drawn: int) -> Path:
         """Writes all that the next step depends on; `drawn` samples have been taken from the dataset so far."""
         final = self.checkpoints / f"step-{step:08d}"
+        for left in self.checkpoints.glob(".step-*.partial"):  # of a run that was killed while it wrote
+            shutil.rmtree(left)
         with replacing(final) as folder:
             for name, module in stage.modules.items():
                 save_file(_tensors(module), folder / f"{name}.safetensors")
@@ -73,7 +75,6 @@ class RunFolder:
             raise ValueError(
                 f"the checkpoint {folder} cannot be read ({reason}): remove that folder to go on from the one before"
             ) from error
-        self._drop_metrics_after(state["step"])
         return state["step"], state["drawn"]
 
     def log(self, line: dict) -> None:
@@ -101,12 +102,11 @@ class RunFolder:
                 if saved.get(section, {}).get(key) != value:
                     was = saved.get(section, {}).get(key)
                     raise ValueError(
-                        f"{folder} was trained with {section}.{key} = {was}, not {value}: "
-                        "set it back, or give this run another run.folder"
+                        f"{folder} was trained with {section}.{key} = {was}, not {value}: set it back, or give this run another run.folder"
                     )
 
-    def _drop_metrics_after(self, step: int) -> None:
-        """Steps after the checkpoint are done again, so their lines go."""
+    def drop_metrics_after(self, step: int) -> None:
+        """Forgets the lines of steps that a run continued from `step` will do again."""
         path = self.root / "metrics.jsonl"
         if path.exists():
             lines = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
@@ -148,9 +148,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": tensor.contiguous() for index, values in state.items() for name, tensor in values.items()
-    }
+    return {f"{index}.{name}": tensor.contiguous() for index, values in state.items() for name, tensor in values.items()}
 
 
 def _unflatten(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

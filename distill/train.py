@@ -31,9 +31,7 @@ FREE = {"steps", "sample_steps", "autoencoder", "root"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="recipe, a YAML file such as configs/blocks/cpu.yaml")
     parser.add_argument("--stage", required=True, choices=list(STAGES), help="stage of the recipe to train")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. dmd.lr=2e-5; may be repeated"
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. dmd.lr=2e-5; may be repeated")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     parser.add_argument("--export-only", action="store_true", help="write the newest checkpoint's export/ and stop")
 
@@ -45,15 +43,13 @@ def run(args: argparse.Namespace) -> None:
 def train(recipe: Recipe, name: str, *, resume: bool = False, export_only: bool = False) -> Path:
     """Trains stage `name` of a recipe to its end and returns the folder of the exported result.
 
-    SIGTERM and Ctrl-C leave a checkpoint and stop. ValueError for a run folder that is in use without `resume` or belongs
-    to another config, and for a loss that is no number.
+    SIGTERM and Ctrl-C leave a checkpoint and stop. ValueError for a run folder that is in use without `resume` or
+    belongs to another config, and for a loss that is no number.
     """
     config: StageConfig = getattr(recipe, name)
     folder = RunFolder(Path(recipe.run.folder) / name, _identity(recipe, name))
     if folder.newest() and not (resume or export_only):
-        raise ValueError(
-            f"{folder.root} holds a run already ({folder.newest().name}): add --resume, or choose another run.folder"
-        )
+        raise ValueError(f"{folder.root} holds a run already ({folder.newest().name}): add --resume, or choose another run.folder")
     if export_only and not folder.newest():
         raise ValueError(f"{folder.root} has no checkpoint to export: train the stage first")
     accelerator = Accelerator(cpu=recipe.run.device == "cpu", log_with=_trackers(), project_dir=folder.root)
@@ -67,35 +63,31 @@ def train(recipe: Recipe, name: str, *, resume: bool = False, export_only: bool 
             group["peak_lr"] = group["lr"]
     step, drawn = folder.restore(stage, generator)
     if not export_only:
+        folder.drop_metrics_after(step)
         accelerator.init_trackers("tensorboard")
         _loop(recipe, config, stage, folder, generator, accelerator, step, drawn)
         accelerator.end_training()
     return folder.export(stage)
 
 
-def _loop(
-    recipe: Recipe, config: StageConfig, stage: Stage, folder: RunFolder, generator, accelerator, step: int, drawn: int
-) -> None:
+def _loop(recipe: Recipe, config: StageConfig, stage: Stage, folder: RunFolder, generator, accelerator, step: int, drawn: int) -> None:
     """Steps `step` .. `config.steps`, or until a signal asks to stop."""
-    options, autocast = (
-        recipe.run,
-        torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.run.precision == "bfloat16"),
-    )
-    count, saved, meter = config.batch * stage.batches, time.monotonic(), Meter()
+    options = recipe.run
+    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=options.precision == "bfloat16")
+    count, saved, stopping, meter = config.batch * stage.batches, time.monotonic(), False, Meter(step)
     with (
         StopRequest() as stop,
         Batches(stage, count, recipe.run.seed, drawn) as batches,
         tqdm(total=config.steps, initial=step, unit="step") as bar,
     ):
-        while step < config.steps and not stop.requested:
+        while step < config.steps and not stopping:
             _set_learning_rate(stage, config, step)
-            with autocast:
-                losses = stage.losses(next(batches), step, generator)
-            for name, loss, metrics in _under(autocast, losses):
+            for name, loss, metrics in _under(autocast, stage.losses(next(batches), step, generator)):
                 meter.add(name, loss, _update(stage, name, loss, step, recipe.optimiser.grad_clip), metrics)
             step, drawn = step + 1, drawn + count
             bar.update()
-            save = _due(step, config, options, saved, stop.requested)
+            stopping = stop.requested
+            save = _due(step, config, options, saved, stopping)
             if save or step % options.log_every == 0:
                 line = meter.line(step, count, {name: o.param_groups[0]["lr"] for name, o in stage.optimizers.items()})
                 folder.log(line)
@@ -167,10 +159,10 @@ def _picture(stage: Stage, folder: RunFolder, step: int, seed: int, autocast, de
 class Meter:
     """Means of losses, gradient norms and metrics since the last line. Sums stay on the device until then."""
 
-    def __init__(self):
+    def __init__(self, step: int):
         self._sums: dict[str, Tensor | float] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
-        self._step, self._since = None, time.monotonic()
+        self._step, self._since = step, time.monotonic()
 
     def add(self, name: str, loss: Tensor, norm: Tensor, metrics: dict[str, float | Tensor]) -> None:
         values = {
@@ -187,11 +179,9 @@ class Meter:
         means = {key: float(total) / self._counts[key] for key, total in self._sums.items()}
         for key, value in means.items():
             if key.startswith(("loss/", "grad_norm/")) and not math.isfinite(value):
-                raise ValueError(
-                    f"{key} became {value} before step {step}: lower the learning rate and start from the last export"
-                )
+                raise ValueError(f"{key} became {value} before step {step}: lower the learning rate and train in a new run.folder")
         seconds = time.monotonic() - self._since
-        steps = max(count for key, count in self._counts.items()) if self._step is None else step - self._step
+        steps = step - self._step
         self._sums.clear()
         self._counts.clear()
         self._step, self._since = step, time.monotonic()
@@ -256,9 +246,7 @@ def _identity(recipe: Recipe, name: str) -> dict:
     sections = {"data": recipe.data, "optimiser": recipe.optimiser, name: config}
     if isinstance(config, TransformerConfig):
         sections["model"] = recipe.model
-    kept = {
-        section: {k: v for k, v in as_dict(values).items() if k not in FREE} for section, values in sections.items()
-    }
+    kept = {section: {k: v for k, v in as_dict(values).items() if k not in FREE} for section, values in sections.items()}
     return {**kept, "run": {"seed": recipe.run.seed, "precision": recipe.run.precision}}
 
 

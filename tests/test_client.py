@@ -31,21 +31,23 @@ class FakeSession:
 
     def __init__(self, machine, scene, number):
         self.machine, self.scene, self.number = machine, scene, number
-        self.poses = [np.eye(4)]
+        self.poses = [np.eye(4)] if machine.scenes.pictures else []
 
     def start(self):
-        return self._chunk(1, 0)
+        return self._chunk(1, 0, 1) if self.machine.scenes.pictures else None
 
     def step(self, c2w):
         self.machine.begun.append(self.machine.clock())
         self.machine.spend(self.machine.step_seconds())
+        index, latents = len(self.poses), self.machine.scenes.chunk
+        assert c2w.shape == (latents, 4, 4)
         self.poses.extend(c2w)
-        return self._chunk(4, len(self.poses) - 1)
+        return self._chunk(4 * latents if index else 4 * latents - 3, index, latents)
 
-    def _chunk(self, frames, index):
+    def _chunk(self, frames, index, latents):
         pictures = np.zeros((frames, 2, 2, 3), np.uint8)
         pictures[..., 0] = self.number
-        return SimpleNamespace(frames=pictures, index=index, latents=1, timings={"network": 1.0})
+        return SimpleNamespace(frames=pictures, index=index, latents=latents, timings={"network": 1.0})
 
 
 class FakeRecorder:
@@ -61,10 +63,10 @@ class FakeRecorder:
 
 
 class FakeScenes:
-    name, fps, chunk, frames_per_latent, window, envelope = "fake", 16, 1, 4, 12, ENVELOPE
+    name, fps, frames_per_latent, window, envelope = "fake", 16, 4, 12, ENVELOPE
 
-    def __init__(self, machine):
-        self.machine, self.sessions, self.recorders = machine, [], []
+    def __init__(self, machine, chunk=1, pictures=True):
+        self.machine, self.chunk, self.pictures, self.sessions, self.recorders = machine, chunk, pictures, [], []
 
     def open(self, scene):
         self.sessions.append(FakeSession(self.machine, scene, len(self.sessions)))
@@ -81,11 +83,11 @@ class FakeScenes:
 class Machine:
     """One thread plays all parts: while the generator sleeps or computes, the window ticks every millisecond."""
 
-    def __init__(self, step_seconds=0.06, options=LoopOptions()):
+    def __init__(self, step_seconds=0.06, options=None, **world):
         self.step_seconds = step_seconds if callable(step_seconds) else lambda: step_seconds
         self.milliseconds, self.begun, self.seen, self.plan = 0, [], [], []
-        self.scenes = FakeScenes(self)
-        self.loop = Loop(lambda tell: self.scenes, options, clock=self.clock, sleep=self.sleep)
+        self.scenes = FakeScenes(self, **world)
+        self.loop = Loop(lambda tell: self.scenes, options or LoopOptions(), clock=self.clock, sleep=self.sleep)
 
     def clock(self):
         return self.milliseconds / 1000
@@ -141,6 +143,22 @@ def test_a_key_is_on_screen_within_one_chunk_and_one_step():
     assert machine.loop.pacer.late == 0 and machine.loop.pacer.dropped == 0
     walked = machine.scenes.sessions[0].poses[-1][2, 3]
     assert walked == pytest.approx(60 * 0.2 / LATENT * ENVELOPE.forward, rel=1e-3)
+
+
+def test_chunks_of_three_without_a_start_picture():
+    machine = Machine(chunk=3, pictures=False)
+    moments = [2.0 + 1.31 * n for n in range(16)]
+    for moment in moments:
+        machine.at(moment, partial(machine.loop.press, "forward"))
+        machine.at(moment + 0.25, partial(machine.loop.release, "forward"))
+    machine.play(24.0)
+    path = np.array(machine.scenes.sessions[0].poses)
+    assert np.array_equal(path[:3], np.tile(np.eye(4), (3, 1, 1)))  # the first chunk is seen from the origin
+    assert path[-1, 2, 3] == pytest.approx(16 * ENVELOPE.forward, rel=1e-3)  # each press lasted one latent
+    assert np.diff(path[:, 2, 3]).max() < ENVELOPE.forward + 1e-9
+    assert machine.gaps[12:] == pytest.approx(1 / 16, abs=2 * TICK) and machine.loop.pacer.late == 0
+    assert max(machine.loop.pacer._latencies) <= 3 * LATENT + 0.06 + MARGIN + 3 * TICK
+    assert machine.loop.status.latent == len(path) and machine.loop.status.memory == 12
 
 
 @pytest.mark.parametrize("step_seconds", [0.01, 0.12, 0.24])
@@ -249,6 +267,30 @@ def test_a_path_is_walked_until_the_player_takes_over():
     turned = np.degrees(np.arctan2(poses[:, 0, 2], poses[:, 2, 2]))
     assert 30 < turned[-1] < 60 and turned[-1] == turned[-4]  # stopped turning at second 3
     assert poses[-1, 2, 3] < poses[4, 2, 3]
+
+
+def test_a_replay_is_shown_at_the_worlds_rate_and_then_handed_over(tmp_path):
+    machine = Machine(options=LoopOptions(replay=tmp_path))
+    old = FakeSession(machine, None, 7)
+    path = np.tile(np.eye(4), (8, 1, 1))
+
+    def film(folder):
+        chunks = ((old.step(path[k][None]) if k else old.start(), path[k][None]) for k in range(8))
+        return chunks, Scene("dunes", str(folder / "start.png"), 3)
+
+    machine.scenes.replay = film
+    machine.at(0.5, partial(machine.loop.press, "forward"))  # nobody steers a replay
+    machine.at(4.0, lambda now: machine.loop.command("record"))
+    machine.at(5.0, lambda now: machine.loop.command("pause"))
+    machine.play(4.0)
+    assert machine.loop.status.phase == "paused" and "ends here" in machine.loop.notices[-1]
+    machine.play(7.0)
+    assert "A replay is not recorded again" in machine.loop.notices and not machine.scenes.recorders
+    numbers = [frame.picture[0, 0, 0] for _, frame in machine.seen]
+    assert numbers[:29] == [7] * 29 and set(numbers[29:]) == {0}  # all of the replay, then a session of one's own
+    assert machine.gaps[8:28] == pytest.approx(1 / 16, abs=2 * TICK)
+    assert machine.scenes.sessions[0].scene == Scene("dunes", str(tmp_path / "start.png"), 3)
+    assert machine.scenes.sessions[0].poses[-1][2, 3] > 0
 
 
 def test_tour_and_written_path_stay_inside_the_envelope():

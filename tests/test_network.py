@@ -233,7 +233,8 @@ def test_first_chunk_steps_match_reference(steps):
     with torch.no_grad():
         for i in range(data["noise"].shape[1]):
             renoise = [next(draws) for _ in (config.steps if i else config.first_steps)[1:]]
-            outputs.append(rollout.step(torch.eye(4).expand(1, 1, 4, 4), torch.ones(1, 4), noise=data["noise"][:, i : i + 1].transpose(1, 2), renoise=renoise))
+            noise = data["noise"][:, i : i + 1].transpose(1, 2)
+            outputs.append(rollout.step(torch.eye(4).expand(1, 1, 4, 4), torch.ones(1, 4), noise=noise, renoise=renoise))
     expected = data.get("inference.output", data.get("inference.latents"))
     torch.testing.assert_close(torch.cat(outputs, 2).transpose(1, 2), expected, atol=1e-4, rtol=0)
 
@@ -297,7 +298,8 @@ def test_euler_sampler_follows_the_velocity(network):
 
 
 def test_bad_rollouts_are_refused():
-    for wrong, message in (({"chunk": 5, "window": 4}, "chunk must be"), ({"positions": "somewhere"}, "positions must be"), ({"steps": ()}, "steps")):
+    wrongs = ({"chunk": 5, "window": 4}, "chunk must be"), ({"positions": "somewhere"}, "positions must be"), ({"steps": ()}, "steps")
+    for wrong, message in wrongs:
         with pytest.raises(ValueError, match=message):
             RolloutConfig(**wrong)
     assert with_steps(RolloutConfig(), 4).steps == (1000, 750, 500, 250)

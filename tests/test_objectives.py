@@ -1,5 +1,6 @@
 """The losses agree with the public reference implementations: values, tensors on the way, gradients (tests/golden)."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from distill.objectives.distribution_matching import (
     score_sigma,
     self_rollout,
 )
-from distill.objectives.flow_matching import draw_index, flow_matching_loss, grid_sigma
+from distill.objectives.flow_matching import flow_matching_loss, grid_sigma
 from distill.stages.stage import Windows, bidirectional, teacher_forced
 from worldmodel.checkpoint import load_transformer
 from worldmodel.rollout import Rollout, RolloutConfig
@@ -117,9 +118,7 @@ def test_guidance_of_one_needs_no_unconditional_pass():
 def test_pairs_are_neighbours_down_to_zero_and_shared_within_a_chunk():
     sigma, sigma_next = draw_pair(64, 6, 3, 8, SHIFT, torch.Generator().manual_seed(0))
     grid = [*sigma_grid(8, SHIFT).tolist(), 0.0]
-    assert set(zip(sigma.flatten().tolist(), sigma_next.flatten().tolist(), strict=True)) == set(
-        zip(grid, grid[1:], strict=False)
-    )
+    assert set(zip(sigma.flatten().tolist(), sigma_next.flatten().tolist(), strict=True)) == set(pairwise(grid))
     assert torch.equal(sigma[:, 0], sigma[:, 2]) and not torch.equal(sigma[:, 0], sigma[:, 3])
 
 
@@ -139,14 +138,10 @@ def replay(model, case: dict, part: str, chunk: int, exit_step: int, cache_gradi
     assert draws[2][0] == exit_step
     rollout = Rollout(model, case["context"], config, batch=batch, height=height, width=width)
     cameras = windows(case)
-    return self_rollout(
-        rollout, cameras.viewmats, cameras.intrinsics, RolloutDraws(noise, exit_step, exit_step, renoise), grad=grad
-    )
+    return self_rollout(rollout, cameras.viewmats, cameras.intrinsics, RolloutDraws(noise, exit_step, exit_step, renoise), grad=grad)
 
 
-@pytest.mark.parametrize(
-    ("cache_gradient", "prefix"), [("straight_through", "gen.grad."), ("detached", "gen.grad_detached_cache.")]
-)
+@pytest.mark.parametrize(("cache_gradient", "prefix"), [("straight_through", "gen.grad."), ("detached", "gen.grad_detached_cache.")])
 @pytest.mark.parametrize(("name", "chunk", "exit_step"), DMD)
 def test_distribution_matching_agrees_with_the_reference(name, chunk, exit_step, cache_gradient, prefix):
     case, model = golden(name), network("dmd_generator")

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -112,9 +114,7 @@ def killed(clips, straight, tmp_path_factory) -> tuple[Path, list[str]]:
     ]
     options = overrides(clips, folder, *starts, f"dmd.real={straight}/bidirectional/export")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(
-        [sys.executable, "-c", KILLED, ",".join([str(TINY), *STAGES]), *options], check=True, env=environment, cwd=ROOT
-    )
+    subprocess.run([sys.executable, "-c", KILLED, ",".join([str(TINY), *STAGES]), *options], check=True, env=environment, cwd=ROOT)
     return folder, options
 
 
@@ -133,9 +133,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(name, clips, straight, 
         assert expected.keys() == actual.keys() and expected
         assert all(torch.equal(expected[key], actual[key]) for key in expected), file
     logged = [[json.loads(line) for line in (path / name / "metrics.jsonl").open()] for path in (straight, folder)]
-    losses = [
-        [(line["step"], *(v for k, v in line.items() if k.startswith("loss/"))) for line in lines] for lines in logged
-    ]
+    losses = [[(line["step"], *(v for k, v in line.items() if k.startswith("loss/"))) for line in lines] for lines in logged]
     assert losses[0] == losses[1] and [line[0] for line in losses[0]] == [1, 2, 3, 4]
 
 
@@ -143,8 +141,7 @@ def test_the_export_is_the_average_and_carries_its_prompts(straight):
     for name in ("bidirectional", "teacher_forcing", "consistency", "dmd"):
         exported = load_file(straight / name / "export" / "diffusion_pytorch_model.safetensors")
         average, student = (
-            load_file(straight / name / "checkpoints" / "step-00000004" / f"{part}.safetensors")
-            for part in ("average", "student")
+            load_file(straight / name / "checkpoints" / "step-00000004" / f"{part}.safetensors") for part in ("average", "student")
         )
         assert all(torch.equal(exported[key], average[key]) for key in average)
         assert any(not torch.equal(student[key], average[key]) for key in average)
@@ -153,7 +150,7 @@ def test_the_export_is_the_average_and_carries_its_prompts(straight):
 
 def test_a_run_folder_in_use_is_left_alone(clips, straight):
     before = {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match="holds a run already .*--resume"):
+    with pytest.raises(ValueError, match=r"holds a run already .*--resume"):
         train(load_recipe(TINY, overrides(clips, straight)), "bidirectional")
     with pytest.raises(ValueError, match=r"trained with optimiser.grad_clip = 1.0, not 2.0"):
         train(load_recipe(TINY, overrides(clips, straight, "optimiser.grad_clip=2")), "bidirectional", resume=True)
@@ -166,7 +163,7 @@ def test_a_broken_checkpoint_is_one_sentence(clips, tmp_path):
     recipe = load_recipe(TINY, overrides(clips, tmp_path))
     train(recipe, "bidirectional")
     (tmp_path / "bidirectional/checkpoints/step-00000004/average.safetensors").write_bytes(b"short")
-    with pytest.raises(ValueError, match="step-00000004 cannot be read.*remove that folder"):
+    with pytest.raises(ValueError, match=r"step-00000004 cannot be read.*remove that folder"):
         train(recipe, "bidirectional", resume=True)
 
 
@@ -207,6 +204,27 @@ def test_a_loss_that_is_no_number_is_never_saved(clips, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="became nan before step 4"):
         train(load_recipe(TINY, overrides(clips, tmp_path)), "bidirectional")
     assert [path.name for path in (tmp_path / "bidirectional/checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_exporting_a_checkpoint_leaves_the_run_alone(clips, straight, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(straight / "bidirectional", folder / "bidirectional")
+    shutil.rmtree(folder / "bidirectional/checkpoints/step-00000004")
+    metrics = (folder / "bidirectional/metrics.jsonl").read_text()
+    train(load_recipe(TINY, overrides(clips, folder)), "bidirectional", export_only=True)
+    exported = load_file(folder / "bidirectional/export/diffusion_pytorch_model.safetensors")
+    average = load_file(folder / "bidirectional/checkpoints/step-00000002/average.safetensors")
+    assert all(torch.equal(exported[key], average[key]) for key in average)
+    assert (folder / "bidirectional/metrics.jsonl").read_text() == metrics
+    with pytest.raises(ValueError, match="no checkpoint to export"):
+        train(load_recipe(TINY, overrides(clips, folder)), "dmd", export_only=True)
+
+
+def test_weights_that_are_missing_are_named_before_training(clips, tmp_path):
+    with pytest.raises(ValueError, match=r"no exported transformer in .*bidirectional/export"):
+        train(load_recipe(TINY, overrides(clips, tmp_path)), "teacher_forcing")
+    with pytest.raises(ValueError, match=r"no exported autoencoder in .*autoencoder/export"):
+        train(load_recipe(TINY, overrides(clips, tmp_path, "data.autoencoder=autoencoder")), "bidirectional")
 
 
 def test_it_learns(clips, tmp_path):
@@ -261,9 +279,7 @@ def test_each_loss_of_dmd_moves_the_network_it_names_alone(clips, straight):
 
 
 def test_sigmas_stay_float32_under_bfloat16_and_context_noise_is_told(clips, straight):
-    recipe = load_recipe(
-        TINY, overrides(clips, straight, "teacher_forcing.context_sigma_max=0.3", "teacher_forcing.caption_dropout=1")
-    )
+    recipe = load_recipe(TINY, overrides(clips, straight, "teacher_forcing.context_sigma_max=0.3", "teacher_forcing.caption_dropout=1"))
     stage = build_stage("teacher_forcing", recipe, torch.device("cpu"))
     seen = []
     stage.student.register_forward_pre_hook(lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
@@ -293,7 +309,7 @@ def test_learning_rate_rises_stays_and_falls():
     factors = [learning_rate_factor(config, step) for step in range(101)]
     assert factors[0] == pytest.approx(0.1) and factors[9] == factors[49] == 1.0
     assert factors[75] == pytest.approx(0.55) and factors[100] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(factors[9:], factors[10:], strict=False))
+    assert all(a >= b for a, b in pairwise(factors[9:]))
     assert learning_rate_factor(replace(config, decay="constant", warmup=0), 99) == 1.0
 
 
@@ -319,6 +335,7 @@ def test_every_recipe_is_valid(path):
         ("dmd: {lr: fast}", [], "lr must be a float, got 'fast'"),
         ("dmd: {steps: 1.5}", [], "steps must be a int"),
         ("dmd: {steps: 0}", [], "steps must be above 0, got 0"),
+        ("dmd: {chunk: 4}", [], "data.frames is 10, not a multiple of dmd.chunk = 4"),
         ("dmd: {sigma_lookup: near}", [], "must be one of exact, grid, got 'near'"),
         ("dmd: [1]", [], "expected a mapping"),
         ("dmd: {lr: 1", [], "not valid YAML"),

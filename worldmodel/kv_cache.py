@@ -89,7 +89,8 @@ class KVCache:
         """Remembers a chunk: `fresh` of its clean pass, `viewmats` `[B, F, 4, 4]`, `intrinsics` `[B, F, 4]`."""
         keys, values = (torch.stack([fresh[layer][i] for layer in sorted(fresh)]) for i in range(2))
         for frame in range(viewmats.shape[1]):
-            self.frames.append(FrameMemory(self.committed, keys[:, :, frame], values[:, :, frame], viewmats[:, frame], intrinsics[:, frame]))
+            stored = keys[:, :, frame], values[:, :, frame], viewmats[:, frame], intrinsics[:, frame]
+            self.frames.append(FrameMemory(self.committed, *stored))
             self.committed += 1
         self.frames = [f for f in self.frames if f.index < self.sinks or f.index >= self.committed - self.window - self.history]
 
@@ -99,7 +100,10 @@ class KVCache:
         return [f for f in self.frames if f.index < self.sinks or f.index >= recent]
 
     def view(self, viewmats: Tensor, intrinsics: Tensor, rows: int, columns: int) -> tuple[CacheView, Tensor]:
-        """The window for a chunk with cameras `viewmats` `[B, F, 4, 4]`, `intrinsics` `[B, F, 4]`, and the chunk's projections relative to its first camera."""
+        """The window for a chunk with cameras `viewmats` `[B, F, 4, 4]` and `intrinsics` `[B, F, 4]`.
+
+        Returns it with the chunk's projections `[B, F, 4, 4]`, relative to the chunk's first camera.
+        """
         frames = self.visible(viewmats.shape[1])
         first = self.committed if self.absolute else len(frames)
         reference = torch.linalg.inv(viewmats[:, :1].double())
@@ -108,7 +112,7 @@ class KVCache:
         return view, prope.projection(viewmats.double() @ reference, intrinsics.double()).float()
 
     def pair_view(self, viewmats: Tensor, chunk: int, intrinsics: Tensor, rows: int, columns: int) -> tuple[CacheView, Tensor]:
-        """The view of two chunks in one pass, with `viewmats` `[B, 2 chunk, 4, 4]`: the first is about to be committed, the second follows it.
+        """The view of two chunks in one pass, `viewmats` `[B, 2 chunk, 4, 4]`: the first is about to be committed, the second follows.
 
         The second's window has lost its oldest frames to the first, and its sinks stand as near as they will when the first is in.
         """
@@ -121,7 +125,9 @@ class KVCache:
         view = CacheView(keys, values, first, viewmats.device, pending=chunk, tokens=rows * columns, later=after)
         return view, prope.projection(viewmats.double() @ reference, intrinsics.double()).float()
 
-    def _rotate(self, frames: list[FrameMemory], reference: Tensor, rows: int, columns: int, start: int) -> tuple[Tensor | None, Tensor | None]:
+    def _rotate(
+        self, frames: list[FrameMemory], reference: Tensor, rows: int, columns: int, start: int
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Keys and values of `frames` in the rotary and the camera path, `[layers, B, 2 heads, M, head_dim]`."""
         if not frames:
             return None, None

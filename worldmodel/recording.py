@@ -70,7 +70,7 @@ class Recorder:
         self.latents = 0  # taken so far
         self._session, self._begun = session, time.perf_counter()
         self._queue: queue.Queue = queue.Queue(QUEUE)
-        if self.folder.is_file() or self.folder.is_dir() and any(self.folder.iterdir()):
+        if self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir())):
             raise ValueError(f"{self.folder} exists already; record into a new folder.")
         middle = session.frames > (0 if session.start() is None else 1)
         self._next = session.frames if middle else 0  # index of the chunk that must come
@@ -135,7 +135,7 @@ class Recorder:
                 self.error = f"Nothing was recorded, so {self.folder} was not kept."
                 return
             self._files.end()
-        except Exception as error:  # noqa: BLE001 (whatever happens to a recording, play goes on)
+        except Exception as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             self.error = f"Recording ended: {reason}; what was recorded before is kept in {self.folder}."
         finally:

@@ -1,7 +1,8 @@
 """THE loop: denoise a chunk, commit it. Play, self-rollout in training, trajectory data and evaluation all run this one.
 
-For each noise level of the step list: velocity -> clean estimate -> noise again to the next level; then one pass at sigma 0 leaves the clean
-keys and values in the cache. The first chunk has its own, longer step list (Causal Forcing++, arXiv 2605.15141: the first-frame rule).
+For each noise level of the step list: velocity -> clean estimate -> noise again to the next level; then one pass at sigma 0 leaves
+the clean keys and values in the cache. The first chunk has its own, longer step list (Causal Forcing++, arXiv 2605.15141: the
+first-frame rule).
 Source: Self-Forcing / minWM `CausalInferencePipeline`. Differs: window-relative positions and camera-relative projections (see `kv_cache`).
 """
 
@@ -39,7 +40,8 @@ class RolloutConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}: choose one of them")
         if not 1 <= self.chunk <= self.window - self.sinks:
-            raise ValueError(f"chunk must be 1 to window - sinks = {self.window - self.sinks} latents, got {self.chunk}: change one of them")
+            room = self.window - self.sinks
+            raise ValueError(f"chunk must be 1 to window - sinks = {room} latents, got {self.chunk}: change one of them")
         for steps in (self.steps, self.first_steps):
             warp_steps(steps, self.shift)
 
@@ -80,7 +82,8 @@ class Rollout:
         """Dreams the next chunk and commits it; returns its clean latents `[B, C, F, H, W]`.
 
         `noise` starts the chunk and `renoise` (one a step but the last, same shape) is added between steps; what is not given is drawn
-        from `generator`; so is `context_noise`, wanted when `context_sigma` is above 0. Training: stop after step `exit_step` (0 = first), and with `grad` let gradients through that step alone.
+        from `generator`; so is `context_noise`, wanted when `context_sigma` is above 0. Training: stop after step `exit_step`
+        (0 = first), and with `grad` let gradients through that step alone.
         """
         sigmas = self.first_sigmas if self.frames == 0 else self.sigmas
         last = len(sigmas) - 1 if exit_step is None else exit_step

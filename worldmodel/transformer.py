@@ -6,7 +6,7 @@
 
 The mode is an argument and never guessed. Parameter names and config keys are those of diffusers' `WanTransformer3DModel`, so
 `Wan-AI/Wan2.1-T2V-1.3B-Diffusers` loads as it is; a camera model has one more linear layer a block, `attn1.prope_out`, zero at the start.
-Inside, tokens are `[B, F, N, width]`: F latent frames of N tokens each.
+Inside, tokens are `[B, F, N, width]`: F latent frames of N tokens each; the residual stream and the modulation are float32.
 """
 
 from dataclasses import dataclass
@@ -79,12 +79,14 @@ class ConditionEmbedder(nn.Module):
         self.text_embedder = TwoLayers(text_dim, width, nn.GELU(approximate="tanh"))
 
     def embed_time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """sigma `[B, F]` -> embedding `[B, F, width]` and the blocks' modulation `[B, F, 6, width]`, in float32 outside autocast."""
+        """sigma `[B, F]` -> embedding `[B, F, width]` and the blocks' modulation `[B, F, 6, width]`, float32 even under autocast."""
         half = torch.arange(self.freq_dim // 2, dtype=torch.float64, device=sigma.device)
         angle = (sigma.float() * CLOCK).double()[..., None] * 10000.0 ** (-half / (self.freq_dim // 2))
-        wave = torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.time_proj.weight.dtype)
-        embedding = self.time_embedder(wave)
-        return embedding, self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
+        wave = torch.cat([angle.cos(), angle.sin()], dim=-1).float()
+        with torch.autocast(sigma.device.type, enabled=False):
+            embedding = self.time_embedder(wave.to(self.time_embedder.linear_1.weight.dtype))
+            modulation = self.time_proj(F.silu(embedding).to(self.time_proj.weight.dtype))
+        return embedding.float(), modulation.float().unflatten(-1, (6, -1))
 
 
 class Attention(nn.Module):
@@ -100,7 +102,7 @@ class Attention(nn.Module):
 
     def self_attention(self, x: Tensor, positions: FramePositions, layer: int) -> Tensor:
         """x `[B, F, N, width]` -> the same shape. Rotary and camera path are ONE attention over twice the heads."""
-        frames, heads = x.shape[1], self.heads
+        frames, heads, x = x.shape[1], self.heads, x.to(self.to_q.weight.dtype)
         q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(x)), self.to_v(x)
         if positions.view is not None:
             positions.view.keep(layer, k, v)
@@ -117,7 +119,7 @@ class Attention(nn.Module):
         return tuple(x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (k, v))
 
     def cross_attention(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
-        q = self.norm_q(self.to_q(x)).flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q = self.norm_q(self.to_q(x.to(self.to_q.weight.dtype))).flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         out = attention.attend(q, *text).transpose(1, 2).flatten(-2)
         return self.to_out[0](out).view(x.shape)
 
@@ -155,7 +157,8 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(hidden, width)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
+        first = self.net[0].proj
+        return self.net[2](F.gelu(first(x.to(first.weight.dtype)), approximate="tanh"))
 
 
 class WanBlock(nn.Module):
@@ -187,6 +190,7 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
     """See the module's text. Config keys are diffusers'; those of models we cannot run (image branch) must be None."""
 
     _supports_gradient_checkpointing = True
+    _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm2"]  # as diffusers: so the residual stream is float32 too
     _no_split_modules = ["WanBlock"]
 
     @register_to_config
@@ -264,9 +268,10 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
             projection = None if projection is None else projection.repeat(1, 2, 1, 1)
         if isinstance(text, Tensor):
             text = self.encode_text(text)
-        x = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype)).flatten(3).permute(0, 2, 3, 1)
+        x = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype))
+        dtype, x = x.dtype, x.float().flatten(3).permute(0, 2, 3, 1)
         embedding, modulation = self.condition_embedder.embed_time(sigma)
-        positions = self._positions(index, grid, projection, mode, chunk, view, x.dtype)
+        positions = self._positions(index, grid, projection, mode, chunk, view, dtype)
         for layer, block in enumerate(self.blocks):
             arguments = (x, modulation, text.layers[layer], positions, layer)
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -288,7 +293,7 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
     def _to_latents(self, x: Tensor, embedding: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens `[B, F, N, width]` -> velocity `[B, C, F, H, W]`."""
         shift, scale = (self.scale_shift_table + embedding.unsqueeze(2)).unsqueeze(2).unbind(3)
-        x = self.proj_out(modulated_norm(x, scale, shift, self.config.eps)).float()
+        x = self.proj_out(modulated_norm(x, scale, shift, self.config.eps).to(self.proj_out.weight.dtype)).float()
         _, patch_h, patch_w = self.config.patch_size
         x = x.unflatten(-1, (patch_h, patch_w, -1)).unflatten(2, grid)  # [B, F, rows, columns, patch_h, patch_w, C]
         return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
@@ -312,6 +317,7 @@ def _check_config(patch_size, head_dim: int, qk_norm: str, absent: dict, camera:
     if wrong:
         raise ValueError(f"this network has no image branch, got {wrong[0]}={absent[wrong[0]]}: use a text-to-video Wan model")
     if patch_size[0] != 1 or qk_norm != "rms_norm_across_heads":
-        raise ValueError(f"patch_size must be (1, h, w) and qk_norm rms_norm_across_heads, got {patch_size} and {qk_norm}: not a Wan2.1 model")
+        found = f"{tuple(patch_size)} and {qk_norm}"
+        raise ValueError(f"patch_size must be (1, h, w) and qk_norm rms_norm_across_heads, got {found}: not a Wan2.1 model")
     if camera and head_dim % 4:
         raise ValueError(f"PRoPE needs a head width that is a multiple of 4, got {head_dim}: choose another attention_head_dim")

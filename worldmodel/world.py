@@ -164,7 +164,7 @@ def from_mapping(kind: type, values, where: str):
     Errors: ValueError for an unknown key (names the nearest known one), a missing key, a wrong type.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where}: expected keys and values for {kind.__name__}, got {values!r}.")  # noqa: TRY004
+        raise ValueError(f"{where}: expected keys and values for {kind.__name__}, got {values!r}.")
     known = {item.name: item for item in fields(kind)}
     hints = typing.get_type_hints(kind)
     for key in values:

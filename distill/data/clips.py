@@ -62,7 +62,7 @@ def write_clip(root, name: str, frames, c2w, intrinsics, caption: str, fps: floa
     _check_count(len(frames), len(c2w), name)
     if (root / name).exists():
         raise ValueError(f"{root / name} exists already; remove it or choose another name")
-    partial = root / f".{name}.{os.getpid()}.partial"
+    partial = root / f".{name}.partial"  # what a killed run left there goes
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -212,11 +212,14 @@ def _check_count(frames: int, latents: int, name: str) -> None:
 
 
 def _write_video(path: Path, frames: np.ndarray, fps: float) -> None:
-    """H.264 with full colour resolution: flat colours keep their edges."""
+    """H.264 with full colour resolution, so that flat colours keep their edges; equal frames give equal files.
+
+    No lookahead: with it, libx264 reads memory that it never wrote, and the files differ from run to run.
+    """
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv444p"
-        stream.options = {"crf": "12", "preset": "veryfast"}
+        stream.options = {"crf": "12", "preset": "veryfast", "rc-lookahead": "0"}
         stream.codec_context.thread_count = 1
         for picture in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))

@@ -59,15 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     vizdoom = sources.add_parser("vizdoom", help="walks through levels of a ViZDoom game (extra `collect`)")
     for source in (blocks, vizdoom):
         source.add_argument("--output", type=Path, required=True, help="folder of the clips; finished clips in it are kept")
-        source.add_argument("--clips", type=int, default=240, help="how many clips the folder shall hold (default: 240)")
-        source.add_argument("--latents", type=int, default=41, help="latent frames a clip, 4 video frames each (default: 41)")
-        source.add_argument("--seed", type=int, default=0, help="another seed, other places and walks (default: 0)")
+        source.add_argument("--clips", type=int, default=CollectConfig.clips, help="how many clips the folder shall hold (default: %(default)s)")
+        source.add_argument("--latents", type=int, default=CollectConfig.latents, help="latent frames a clip, 4 video frames each (default: %(default)s)")
+        source.add_argument("--seed", type=int, default=CollectConfig.seed, help="another seed, other places and walks (default: %(default)s)")
         source.add_argument("--split", choices=SPLITS, default="train", help="heldout places never occur in train (default: train)")
-        source.add_argument("--height", type=int, default=96, help="pixels (default: 96)")
-        source.add_argument("--width", type=int, default=160, help="pixels (default: 160)")
-        source.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
+        source.add_argument("--height", type=int, default=CollectConfig.height, help="pixels (default: %(default)s)")
+        source.add_argument("--width", type=int, default=CollectConfig.width, help="pixels (default: %(default)s)")
+        source.add_argument("--workers", type=int, default=CollectConfig.workers, help="processes (default: %(default)s)")
     blocks.add_argument("--moods", default="all", help=f"comma-separated, of {', '.join(MOODS)} (default: all)")
-    blocks.add_argument("--samples", type=int, default=2, help="rays along each side of a pixel (default: 2)")
+    blocks.add_argument("--samples", type=int, default=CollectConfig.samples, help="rays along a pixel's side (default: %(default)s)")
     vizdoom.add_argument("--levels", default="", help="comma-separated maps, e.g. MAP01,MAP02 (default: a choice of maps)")
 
 

@@ -115,7 +115,7 @@ def evaluate(
     results = {"about": _about(world, variants, options)}
     with protocol.renderers(options.workers) as spread:
         studio = Studio(world, options, spread)
-        results["rows"], sheets = _compare(studio, variants, reference)
+        results["rows"], sheets = _compare(studio, variants)
         results["returns"], sheets["returns"] = _returns(studio, variants)
         results["flow"] = _flow(studio, variants)
         results["drift"] = _drift(studio, variants) if options.drift_latents else []
@@ -155,9 +155,7 @@ class Studio:
         return np.concatenate(parts)
 
 
-def _compare(
-    studio: Studio, variants: list[Variant], reference: str | None
-) -> tuple[list[dict], dict[str, np.ndarray]]:
+def _compare(studio: Studio, variants: list[Variant]) -> tuple[list[dict], dict[str, np.ndarray]]:
     """Fidelity rows of the baselines and the variants, and one contact sheet a kind of path."""
     options = studio.options
     cases = protocol.fidelity_cases(options.cases, options.latents, options.seed)

@@ -62,8 +62,8 @@ def leave_and_return(dream: np.ndarray, true: np.ndarray, cases: list[Case]) -> 
     """One entry a path. dream, true: uint8 [B, F, H, W, 3].
 
     With S, R, A the similarity to the true first frame of the dream at the start, on return and away from it:
-    gain = R - A, share = mean(R - A) / mean(S - A) (R2M-Bench's MemoryGain and NMR). A frozen picture gains 0; where nothing was lost on the way
-    out, no share is told.
+    gain = R - A, share = mean(R - A) / mean(S - A) (R2M-Bench's MemoryGain and NMR). A frozen picture gains 0; where
+    nothing was lost on the way out, no share is told.
     """
     entries = []
     for path in dict.fromkeys(case.kind for case in cases):

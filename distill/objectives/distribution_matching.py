@@ -1,7 +1,7 @@
 """Distribution matching distillation: the student's rollouts move to where the data's score and their own score agree.
 
-Source: stage 3 of Causal Forcing++ (DMD2 with self-forcing) as in minWM `model/dmd.py`, `pipeline/self_forcing_training.py`.
-The fake score is trained with `flow_matching_loss` on the student's samples.
+Source: stage 3 of Causal Forcing++ (DMD2 with self-forcing) as in minWM `model/dmd.py`,
+`pipeline/self_forcing_training.py`. The fake score is trained with `flow_matching_loss` on the student's samples.
 """
 
 from dataclasses import dataclass
@@ -19,17 +19,16 @@ from worldmodel.schedule import add_noise, nearest_grid_sigma, shift_sigma
 class RolloutDraws:
     """The chance in one self-rollout.
 
-    `noise` `[B, C, F, H, W]` starts every chunk; `renoise` has one list a chunk, one tensor a step but the last. `first_exit`
-    and `exit`: the step (0 = first) after which the first chunk and all later ones stop; gradients pass through it alone.
+    `noise` `[B, C, F, H, W]` starts every chunk; `renoise` has one list a chunk, one tensor a step but the last.
+    `first_exit` and `exit`: the step (0 = first) after which the first chunk and all later ones stop; gradients pass
+    through it alone.
     """
 
     noise: Tensor
     exit: int
     first_exit: int
     renoise: list[list[Tensor]] | None = None  # None: drawn from the generator
-    context: Tensor | None = (
-        None  # [B, C, F, H, W], used where the rollout has a context_sigma; None: drawn from the generator
-    )
+    context: Tensor | None = None  # [B, C, F, H, W], used where the rollout has a context_sigma; None: drawn from the generator
 
 
 def self_rollout(
@@ -43,8 +42,8 @@ def self_rollout(
 ) -> Tensor:
     """Lets the student dream chunk after chunk into its own cache, from wherever `rollout` stands.
 
-    `viewmats` `[B, F, 4, 4]`, `intrinsics` `[B, F, 4]`: cameras of the new frames. Returns `[B, C, F, H, W]`; `grad` lets
-    gradients through.
+    `viewmats` `[B, F, 4, 4]`, `intrinsics` `[B, F, 4]`: cameras of the new frames. Returns `[B, C, F, H, W]`; `grad`
+    lets gradients through.
     """
     chunk, samples = rollout.config.chunk, []
     for index, start in enumerate(range(0, viewmats.shape[1], chunk)):
@@ -65,7 +64,7 @@ def self_rollout(
 
 
 def score_sigma(index: Tensor, shift: float, clamp: tuple[float, float]) -> Tensor:
-    """Noise level at which samples are judged, from a uniform integer in [0, 1000): shifted, then clamped; same shape."""
+    """Noise level at which samples are judged, from uniform integers in [0, 1000): shifted, clamped, same shape."""
     return shift_sigma(index.float() / GRID, shift).clamp(*clamp)
 
 

@@ -1,6 +1,7 @@
 """Flow matching: the network learns the velocity from data to noise at a random noise level.
 
-Source: stages 0 and 1 of Causal Forcing, minWM `model/camera_bidirectional_diffusion.py` and `model/camera_diffusion.py`.
+Source: stages 0 and 1 of Causal Forcing, minWM `model/camera_bidirectional_diffusion.py` and
+`model/camera_diffusion.py`.
 """
 
 from collections.abc import Callable
@@ -26,9 +27,7 @@ def grid_sigma(index: Tensor, shift: float, count: int = GRID) -> Tensor:
     return sigma_grid(count, shift).to(index.device)[index]
 
 
-def flow_matching_loss(
-    predict: Predict, latents: Tensor, sigma: Tensor, noise: Tensor, weight: Tensor | None = None
-) -> Tensor:
+def flow_matching_loss(predict: Predict, latents: Tensor, sigma: Tensor, noise: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean of `weight (v(x_sigma, sigma) - (noise - x0))^2`.
 
     `latents` and `noise` `[B, C, F, H, W]`, `sigma` `[B, F]` in (0, 1] float32, `weight` `[B, F]` or None for 1.

@@ -1,6 +1,7 @@
 """Stage 0: a pose-conditioned video diffusion model that sees whole clips; it later judges what the student makes."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class BidirectionalStage(TransformerStage):
             *sigma_grid(self.config.sample_steps, self.config.shift).to(self.device),
             torch.zeros((), device=self.device),
         ]
-        for sigma, sigma_next in zip(levels, levels[1:], strict=False):
+        for sigma, sigma_next in pairwise(levels):
             velocity = predict(x, sigma.expand(x.shape[0], x.shape[2]))
             x = x + over_latents(sigma_next - sigma, x) * velocity
         return x

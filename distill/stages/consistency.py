@@ -16,9 +16,7 @@ class ConsistencyStage(TransformerStage):
 
     def __init__(self, recipe: Recipe, device: torch.device):
         if not recipe.consistency.init:
-            raise ValueError(
-                "consistency.init is empty: name the export of the stage teacher_forcing, which is the teacher"
-            )
+            raise ValueError("consistency.init is empty: name the export of the stage teacher_forcing, which is the teacher")
         super().__init__(recipe, recipe.consistency, device)
         self.teacher = self.load_frozen(recipe.consistency.init)
 
@@ -26,19 +24,13 @@ class ConsistencyStage(TransformerStage):
         config, windows = self.config, self.prepare(batch, generator)
         latents = windows.latents
         count, _, frames = latents.shape[:3]
-        sigma, sigma_next = (
-            s.to(self.device) for s in draw_pair(count, frames, config.chunk, config.grid, config.shift, generator)
-        )
+        sigma, sigma_next = (s.to(self.device) for s in draw_pair(count, frames, config.chunk, config.grid, config.shift, generator))
         noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(self.device)
         x = add_noise(latents, noise, sigma)
         unconditional = teacher_forced(self.teacher, windows.without_text(), config.chunk)
-        x_next = teacher_step(
-            teacher_forced(self.teacher, windows, config.chunk), unconditional, x, sigma, sigma_next, config.guidance
-        )
+        x_next = teacher_step(teacher_forced(self.teacher, windows, config.chunk), unconditional, x, sigma, sigma_next, config.guidance)
         student, average = (teacher_forced(model, windows, config.chunk) for model in (self.student, self.average))
-        loss = consistency_loss(
-            student, average, x, sigma, x_next, sigma_next, lookup=config.sigma_lookup, shift=config.shift
-        )
+        loss = consistency_loss(student, average, x, sigma, x_next, sigma_next, lookup=config.sigma_lookup, shift=config.shift)
         yield "student", loss, {}
 
     def sampling(self) -> RolloutConfig:

@@ -25,9 +25,7 @@ class DmdStage(TransformerStage):
     def __init__(self, recipe: Recipe, device: torch.device):
         config = recipe.dmd
         if not config.init or not config.real:
-            raise ValueError(
-                "dmd.init and dmd.real must name exports: the student's start and the network that scores real data"
-            )
+            raise ValueError("dmd.init and dmd.real must name exports: the student's start and the network that scores real data")
         super().__init__(recipe, config, device)
         self.real = self.load_frozen(config.real)
         self.critic = self.load(config.critic or config.real)
@@ -70,9 +68,7 @@ class DmdStage(TransformerStage):
         """A self-rollout along the windows' cameras, `[B, C, F, h, w]`; a share begins with the true first chunk."""
         latents, chunk = windows.latents, self.config.chunk
         batch, _, _, height, width = latents.shape
-        rollout = Rollout(
-            self.student, windows.text, self.sampling(), batch=batch, height=height, width=width, device=self.device
-        )
+        rollout = Rollout(self.student, windows.text, self.sampling(), batch=batch, height=height, width=width, device=self.device)
         draws = self._rollout_draws(latents.shape, generator)
         given = chunk if torch.rand((), generator=generator, device=generator.device) < self.config.start_share else 0
         if given:

@@ -3,9 +3,10 @@
 import copy
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -28,14 +29,14 @@ Loss = tuple[str, Tensor, dict[str, float | Tensor]]  # optimiser name, scalar l
 class Stage(ABC):
     """One stage: its networks, how a loss is made, what it leaves behind. The loop (`distill/train.py`) does the rest.
 
-    `modules`: every network that training changes, by name; saved and restored. `optimizers`: theirs, by name; the learning
-    rate that a group begins with is its peak. `averages`: moving averages, by the name of the optimiser whose steps they
-    follow. `batches`: how many batches one step takes from the dataset, collated into one.
+    `modules`: every network that training changes, by name; saved and restored. `optimizers`: theirs, by name; the
+    learning rate that a group begins with is its peak. `averages`: moving averages, by the name of the optimiser
+    whose steps they follow. `batches`: how many batches one step takes from the dataset, collated into one.
     """
 
     modules: dict[str, nn.Module]
     optimizers: dict[str, torch.optim.Optimizer]
-    averages: dict[str, MovingAverage] = {}
+    averages: Mapping[str, MovingAverage] = MappingProxyType({})
     batches: int = 1
 
     @abstractmethod
@@ -45,10 +46,7 @@ class Stage(ABC):
     def indices(self, drawn: int, count: int, seed: int) -> list[int]:
         """The next `count` samples after the first `drawn`: endless passes over the dataset, each in a new order."""
         length = len(self.dataset())
-        return [
-            _shuffled(length, seed, epoch)[place]
-            for epoch, place in (divmod(i, length) for i in range(drawn, drawn + count))
-        ]
+        return [_shuffled(length, seed, epoch)[place] for epoch, place in (divmod(i, length) for i in range(drawn, drawn + count))]
 
     @abstractmethod
     def losses(self, batch: dict, step: int, generator: torch.Generator) -> Iterator[Loss]:
@@ -95,13 +93,12 @@ class TransformerStage(Stage):
         self._clips = LatentClips(Path(recipe.data.root), recipe.data.frames, recipe.data.first_share, recipe.run.seed)
         self.prompts = open_prompts(recipe, (clip.caption for clip in self._clips.clips))
         self._rows = {name: row for row, name in enumerate(self.prompts.names)}
-        self._table = torch.stack(
-            [*(self.prompts[name] for name in self.prompts.names), self.prompts.unconditional]
-        ).to(device)
+        self._table = torch.stack([*(self.prompts[name] for name in self.prompts.names), self.prompts.unconditional]).to(device)
         self.student = self.load(config.init)
         self.average = copy.deepcopy(self.student)
         self.modules = {"student": self.student, "average": self.average}
         self.optimizers = {"student": make_optimizer(self.student, config.lr, recipe.optimiser)}
+        self._decoder = self._load_decoder()
         self.averages = {"student": MovingAverage(self.student, self.average, config.ema, config.ema_start)}
 
     def load(self, source: str) -> CausalWanTransformer:
@@ -110,14 +107,21 @@ class TransformerStage(Stage):
             return new_transformer(self.recipe).to(self.device)
         folder = self.recipe.export_folder(source)
         if not (folder / "config.json").is_file():
-            raise ValueError(
-                f"no exported transformer in {folder}: train the stage that makes it first, or name another folder"
-            )
+            raise ValueError(f"no exported transformer in {folder}: train the stage that makes it first, or name another folder")
         return CausalWanTransformer.from_pretrained(folder).to(self.device)
 
     def load_frozen(self, source: str) -> CausalWanTransformer:
         """A transformer that only answers; it is not part of a checkpoint."""
         return self.load(source).requires_grad_(False).eval()
+
+    def _load_decoder(self) -> TinyAutoencoder | None:
+        """For the sample pictures; missing files are found now and not hours later."""
+        if not self.recipe.data.autoencoder:
+            return None
+        folder = self.recipe.export_folder(self.recipe.data.autoencoder)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"no exported autoencoder in {folder}: train it first, or leave data.autoencoder empty")
+        return TinyAutoencoder.from_pretrained(folder).to(self.device).requires_grad_(False)
 
     def dataset(self) -> Dataset:
         return self._clips
@@ -142,14 +146,11 @@ class TransformerStage(Stage):
     @torch.no_grad()
     def sample(self, generator: torch.Generator) -> np.ndarray | None:
         """Two windows, truth above dream, one column a latent; None without `data.autoencoder`."""
-        if not self.recipe.data.autoencoder:
+        if self._decoder is None:
             return None
         items = [self._clips[index] for index in (0, len(self._clips) // 2)]
         windows = self.prepare(torch.utils.data.default_collate(items), generator)
-        decoder = TinyAutoencoder.from_pretrained(self.recipe.export_folder(self.recipe.data.autoencoder)).to(
-            self.device
-        )
-        rows = [decoder.decode(x)[:, :, ::4] for x in (windows.latents, self.dream(windows, generator))]
+        rows = [self._decoder.decode(x)[:, :, ::4] for x in (windows.latents, self.dream(windows, generator))]
         return ((_sheet(rows).float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
 
     def dream(self, windows: Windows, generator: torch.Generator) -> Tensor:
@@ -182,14 +183,10 @@ def bidirectional(model: nn.Module, windows: Windows) -> Predict:
     return lambda x, sigma: model(x, sigma, windows.text, matrices, mode="bidirectional")
 
 
-def roll_out(
-    model: CausalWanTransformer, windows: Windows, config: RolloutConfig, generator: torch.Generator
-) -> Tensor:
+def roll_out(model: CausalWanTransformer, windows: Windows, config: RolloutConfig, generator: torch.Generator) -> Tensor:
     """Dreams along the windows' cameras; the first chunk is the true one. Returns `[B, C, F, h, w]`."""
     batch, _, frames, height, width = windows.latents.shape
-    rollout = Rollout(
-        model, windows.text, config, batch=batch, height=height, width=width, device=windows.latents.device
-    )
+    rollout = Rollout(model, windows.text, config, batch=batch, height=height, width=width, device=windows.latents.device)
     chunks = [windows.latents[:, :, : config.chunk]]
     rollout.commit(chunks[0], windows.viewmats[:, : config.chunk], windows.intrinsics[:, : config.chunk])
     for start in range(config.chunk, frames, config.chunk):

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ class Stopped(Exception):
 class LoopOptions:
     """What happens from the first frame on."""
 
-    scene: Scene = Scene()
+    scene: Scene = field(default_factory=Scene)
     path: Callable[[Envelope], np.ndarray] | None = None  # c2w [N, 4, 4] to walk until a motion key takes over
     replay: Path | None = None  # a recording to dream again instead
     record: Path | None = None  # folder of a recording that starts with the first frame
@@ -44,7 +44,7 @@ class Status:
     progress: float = 0.0  # while opening: 0..1, reached when this stage ends
     error: str = ""  # one sentence when failed
     cause: Exception | None = None
-    scene: Scene = Scene()
+    scene: Scene = field(default_factory=Scene)
     locked: frozenset[str] = frozenset()  # motions this world does not know
     latent: int = 0  # latents since the start of the session
     memory: int = 0  # latents that are remembered
@@ -259,7 +259,7 @@ class Loop:
             raise ValueError(f"The generator knows no command {command!r}.")
 
     def _pause(self) -> None:
-        if self.status.phase == "paused" and self._film is None and self._session is None:
+        if self._film is None and self._session is None:
             self._again(self.status.scene, "Yours from here")  # a replay has ended
         elif self.status.phase == "paused":
             self._edges.clear()
@@ -300,7 +300,7 @@ class Loop:
 
     def _film_ends(self) -> None:
         self._film = None
-        self._pause()
+        self._tell(phase="paused")  # without holding the pacer: the last frames are still to be seen
         self.notices.append("The recording ends here; P or R walks on from its start")
 
     # ------------------------------------------------------------------------------------------ recording
@@ -308,16 +308,19 @@ class Loop:
     def _toggle_recording(self) -> None:
         if self._recorder:
             self._stop_recording()
-        elif self._film:
+        elif self._session is None:
             self.notices.append("A replay is not recorded again")
         else:
-            try:
-                self._start_recording()
-            except ValueError as error:
-                self.notices.append(str(error))
+            self._start_recording()
 
     def _start_recording(self) -> None:
-        recorder = self._scenes.record(self._free_folder(), self._session)
+        try:
+            recorder = self._scenes.record(self._free_folder(), self._session)
+        except ValueError as error:
+            if self.status.phase == "opening":
+                raise  # it was asked for on the command line
+            self.notices.append(str(error))
+            return
         if self.status.latent == 1 and self._session.start() is not None:
             recorder.write(self._session.start(), np.eye(4)[None])  # shown before F9 was pressed
         self._recorder = recorder

@@ -54,9 +54,11 @@ def parse_options(arguments: list[str]) -> PlayOptions:
     parser.add_argument("--record", type=Path, metavar="DIR", help="record into this new folder from the first frame")
     parser.add_argument("--threads", type=_positive, default=usual_threads(), help="CPU threads (default: %(default)s)")
     parser.add_argument("--headless", action="store_true", help="no window: walk a path and write an MP4")
-    parser.add_argument("--trajectory", metavar="TEXT", help='path to walk, such as "w*10,l*5,w+l*8"')
+    parser.add_argument(
+        "--trajectory", metavar="TEXT", help='path to walk until a motion key is pressed: "w*10,l*5,w+l*8"'
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="MP4 of a headless walk (default: out/walk.mp4)")
-    parser.add_argument("--replay", type=Path, metavar="DIR", help="dream a recording again; a motion key takes over")
+    parser.add_argument("--replay", type=Path, metavar="DIR", help="dream a recording again; P or R then walks on")
     parser.add_argument("--verify", action="store_true", help="with --replay: compare with what was recorded")
     given = parser.parse_args(arguments)
     recorded = recorded_world(given.replay) if given.replay else "blocks"

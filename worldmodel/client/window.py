@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ NAMES = {
 class WindowOptions:
     title: str = "world"
     size: tuple[int, int] = (960, 576)  # pixels
-    bindings: Bindings = Bindings()
+    bindings: Bindings = field(default_factory=Bindings)
     backdrop: Path | None = None  # picture behind the start screen
     screenshots: Path = Path("recordings")  # folder for F12
     help_seconds: float = 12.0  # how long the key hints stay
@@ -299,7 +299,10 @@ class Window:
             Figure("looking", f"yaw {yaw:+.1f}   pitch {pitch:+.1f}"),
             Figure("memory", f"{status.memory} of {status.window} latents, {status.latent} since the start"),
             Figure("late / dropped", f"{pacer.late} chunks / {pacer.dropped} frames", RED if pacer.dropped else WHITE),
-            Figure("scene", f"{status.scene.prompt}, {status.scene.image or 'no picture'}, seed {status.scene.seed}"),
+            Figure(
+                "scene",
+                f"{status.scene.prompt}, {Path(status.scene.image or 'no picture').stem}, seed {status.scene.seed}",
+            ),
         ]
 
     def _load_backdrop(self) -> pygame.Surface | None:
