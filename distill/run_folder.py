@@ -1,7 +1,7 @@
 """The folder of one stage's run: checkpoints that survive `kill -9`, metrics, pictures, the exported result.
 
     runs/<recipe>/<stage>/
-        checkpoints/step-00000500/   one safetensors file a network and an optimiser, random.safetensors, state.json
+        checkpoints/step-00000500/   one safetensors file a network and an optimiser, state.json
         metrics.jsonl                one line a log step
         samples/step-00000500.png
         export/                      what the next stage and the bundle start from
@@ -37,8 +37,11 @@ class RunFolder:
         """The newest complete checkpoint, or None."""
         return max(self.checkpoints.glob("step-*"), default=None)
 
-    def save(self, step: int, stage, generator: torch.Generator, drawn: int) -> Path:
-        """Writes all that the next step depends on; `drawn` samples have been taken from the dataset so far."""
+    def save(self, step: int, stage, drawn: int) -> Path:
+        """Writes all that the next step depends on; `drawn` samples have been taken from the dataset so far.
+
+        Random draws are functions of the seed and the step, so there is no generator's state to keep.
+        """
         final = self.checkpoints / f"step-{step:08d}"
         for left in self.checkpoints.glob(".step-*.partial"):  # of a run that was killed while it wrote
             shutil.rmtree(left)
@@ -47,15 +50,14 @@ class RunFolder:
                 save_file(_tensors(module), folder / f"{name}.safetensors")
             for name, optimizer in stage.optimizers.items():
                 save_file(_flatten(optimizer), folder / f"optimizer-{name}.safetensors")
-            save_file(_random_state(generator), folder / "random.safetensors")
             state = {"step": step, "drawn": drawn, "config": self.config}
             (folder / "state.json").write_text(json.dumps(state, indent=1))
         for old in sorted(self.checkpoints.glob("step-*"))[:-KEEP]:
             shutil.rmtree(old)
         return final
 
-    def restore(self, stage, generator: torch.Generator) -> tuple[int, int]:
-        """Puts the newest checkpoint into `stage` and `generator`; returns (step, drawn). (0, 0) where there is none.
+    def restore(self, stage) -> tuple[int, int]:
+        """Puts the newest checkpoint into `stage`; returns (step, drawn). (0, 0) where there is none.
 
         ValueError when the checkpoint belongs to another config or is not what this stage needs.
         """
@@ -69,7 +71,6 @@ class RunFolder:
                 module.load_state_dict(load_file(folder / f"{name}.safetensors"))
             for name, optimizer in stage.optimizers.items():
                 _unflatten(optimizer, load_file(folder / f"optimizer-{name}.safetensors"))
-            _restore_random(load_file(folder / "random.safetensors"), generator)
         except (OSError, RuntimeError, KeyError, SafetensorError, json.JSONDecodeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
@@ -159,17 +160,3 @@ def _unflatten(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> 
         state.setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
-
-def _random_state(generator: torch.Generator) -> dict[str, Tensor]:
-    """The stage's own generator, and torch's global ones."""
-    states = {"stage": generator.get_state(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _restore_random(states: dict[str, Tensor], generator: torch.Generator) -> None:
-    generator.set_state(states["stage"])
-    torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])

@@ -20,6 +20,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from distill.config import Recipe, StageConfig, TransformerConfig, as_dict, load_recipe
+from distill.parallel import Processes
 from distill.run_folder import RunFolder
 from distill.stages import STAGES, build_stage
 from distill.stages.stage import Stage
@@ -56,37 +57,46 @@ def train(recipe: Recipe, name: str, *, resume: bool = False, export_only: bool 
     if recipe.run.device == "cuda" and accelerator.device.type != "cuda":
         raise ValueError("run.device is cuda, but torch sees no such device: set it to auto or cpu")
     torch.manual_seed(recipe.run.seed)
+    processes = Processes.of(accelerator)
     stage = build_stage(name, recipe, accelerator.device)
-    generator = torch.Generator(accelerator.device).manual_seed(recipe.run.seed)
     for optimizer in stage.optimizers.values():
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
-    step, drawn = folder.restore(stage, generator)
+    step, drawn = folder.restore(stage)
     if not export_only:
-        folder.drop_metrics_after(step)
+        if processes.is_main:
+            folder.drop_metrics_after(step)
         accelerator.init_trackers("tensorboard")
-        _loop(recipe, config, stage, folder, generator, accelerator, step, drawn)
+        _loop(recipe, config, stage, folder, processes, accelerator, step, drawn)
         accelerator.end_training()
-    return folder.export(stage)
+    if processes.is_main:
+        folder.export(stage)
+    return folder.root / "export"
 
 
-def _loop(recipe: Recipe, config: StageConfig, stage: Stage, folder: RunFolder, generator, accelerator, step: int, drawn: int) -> None:
+def _loop(
+    recipe: Recipe, config: StageConfig, stage: Stage, folder: RunFolder, processes: Processes, accelerator, step: int, drawn: int
+) -> None:
     """Steps `step` .. `config.steps`, or until a signal asks to stop."""
     options = recipe.run
     autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=options.precision == "bfloat16")
     count, saved, stopping, meter = config.batch * stage.batches, time.monotonic(), False, Meter(step)
+    generator = torch.Generator(accelerator.device)
     with (
         StopRequest() as stop,
-        Batches(stage, count, recipe.run.seed, drawn) as batches,
-        tqdm(total=config.steps, initial=step, unit="step") as bar,
+        Batches(stage, count, processes, recipe.run.seed, drawn) as batches,
+        tqdm(total=config.steps, initial=step, unit="step", disable=not processes.is_main) as bar,
     ):
         while step < config.steps and not stopping:
             _set_learning_rate(stage, config, step)
+            generator.manual_seed(processes.seed(recipe.run.seed, step))
             for name, loss, metrics in _under(autocast, stage.losses(next(batches), step, generator)):
-                meter.add(name, loss, _update(stage, name, loss, step, recipe.optimiser.grad_clip), metrics)
+                meter.add(name, loss, _update(stage, name, loss, step, recipe.optimiser.grad_clip, processes), metrics)
             step, drawn = step + 1, drawn + count
             bar.update()
-            stopping = stop.requested
+            stopping = processes.any(stop.requested, accelerator.device)
+            if not processes.is_main:
+                continue
             save = _due(step, config, options, saved, stopping)
             if save or step % options.log_every == 0:
                 line = meter.line(step, count, {name: o.param_groups[0]["lr"] for name, o in stage.optimizers.items()})
@@ -96,18 +106,21 @@ def _loop(recipe: Recipe, config: StageConfig, stage: Stage, folder: RunFolder, 
             if options.sample_every and step % options.sample_every == 0:
                 _picture(stage, folder, step, recipe.run.seed, autocast, accelerator.device)
             if save:
-                folder.save(step, stage, generator, drawn)
+                folder.save(step, stage, drawn)
                 saved = time.monotonic()
-    if step < config.steps:
+    processes.wait()
+    if step < config.steps and processes.is_main:
         print(f"stopped at step {step} of {config.steps}; --resume goes on from there")
 
 
-def _update(stage: Stage, name: str, loss: Tensor, step: int, grad_clip: float) -> Tensor:
+def _update(stage: Stage, name: str, loss: Tensor, step: int, grad_clip: float, processes: Processes) -> Tensor:
     """One backward pass and optimiser step; returns the gradient's global norm before clipping."""
     optimizer = stage.optimizers[name]
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], grad_clip)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    processes.average([p.grad for p in parameters if p.grad is not None])
+    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
     optimizer.step()
     if name in stage.averages:
         stage.averages[name].update(step)
@@ -196,10 +209,11 @@ class Meter:
 
 
 class Batches:
-    """Endless collated batches from a stage's dataset; the next one is fetched while the current one is trained on."""
+    """Endless collated batches (this process's share) from a stage's dataset; the next is fetched while the current one trains."""
 
-    def __init__(self, stage: Stage, count: int, seed: int, drawn: int):
+    def __init__(self, stage: Stage, count: int, processes: Processes, seed: int, drawn: int):
         self._stage, self._count, self._seed, self._drawn = stage, count, seed, drawn
+        self._mine = slice(processes.rank * processes.share(count), (processes.rank + 1) * processes.share(count))
         self._dataset, self._pool = stage.dataset(), ThreadPoolExecutor(1)
 
     def __enter__(self) -> "Batches":
@@ -216,7 +230,7 @@ class Batches:
         return batch
 
     def _fetch(self, drawn: int) -> dict:
-        return default_collate([self._dataset[index] for index in self._stage.indices(drawn, self._count, self._seed)])
+        return default_collate([self._dataset[index] for index in self._stage.indices(drawn, self._count, self._seed)[self._mine]])
 
 
 class StopRequest:

@@ -34,7 +34,10 @@ def test_bounded_path_equals_plain_path():
     draws = np.random.default_rng(0)
     for mood in MOODS:
         town = Town(mood, 7)
-        poses = [*walk(town, 9, 3)[::8], *(pose_at(*draws.uniform((-9, -0.9, -9), (9, -0.05, 9)), *draws.uniform(-90, 90, 3)) for _ in range(4))]
+        poses = [
+            *walk(town, 9, 3)[::8],
+            *(pose_at(*draws.uniform((-9, -0.9, -9), (9, -0.05, 9)), *draws.uniform(-90, 90, 3)) for _ in range(4)),
+        ]
         fast, plain = (render(town, poses, LENS, 24, 40, plain=flag).int() for flag in (False, True))
         assert fast.float().std() > 10  # there is something to see
         assert ((fast - plain).abs().amax(-1) > 1).float().mean() < 2e-4  # rays that graze an edge may fall either way

@@ -59,9 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     vizdoom = sources.add_parser("vizdoom", help="walks through levels of a ViZDoom game (extra `collect`)")
     for source in (blocks, vizdoom):
         source.add_argument("--output", type=Path, required=True, help="folder of the clips; finished clips in it are kept")
-        source.add_argument("--clips", type=int, default=CollectConfig.clips, help="how many clips the folder shall hold (default: %(default)s)")
-        source.add_argument("--latents", type=int, default=CollectConfig.latents, help="latent frames a clip, 4 video frames each (default: %(default)s)")
-        source.add_argument("--seed", type=int, default=CollectConfig.seed, help="another seed, other places and walks (default: %(default)s)")
+        source.add_argument(
+            "--clips", type=int, default=CollectConfig.clips, help="how many clips the folder shall hold (default: %(default)s)"
+        )
+        source.add_argument(
+            "--latents", type=int, default=CollectConfig.latents, help="latent frames a clip, 4 video frames each (default: %(default)s)"
+        )
+        source.add_argument(
+            "--seed", type=int, default=CollectConfig.seed, help="another seed, other places and walks (default: %(default)s)"
+        )
         source.add_argument("--split", choices=SPLITS, default="train", help="heldout places never occur in train (default: train)")
         source.add_argument("--height", type=int, default=CollectConfig.height, help="pixels (default: %(default)s)")
         source.add_argument("--width", type=int, default=CollectConfig.width, help="pixels (default: %(default)s)")

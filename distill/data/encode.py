@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from distill.data.clips import LATENTS, list_clips, read_clip, write_latents
 from worldmodel.autoencoder import FRAMES_PER_LATENT, TinyAutoencoder
+from worldmodel.recording import recover
 
 RECORDING = "session.jsonl"  # marks a recording made by play
 ENCODING_KEYS = ("latent_channels", "image_channels", "encoder_widths", "encoder_blocks", "strides", "patch_size")
@@ -58,8 +59,10 @@ def encode_clips(folders: list[Path], autoencoder: TinyAutoencoder) -> int:
     for folder in tqdm(folders, "encode", unit="clip"):
         if latents_encoder(folder / LATENTS) == encoder:
             continue
-        # A recording may have been cut off in the middle of a latent; footage must be whole.
-        frames = read_clip(folder, trim=(folder / RECORDING).is_file()).frames
+        recorded = (folder / RECORDING).is_file()
+        if recorded:  # play may have been killed in the middle of a latent; footage must be whole
+            recover(folder)
+        frames = read_clip(folder, trim=recorded).frames
         try:
             latents = encode_frames(autoencoder, torch.from_numpy(frames))
         except ValueError as error:

@@ -50,6 +50,7 @@ def _rgb(*codes: str) -> tuple:
     return colours if len(colours) > 1 else colours[0]
 
 
+# fmt: off
 MOODS = {
     "meadow": Mood(
         sky=_rgb("3f8fe0"), horizon=_rgb("cfe8f5"), sun=(35, 38), light=(0.76, 0.72, 0.60), ambient=(0.54, 0.57, 0.62),
@@ -67,11 +68,12 @@ MOODS = {
         walls=_rgb("9c3b34", "7a5a42", "3f6d94", "d9a441"), roofs=_rgb("f7fafd", "dfe8f0", "4a4f5a"),
         doors=_rgb("ece4d0", "2b2f38"), trunk=_rgb("4f3a2c"), crowns=_rgb("1f5d4a", "2f7a5c")),
     "night": Mood(
-        sky=_rgb("0b1030"), horizon=_rgb("3a3566"), sun=(-125, 33), light=(0.50, 0.56, 0.78), ambient=(0.46, 0.44, 0.62),
-        disc=_rgb("f4f1dc"), disc_radius=6.0, street=_rgb("4f5680", "424870"), plot=_rgb("2f5560", "264852"),
+        sky=_rgb("0b1030"), horizon=_rgb("3a3566"), sun=(-125, 33), light=(0.50, 0.56, 0.78),
+        ambient=(0.46, 0.44, 0.62), disc=_rgb("f4f1dc"), disc_radius=6.0, street=_rgb("4f5680", "424870"), plot=_rgb("2f5560", "264852"),
         walls=_rgb("8a4f8f", "3f7f9c", "b0606a", "6c6cb0"), roofs=_rgb("2a2350", "1f3a52", "5a2a4a"),
         doors=_rgb("ffc65c", "ff9a4a"), trunk=_rgb("2a2238"), crowns=_rgb("ffb84d", "ff8f5a"), glow=0.9),
 }
+# fmt: on
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,9 @@ class AutoencoderStage(Stage):
         decoded = self.autoencoder.decode(latents + noise * (self.config.latent_noise / std), clamp=False).float()
         pixel, edge, coarse = reconstruction_terms(decoded, video)
         norm = (latents * std).square().mean()
-        loss = pixel + self.config.edge_weight * edge + self.config.coarse_weight * coarse + self.config.latent_weight * norm
+        square = (decoded - video).square().mean()
+        loss = pixel + self.config.edge_weight * edge + self.config.coarse_weight * coarse + self.config.square_weight * square
+        loss = loss + self.config.latent_weight * norm
         metrics = {"l1": pixel, "edge": edge, "latent_norm": norm, "psnr": psnr(decoded.clamp(-1, 1), video)}
         yield "autoencoder", loss, {name: value.detach() for name, value in metrics.items()}
 
