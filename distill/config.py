@@ -163,12 +163,13 @@ class AutoencoderConfig(StageConfig):
     latent_channels: int = 16
     start: str | None = None  # folder of a trained autoencoder to go on from
     freeze_encoder: bool = False  # train the decoder alone: latents that were made stay valid
-    window: int = 5  # latents (4 * window - 3 frames) of a training clip
+    window: int = 3  # latents (4 * window - 3 frames) of a training clip
+    crop: tuple[int, ...] = ()  # height and width in pixels of the part of a frame that is trained on; empty = the whole frame
     edge_weight: float = 0.5  # of the L1 between neighbouring-pixel differences: crisp edges
     square_weight: float = 2.0  # of the mean square error: leaves the grey picture quickly at the start
     coarse_weight: float = 0.5  # of the L1 between pictures reduced 4x: right colours of large areas
     latent_weight: float = 1e-3  # of the latents' mean square: keeps them bounded against the noise
-    latent_noise: float = 0.05  # standard deviation added to raw latents: smooth space, forgiving decoder
+    latent_noise: float = 0.05  # added to the latents, as a share of each channel's deviation: smooth space, forgiving decoder
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,16 @@ _ROTATION_TOLERANCE = 1e-3  # files store rotations in float32 or a few decimals
 class MotionStep:
     """How far a held key carries the camera during one latent frame (the defaults are Wan's, minWM's, WorldPlay's)."""
 
-    move: float = 0.08  # world units a latent
-    turn: float = 3.0  # degrees a latent
+    move: float = 0.08  # world units a latent, forwards and back
+    turn: float = 3.0  # degrees a latent, left and right
+    strafe: float | None = None  # world units a latent, sideways; None = as `move`
+    vertical: float | None = None  # world units a latent, up and down; None = as `move`
+    pitch: float | None = None  # degrees a latent, up and down; None = as `turn`
+
+    def scale(self) -> tuple[np.ndarray, np.ndarray]:
+        """Units a latent along x, y, z, and degrees a latent of yaw and pitch."""
+        strafe, vertical = (self.move if value is None else value for value in (self.strafe, self.vertical))
+        return np.array([strafe, vertical, self.move]), np.array([self.turn, self.turn if self.pitch is None else self.pitch])
 
 
 @dataclass(frozen=True)
@@ -97,10 +105,12 @@ def parse_trajectory(text: str, step: MotionStep = MotionStep(), style: str = "f
     if style not in STYLES:
         raise ValueError(f"style must be one of {', '.join(STYLES)}, got {style!r}.")
     pose, poses, filled = np.eye(4), [np.eye(4)], 0.0
-    for move, (yaw, pitch), count in _commands(text):
+    units, degrees = step.scale()
+    for move, turn, count in _commands(text):
+        move, (yaw, pitch) = move * units, turn * degrees
         while count > 1e-9:
             part = min(count, 1.0 - filled)
-            pose = advance(pose, move * step.move * part, yaw * step.turn * part, pitch * step.turn * part, style)
+            pose = advance(pose, move * part, yaw * part, pitch * part, style)
             count, filled = count - part, filled + part
             if filled > 1.0 - 1e-9:
                 poses.append(pose)

@@ -34,7 +34,8 @@ class DmdStage(TransformerStage):
         self.batches = config.critic_updates + 1
 
     def losses(self, batch: dict, step: int, generator: torch.Generator) -> Iterator[Loss]:
-        *critic_parts, student_part = self.prepare(batch, generator).split(self.config.batch)
+        windows = self.prepare(batch, generator)
+        *critic_parts, student_part = windows.split(len(windows.latents) // self.batches)
         for windows in critic_parts:
             with torch.no_grad():
                 samples = self.dream_along(windows, generator, grad=False)

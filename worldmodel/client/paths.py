@@ -32,7 +32,8 @@ def written_path(text: str, envelope: Envelope) -> np.ndarray:
     ValueError for an unknown key, and for a key that the world has not learned.
     """
     known = np.array([envelope.strafe, envelope.vertical, envelope.forward, envelope.yaw, envelope.pitch]) > 0
-    poses = parse_trajectory(text, MotionStep(envelope.forward, envelope.yaw), envelope.style)[1:]
+    step = MotionStep(envelope.forward, envelope.yaw, envelope.strafe, envelope.vertical, envelope.pitch)
+    poses = parse_trajectory(text, step, envelope.style)[1:]
     for key in re.findall(r"[a-z]+", text.lower()):
         if np.any(np.concatenate(MOTIONS[key])[~known]):
             raise ValueError(f"Trajectory key {key!r} is locked: this world has not learned that motion; leave it out.")
