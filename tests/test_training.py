@@ -355,3 +355,18 @@ def test_numbers_are_read_as_people_write_them(tmp_path):
     recipe = load_recipe(tmp_path / "recipe.yaml", ["dmd.critic_lr=3"])
     assert recipe.dmd.lr == 1e-4 and recipe.dmd.critic_lr == 3.0 and recipe.dmd.clamp == (0.0, 1.0)
     assert recipe.autoencoder.start == "some/folder"
+
+
+def test_two_processes_train_one_run(clips, straight, tmp_path):
+    """torchrun, the whole command: both processes take part, one of them writes."""
+    options = overrides(clips, tmp_path, f"dmd.init={straight}/consistency/export", f"dmd.real={straight}/bidirectional/export")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "distill", "train", str(TINY)]
+    command += ["--stage", "dmd", *(word for option in options for word in ("--set", option))]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "dmd" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    weights = load_file(tmp_path / "dmd" / "export" / "diffusion_pytorch_model.safetensors")
+    alone = load_file(straight / "dmd" / "export" / "diffusion_pytorch_model.safetensors")
+    assert any(not torch.equal(weights[name], alone[name]) for name in weights)  # the second process drew samples of its own
+    assert all(tensor.isfinite().all() for tensor in weights.values())

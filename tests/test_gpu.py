@@ -1,0 +1,50 @@
+"""What only a CUDA device can show; skipped where there is none."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.data.renderer import render
+from distill.data.town import Town
+from worldmodel.checkpoint import load_transformer
+from worldmodel.rollout import Rollout, RolloutConfig
+
+WEIGHTS = Path(__file__).parent / "golden" / "weights_big.safetensors"
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def dream(device, config):
+    model = load_transformer(WEIGHTS, attention_head_dim=24).eval().to(device)
+    rollout = Rollout(model, torch.ones(1, 5, 32, device=device), config, height=4, width=4, device=device)
+    viewmats = torch.eye(4, dtype=torch.float64).repeat(1, 6, 1, 1)
+    viewmats[0, :, 2, 3] = -0.1 * torch.arange(6)
+    lens, generator = torch.tensor([[0.5, 0.8, 0.5, 0.5]], device=device), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        chunks = [rollout.step(viewmats[:, i : i + 1].to(device), lens, generator=generator) for i in range(6)]
+    return torch.cat(chunks, 2).cpu()
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_rollout_on_cuda_matches_cpu(merge):
+    config = replace(RolloutConfig(window=4, sinks=1), merge_clean=merge)
+    torch.testing.assert_close(dream("cuda", config), dream("cpu", config), atol=1e-3, rtol=0)
+
+
+def test_teacher_forcing_gradients_on_cuda_match_cpu():
+    x, clean, text, sigma = torch.randn(1, 16, 4, 4, 4), torch.randn(1, 16, 4, 4, 4), torch.randn(1, 5, 32), torch.rand(1, 4)
+    gradients = []
+    for device in ("cpu", "cuda"):
+        model = load_transformer(WEIGHTS, attention_head_dim=24).to(device)
+        out = model(x.to(device), sigma.to(device), text.to(device), mode="teacher_forcing", clean=clean.to(device))
+        out.square().mean().backward()
+        gradients.append(model.blocks[0].attn1.to_k.weight.grad.cpu())
+    assert (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[0].norm()
+
+
+def test_renderer_on_cuda_matches_cpu():
+    pose = torch.eye(4, dtype=torch.float64)[None]
+    pose[0, 1, 3] = -0.17
+    pictures = [render(Town("meadow", 3), pose.numpy(), [0.5, 0.8333, 0.5, 0.5], 48, 80, device=device).cpu().int() for device in ("cpu", "cuda")]
+    assert (pictures[0] - pictures[1]).abs().float().mean() < 0.5
