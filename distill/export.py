@@ -97,6 +97,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="euler for a model that was not distilled (default: renoise)",
     )
     parser.add_argument("--seed", type=int, default=default.seed, help=f"of the start images (default: {default.seed})")
+    parser.add_argument(
+        "--stages", nargs="*", default=[], help="stages whose weights are kept in stages/, to compare with and to go on training from"
+    )
     parser.add_argument("--evaluation", type=Path, help="JSON of `evaluate`, whose tables go into the README")
     parser.add_argument("--hardware", help="what the networks were trained on, for the README (default: this machine)")
 
@@ -116,12 +119,15 @@ def run(args: argparse.Namespace) -> None:
     evaluation = _read_evaluation(args.evaluation) if args.evaluation else None
     config = world_config(args.output.name, recipe, options)
     networks = transformer, autoencoder
+    kept = {name: load_transformer(recipe.export_folder(name), torch.device("cpu"), dtype) for name in args.stages}
     pictures = start_images(options)
-    size = _check_size(networks, pictures)
+    size = _check_size((*networks, *kept.values()), pictures)
     readme = make_readme(args, recipe, config, networks, evaluation)
     draft = args.output.with_name(f".{args.output.name}.draft")
     try:
         save_world(draft, config, *networks, prompts, pictures, readme)
+        for name, network in kept.items():
+            network.save_pretrained(draft / "stages" / name, max_shard_size="16MB")
         World.from_pretrained(draft)  # what does not open does not replace what does
         replace_folder(draft, args.output)
     finally:
@@ -220,9 +226,13 @@ def _stage_table(args: argparse.Namespace, recipe: Recipe) -> str:
             settings, hours = getattr(recipe, stage), sum(record["seconds"] for record in records) / 3600
             command = f"`python -m distill train {args.config} --stage {stage}{overrides}`"
             lines.append([command, str(records[-1]["step"]), str(settings.batch), f"{settings.lr:g}", f"{hours:.2f}"])
+    note = ""
+    if args.stages:
+        names = ", ".join(f"`stages/{name}`" for name in args.stages)
+        note = f"\n\nKept beside the world for comparison and further training: {names}."
     if not lines:
         return f"The run folder `{recipe.run.folder}` was not there at export: no figures of the training."
-    return table(["command", "steps", "batch", "learning rate", "hours"], lines)
+    return table(["command", "steps", "batch", "learning rate", "hours"], lines) + note
 
 
 def _load_autoencoder(folder: Path, dtype: torch.dtype) -> TinyAutoencoder:
