@@ -94,6 +94,7 @@ class TransformerConfig(StageConfig):
     """What the stages that train the transformer share."""
 
     init: str = ""  # export folder (or stage name) that the weights come from; empty = random weights
+    optimiser: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices inside the blocks, adamw for the rest
     caption_dropout: float = 0.1  # share of the captions replaced by the unconditional embedding, 0..1
     shift: float = 5.0  # of the sigma schedule
 

@@ -357,6 +357,20 @@ def test_numbers_are_read_as_people_write_them(tmp_path):
     assert recipe.autoencoder.start == "some/folder"
 
 
+def test_muon_learns_and_goes_on_exactly(clips, tmp_path):
+    """The joint optimiser is saved and restored like a plain one, and its updates are not AdamW's."""
+    muon = ["bidirectional.optimiser=muon", "bidirectional.steps=4"]
+    for folder, steps in (("straight", 4), ("stopped", 2), ("stopped", 4)):
+        recipe = load_recipe(TINY, overrides(clips, tmp_path / folder, muon[0], f"bidirectional.steps={steps}"))
+        train(recipe, "bidirectional", resume=True)
+    name = "bidirectional/checkpoints/step-00000004/student.safetensors"
+    straight, stopped = load_file(tmp_path / "straight" / name), load_file(tmp_path / "stopped" / name)
+    assert all(torch.equal(straight[key], stopped[key]) for key in straight)
+    train(load_recipe(TINY, overrides(clips, tmp_path / "adamw", muon[1])), "bidirectional")
+    adamw = load_file(tmp_path / "adamw" / name)
+    assert not torch.equal(adamw["blocks.0.attn1.to_q.weight"], straight["blocks.0.attn1.to_q.weight"])
+
+
 def test_two_processes_train_one_run(clips, straight, tmp_path):
     """torchrun, the whole command: both processes take part, one of them writes."""
     options = overrides(clips, tmp_path, f"dmd.init={straight}/consistency/export", f"dmd.real={straight}/bidirectional/export")

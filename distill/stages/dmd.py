@@ -15,7 +15,8 @@ from distill.objectives.distribution_matching import (
     self_rollout,
 )
 from distill.objectives.flow_matching import GRID, draw_index
-from distill.stages.stage import Loss, TransformerStage, Windows, bidirectional, make_optimizer
+from distill.optimiser import make_optimizer
+from distill.stages.stage import Loss, TransformerStage, Windows, bidirectional
 from worldmodel.rollout import Rollout, RolloutConfig
 
 
@@ -30,7 +31,7 @@ class DmdStage(TransformerStage):
         self.real = self.load_frozen(config.real)
         self.critic = self.load(config.critic or config.real)
         self.modules["critic"] = self.critic
-        self.optimizers["critic"] = make_optimizer(self.critic, config.critic_lr, recipe.optimiser)
+        self.optimizers["critic"] = make_optimizer(self.critic, config.critic_lr, config.optimiser, recipe.optimiser)
         self.batches = config.critic_updates + 1
 
     def losses(self, batch: dict, step: int, generator: torch.Generator) -> Iterator[Loss]:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from distill.config import Optimiser, Recipe, TransformerConfig
+from distill.config import Recipe, TransformerConfig
 from distill.data.clips import LatentClips
 from distill.ema import MovingAverage
 from distill.objectives.flow_matching import Predict
+from distill.optimiser import Joint, make_optimizer
 from distill.prompts import open_prompts
 from worldmodel.autoencoder import TinyAutoencoder
 from worldmodel.prope import projection
@@ -35,7 +36,7 @@ class Stage(ABC):
     """
 
     modules: dict[str, nn.Module]
-    optimizers: dict[str, torch.optim.Optimizer]
+    optimizers: dict[str, torch.optim.Optimizer | Joint]
     averages: Mapping[str, MovingAverage] = MappingProxyType({})
     batches: int = 1
 
@@ -97,7 +98,7 @@ class TransformerStage(Stage):
         self.student = self.load(config.init)
         self.average = copy.deepcopy(self.student)
         self.modules = {"student": self.student, "average": self.average}
-        self.optimizers = {"student": make_optimizer(self.student, config.lr, recipe.optimiser)}
+        self.optimizers = {"student": make_optimizer(self.student, config.lr, config.optimiser, recipe.optimiser)}
         self._decoder = self._load_decoder()
         self.averages = {"student": MovingAverage(self.student, self.average, config.ema, config.ema_start)}
 
@@ -210,18 +211,6 @@ def new_transformer(recipe: Recipe) -> CausalWanTransformer:
         num_layers=model.layers,
         camera=model.camera,
     )
-
-
-def make_optimizer(module: nn.Module, lr: float, options: Optimiser) -> torch.optim.Optimizer:
-    """AdamW in one fused call a group: weight decay on matrices, none on vectors and modulation tables."""
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    plain = [p for name, p in named if p.ndim < 2 or name.endswith("scale_shift_table")]
-    kept = {id(p) for p in plain}
-    groups = [
-        {"params": [p for _, p in named if id(p) not in kept], "weight_decay": options.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=options.betas, eps=options.eps, fused=True)
 
 
 @functools.lru_cache(maxsize=2)
