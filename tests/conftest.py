@@ -23,6 +23,7 @@ def make_tiny_bundle(folder, **rollout):
     autoencoder = TinyAutoencoder(
         encoder_widths=(8, 8, 8, 8), encoder_blocks=(1, 1, 1), decoder_widths=(8, 8, 8, 8), decoder_blocks=(1, 1, 1)
     )
+    torch.nn.init.normal_(autoencoder.decoder[-1].weight, std=0.02)  # soft pictures, which a video codec can keep
     config = WorldConfig(
         name="tiny",
         title="Random noise to walk in",

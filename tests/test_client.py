@@ -44,6 +44,9 @@ class FakeSession:
         self.poses.extend(c2w)
         return self._chunk(4 * latents if index else 4 * latents - 3, index, latents)
 
+    def settle(self):
+        self.machine.settled += 1
+
     def _chunk(self, frames, index, latents):
         pictures = np.zeros((frames, 2, 2, 3), np.uint8)
         pictures[..., 0] = self.number
@@ -85,7 +88,7 @@ class Machine:
 
     def __init__(self, step_seconds=0.06, options=None, **world):
         self.step_seconds = step_seconds if callable(step_seconds) else lambda: step_seconds
-        self.milliseconds, self.begun, self.seen, self.plan = 0, [], [], []
+        self.milliseconds, self.settled, self.begun, self.seen, self.plan = 0, 0, [], [], []
         self.scenes = FakeScenes(self, **world)
         self.loop = Loop(lambda tell: self.scenes, options or LoopOptions(), clock=self.clock, sleep=self.sleep)
 

@@ -123,6 +123,9 @@ class OneRoom:
         self.index += 1
         return self._chunk(4)
 
+    def settle(self):
+        pass
+
     def _chunk(self, count):
         return SimpleNamespace(frames=np.full((count, 32, 48, 3), 128, np.uint8), index=self.index, timings={})
 

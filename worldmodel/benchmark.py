@@ -127,8 +127,11 @@ class Walk:
         poses = np.stack([self._next_pose() for _ in range(self.rollout.chunk)])
         started = time.perf_counter()
         result = self._session.step(poses)
+        ready = (time.perf_counter() - started) * 1e3
+        self._session.settle()  # the clean pass of this chunk
         total = (time.perf_counter() - started) * 1e3
-        self.times.append({"total": total, **{part: result.timings[part] for part in PARTS}})
+        parts = {**result.timings, "clean": total - ready}
+        self.times.append({"total": total, "ready": ready, **{part: parts[part] for part in PARTS}})
 
     def _next_pose(self) -> np.ndarray:
         place = self._done % len(self._path)
@@ -142,7 +145,7 @@ class Walk:
         """Figures of all chunks since `times` was last cleared."""
         chunk = self.rollout.chunk
         frames = chunk * FRAMES_PER_LATENT
-        totals = np.array([times["total"] for times in self.times])
+        totals, ready = (np.array([times[name] for times in self.times]) for name in ("total", "ready"))
         period = frames / self.world.config.fps * 1e3
         return {
             "settings": self.settings,
@@ -153,29 +156,30 @@ class Walk:
             },
             "frames_per_second": round(frames / (float(np.median(totals)) / 1e3), 2),
             "real_time_factor": round(period / float(np.median(totals)), 3),
-            "sampled_to_ready_ms": spread(totals),
-            "key_to_pixel_ms": spread(key_to_pixel(totals, period), "p95"),
+            "sampled_to_ready_ms": spread(ready),
+            "key_to_pixel_ms": spread(key_to_pixel(ready, totals, period), "p95"),
         }
 
 
-def key_to_pixel(durations: np.ndarray, period: float) -> np.ndarray:
+def key_to_pixel(durations: np.ndarray, busy: np.ndarray, period: float) -> np.ndarray:
     """Simulated time from a key press to the first frame that shows it, ms, for presses spread evenly over the run.
 
     The client's rule: a chunk starts its usual duration (the second longest of the last twelve) and `MARGIN` before its
     first frame is due, at most one period early, and reads the input at that moment; a late chunk moves the clock.
 
     Args:
-        durations: [n] ms that the chunks took, n >= 2.
+        durations: [n] ms from the start of a chunk until its frames were ready, n >= 2.
+        busy: [n] ms from the start of a chunk until the next can start (its clean pass comes after its frames).
         period: ms for which the frames of one chunk are on the screen.
     """
-    ready, due = 0.0, 0.0  # of the chunk before: when it was complete, when it was shown
+    free, due = 0.0, 0.0  # of the chunk before: when all was done, when it was shown
     before, delays = 0.0, []
     for index, duration in enumerate(durations):
         recent = sorted(durations[max(0, index - 12) : index])
         lead = min((recent[-2:][0] if recent else period) + MARGIN, period)
-        sampled = max(ready, due + period - lead)
-        ready = sampled + duration
-        due = max(ready, due + period)
+        sampled = max(free, due + period - lead)
+        free = sampled + busy[index]
+        due = max(sampled + duration, due + period)
         presses = before + (np.arange(PRESSES) + 0.5) / PRESSES * (sampled - before)
         delays.append(due - presses)
         before = sampled

@@ -62,7 +62,7 @@ class Rollout:
         self.cache = KVCache(model.config.num_attention_heads, config.window, config.sinks, config.positions == "absolute",
                              config.history, model.config.camera)
         self.pending: tuple[Tensor, Tensor, Tensor] | None = None  # latents, viewmats, intrinsics whose clean pass is still to come
-        self.timings: dict[str, float] = {}  # milliseconds of the last step: "network", "clean"
+        self.timings = {"network": 0.0, "clean": 0.0}  # milliseconds: "network" of the last step, "clean" of the last clean pass
         self.set_text(text)
 
     @property
@@ -72,19 +72,23 @@ class Rollout:
 
     def set_text(self, text: Tensor | TextContext) -> None:
         """Changes the prompt from the next chunk on; what is already remembered stays."""
+        self.settle()
         if isinstance(text, Tensor):
             text = self.model.encode_text(text.to(self.device))
         self.text = text
 
     def step(self, viewmats: Tensor, intrinsics: Tensor, *, noise: Tensor | None = None, renoise: list[Tensor] | None = None,
              generator: torch.Generator | None = None, exit_step: int | None = None, grad: bool = False,
-             context_noise: Tensor | None = None) -> Tensor:
+             context_noise: Tensor | None = None, settle: bool = True) -> Tensor:
         """Dreams the next chunk and commits it; returns its clean latents `[B, C, F, H, W]`.
 
         `noise` starts the chunk and `renoise` (one a step but the last, same shape) is added between steps; what is not given is drawn
         from `generator`; so is `context_noise`, wanted when `context_sigma` is above 0. Training: stop after step `exit_step`
-        (0 = first), and with `grad` let gradients through that step alone.
+        (0 = first), and with `grad` let gradients through that step alone. With `settle` false the clean pass is left to `settle()`,
+        or to the next step: the latents can be shown first.
         """
+        if not self.config.merge_clean:
+            self.settle()
         sigmas = self.first_sigmas if self.frames == 0 else self.sigmas
         last = len(sigmas) - 1 if exit_step is None else exit_step
         intrinsics = _a_frame(intrinsics, viewmats)
@@ -104,24 +108,33 @@ class Rollout:
                 fresh, x0 = dict(view.fresh), to_x0(x, velocity, sigmas[i])
             if i < last:
                 x = self._next_level(x, x0, velocity, sigmas[i], sigmas[i + 1], renoise[i] if renoise else None, generator)
-        network = time.perf_counter()
+        self.timings["network"] = (time.perf_counter() - started) * 1e3
         context = x0.detach()
         if self.config.context_sigma:
             context_noise = self._draw(shape, generator) if context_noise is None else context_noise
             context = add_noise(context, context_noise, torch.tensor(self.config.context_sigma, device=self.device))
-        self._commit_dream(context, viewmats, intrinsics, view, projection, fresh if grad else None)
-        self.timings = {"network": (network - started) * 1e3, "clean": (time.perf_counter() - network) * 1e3}
+        if not grad and (self.config.merge_clean or not settle):
+            self.pending = context, viewmats, intrinsics
+        else:
+            self._clean_pass(context, viewmats, intrinsics, view, projection, fresh if grad else None)
         return x0
+
+    def settle(self) -> None:
+        """Runs a clean pass that was put off, if there is one."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            with torch.no_grad():
+                self._clean_pass(*pending, *self._view(*pending[1:]))
 
     def commit(self, latents: Tensor, viewmats: Tensor, intrinsics: Tensor) -> None:
         """Takes given clean latents (a start image, a recorded past) as the next chunk."""
-        self._flush()
+        self.settle()
         intrinsics = _a_frame(intrinsics, viewmats)
         self._clean_pass(latents, viewmats, intrinsics, *self._view(viewmats, intrinsics))
 
     def rewind(self, frames: int) -> None:
         """Forgets all but the first `frames` latents; ValueError when the cache no longer holds what the window then needs."""
-        self._flush()
+        self.settle()
         self.cache.truncate(frames)
 
     def fork(self) -> "Rollout":
@@ -146,27 +159,16 @@ class Rollout:
             return x + (next_sigma - sigma) * velocity
         return add_noise(x0.detach(), self._draw(x0.shape, generator) if noise is None else noise, next_sigma)
 
-    def _commit_dream(self, context, viewmats, intrinsics, view, projection, fresh) -> None:
-        if self.config.merge_clean and fresh is None:
-            self.pending = (context, viewmats, intrinsics)
-            return
-        self._clean_pass(context, viewmats, intrinsics, view, projection, fresh)
-
     def _clean_pass(self, latents, viewmats, intrinsics, view: CacheView, projection: Tensor, noisy=None) -> None:
         """The pass at sigma 0. With `noisy` (keys and values of the pass that had gradients) its gradient flows on, its values do not."""
+        started = time.perf_counter()
         with torch.no_grad():
             self._velocity(latents, torch.zeros((), device=self.device), view, projection)
+        self.timings["clean"] = (time.perf_counter() - started) * 1e3
         fresh = view.fresh
         if noisy is not None and self.config.cache_gradient == "straight_through":
             fresh = {layer: tuple(c + (n - n.detach()) for c, n in zip(fresh[layer], noisy[layer], strict=True)) for layer in fresh}
         self.cache.commit(fresh, viewmats.double(), intrinsics.double())
-
-    def _flush(self) -> None:
-        """Runs a clean pass that was put off."""
-        if self.pending is not None:
-            pending, self.pending = self.pending, None
-            with torch.no_grad():
-                self._clean_pass(*pending, *self._view(*pending[1:]))
 
     def _first_pass_with_pending(self, x: Tensor, sigma: Tensor, viewmats: Tensor, intrinsics: Tensor):
         """The clean pass of the chunk before and the first step of this one in a single forward pass; both see their own window."""

@@ -36,7 +36,7 @@ class FrameChunk:
     index: int  # number of the chunk's first latent
     latents: int  # latents in the chunk
     prompt: str  # the prompt it was dreamed with
-    timings: dict[str, float]  # milliseconds: "network", "clean", "decode"
+    timings: dict[str, float]  # milliseconds: "network", "clean" (of the chunk before), "decode"
 
 
 class Session:
@@ -105,8 +105,13 @@ class Session:
             raise ValueError(f"Session.step: {self.chunk} poses are needed (the world's chunk), got {len(poses)}.")
         index = self.frames
         noise, renoise = self._noise(index)
-        latents = self.rollout.step(self._viewmats(poses), self._intrinsics, noise=noise, renoise=renoise)
+        latents = self.rollout.step(self._viewmats(poses), self._intrinsics, noise=noise, renoise=renoise, settle=False)
         return self._shown(latents, poses, index, dict(self.rollout.timings))
+
+    def settle(self) -> None:
+        """Commits the last chunk to memory: worth calling once it is shown; otherwise the next step does it first."""
+        if not self.config.merge_clean:
+            self.rollout.settle()
 
     def set_prompt(self, name: str) -> None:
         """The prompt from the next chunk on."""

@@ -55,6 +55,13 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
+class LayerNorm(nn.LayerNorm):
+    """Affine layer norm in float32, whatever type its weights have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
 class TwoLayers(nn.Module):
     """linear, activation, linear: the time and text embedders."""
 
@@ -168,7 +175,7 @@ class WanBlock(nn.Module):
         super().__init__()
         self.attn1 = Attention(width, heads, eps, camera)
         self.attn2 = Attention(width, heads, eps)
-        self.norm2 = nn.LayerNorm(width, eps) if cross_attn_norm else nn.Identity()
+        self.norm2 = LayerNorm(width, eps) if cross_attn_norm else nn.Identity()
         self.ffn = FeedForward(width, ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
         self.eps = eps

@@ -80,7 +80,8 @@ class Loop:
         self._commands: deque[str] = deque()
         self._edges: deque[tuple[float, str]] = deque()  # (seconds, motion), for the latency figure
         self._controls: Controls | None = None
-        self._durations: deque[float] = deque(maxlen=12)  # seconds a chunk
+        self._durations: deque[float] = deque(maxlen=12)  # seconds from the start of a chunk until its frames were there
+        self._busy: deque[float] = deque(maxlen=12)  # seconds a chunk, with what is done after its frames are out
         self._stopping, self._thread = False, None
         self._session = self._recorder = self._film = None
 
@@ -181,7 +182,7 @@ class Loop:
 
     def _period(self) -> float:
         """Seconds between frames: the world's, or slower when this machine is, so that motion stays even."""
-        typical = statistics.median(self._durations) if self._durations else 0.0
+        typical = statistics.median(self._busy) if self._busy else 0.0
         return max(self._chunk_seconds, typical) / self._chunk_frames
 
     def _dream(self) -> None:
@@ -199,7 +200,10 @@ class Loop:
         now = self.clock()
         self._durations.append(now - begun)
         self._show(chunk, c2w, edges, now, self._period())
-        typical = statistics.median(self._durations)
+        if self._session:
+            self._session.settle()  # while the frames are on their way to the screen
+        self._busy.append(self.clock() - begun)
+        typical = statistics.median(self._busy)
         speed = min(1.0, self._chunk_seconds / max(typical, 1e-9))
         self._tell(milliseconds=typical / self._scenes.chunk * 1000, speed=speed)
 
