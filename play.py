@@ -9,23 +9,24 @@ def main(arguments: list[str]) -> int:
     """Reads the command line, plays, returns the exit status: 0 well, 1 failed, 2 asked for what cannot be."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads must not spin while the window draws
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    from worldmodel.command_line import run
+
+    return run("play.py", partial(play, arguments))
+
+
+def play(arguments: list[str]) -> int:
+    """In a window where there is a display, else into a film."""
     from worldmodel.client.options import parse_options
 
-    try:
-        options = parse_options(arguments)
-        if options.verify or options.headless:
-            return without_window(options)
-        from worldmodel.client.window import open_display
-
-        if open_display():
-            return in_window(options)
-        print("There is no display here, so nobody can steer: walking a scripted path into a film.", file=sys.stderr)
+    options = parse_options(arguments)
+    if options.verify or options.headless:
         return without_window(options)
-    except (ValueError, OSError) as error:
-        print(f"play.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    except KeyboardInterrupt:
-        return 130
+    from worldmodel.client.window import open_display
+
+    if open_display():
+        return in_window(options)
+    print("There is no display here, so nobody can steer: walking a scripted path into a film.", file=sys.stderr)
+    return without_window(options)
 
 
 def in_window(options) -> int:

@@ -1,8 +1,9 @@
 """`python -m distill COMMAND ...`: footage -> latents -> training -> a bundle that `play.py` opens -> figures."""
 
-import argparse
 import importlib
 import sys
+
+from worldmodel.command_line import Parser, run
 
 # Each command lives in the module named here: `add_arguments(parser)` and `run(args)`. Only the chosen one is imported.
 COMMANDS = {
@@ -16,21 +17,21 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parses the command line and runs one command; returns the exit status (0 done, 2 bad input)."""
+    """Parses the command line and runs one command; returns the exit status (see `command_line.run`)."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m distill", description=__doc__)
+    name = argv[0] if argv and argv[0] in COMMANDS else "python -m distill"
+    return run(name, lambda: _command(argv))
+
+
+def _command(argv: list[str]) -> None:
+    parser = Parser(prog="python -m distill", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module_name, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
         if name in argv[:1]:
             importlib.import_module(module_name).add_arguments(command)
     args = parser.parse_args(argv)
-    try:
-        importlib.import_module(COMMANDS[args.command][0]).run(args)
-    except (ValueError, OSError) as error:
-        print(f"{args.command}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    importlib.import_module(COMMANDS[args.command][0]).run(args)
 
 
 if __name__ == "__main__":

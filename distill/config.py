@@ -7,13 +7,36 @@ of a stage means that stage's export in the same run folder.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option takes; stands in its annotation and is checked when a recipe is read."""
+
+    low: float
+    high: float = math.inf
+    open: bool = False  # `low` is left out
+
+    def __contains__(self, number: float) -> bool:
+        return (self.low < number if self.open else self.low <= number) and number <= self.high
+
+    def __str__(self) -> str:
+        return f"{'above' if self.open else 'at least'} {self.low}" + (f" and at most {self.high}" if self.high < math.inf else "")
+
+
+Count = Annotated[int, Range(1)]
+Whole = Annotated[int, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+Amount = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, open=True)]
 
 
 @dataclass(frozen=True)
@@ -21,13 +44,13 @@ class Run:
     """Where and how a recipe runs."""
 
     folder: str = "runs/blocks"  # one sub-folder a stage
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**31)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"  # of the matrix products; weights and sigmas stay float32
-    log_every: int = 10  # optimiser steps
-    sample_every: int = 500  # optimiser steps between pictures, 0 = none
-    checkpoint_every: int = 0  # optimiser steps, 0 = by time alone
-    checkpoint_minutes: float = 10.0  # 0 = by steps alone
+    log_every: Count = 10  # optimiser steps
+    sample_every: Whole = 500  # optimiser steps between pictures, 0 = none
+    checkpoint_every: Whole = 0  # optimiser steps, 0 = by time alone
+    checkpoint_minutes: Amount = 10.0  # 0 = by steps alone
 
 
 @dataclass(frozen=True)
@@ -35,8 +58,8 @@ class Data:
     """The encoded clips that the transformer stages learn from."""
 
     root: str = ""  # folder of clips: index.jsonl and one sub-folder a clip
-    frames: int = 10  # latents in a training window
-    first_share: float = 0.3  # share of the windows that start at the first latent of their clip, 0..1
+    frames: Count = 10  # latents in a training window
+    first_share: Share = 0.3  # share of the windows that start at the first latent of their clip, 0..1
     prompts: str = ""  # prompts.safetensors (caption -> [L, D]); empty = embeddings drawn from the captions' hashes
     autoencoder: str = ""  # exported autoencoder that decodes the sample pictures; empty = no pictures
 
@@ -45,15 +68,15 @@ class Data:
 class Model:
     """Shape of the transformer when it starts from random weights (`init` empty)."""
 
-    layers: int = 8
-    heads: int = 4
-    head_dim: int = 64  # channels a head, a multiple of 4 (PRoPE)
-    ffn_dim: int = 1024
-    freq_dim: int = 256  # width of the sinusoidal time embedding
-    patch: tuple[int, ...] = (1, 2, 2)  # latent frames, cells, cells
-    channels: int = 16  # of a latent
-    text_dim: int = 64
-    text_length: int = 4  # rows of one prompt's embedding
+    layers: Count = 8
+    heads: Count = 4
+    head_dim: Count = 64  # channels a head, a multiple of 4 (PRoPE)
+    ffn_dim: Count = 1024
+    freq_dim: Count = 256  # width of the sinusoidal time embedding
+    patch: tuple[Count, Count, Count] = (1, 2, 2)  # latent frames, cells, cells
+    channels: Count = 16  # of a latent
+    text_dim: Count = 64
+    text_length: Count = 4  # rows of one prompt's embedding
     camera: bool = True  # PRoPE path
 
 
@@ -61,32 +84,25 @@ class Model:
 class Optimiser:
     """AdamW of the transformer stages; the autoencoder takes `grad_clip` alone."""
 
-    betas: tuple[float, ...] = (0.9, 0.99)
-    eps: float = 1e-8
-    weight_decay: float = 0.01  # on matrices; vectors and tables are left alone
-    grad_clip: float = 1.0  # global norm
+    betas: tuple[Share, Share] = (0.9, 0.99)
+    eps: Amount = 1e-8
+    weight_decay: Amount = 0.01  # on matrices; vectors and tables are left alone
+    grad_clip: Positive = 1.0  # global norm
 
 
 @dataclass(frozen=True)
 class StageConfig:
     """What every stage has."""
 
-    steps: int = 1000  # optimiser steps of the network that is exported
-    batch: int = 6  # samples an optimiser step
-    lr: float = 1e-4
-    warmup: int = 100  # steps of linear rise
+    steps: Count = 1000  # optimiser steps of the network that is exported
+    batch: Count = 6  # samples an optimiser step
+    lr: Positive = 1e-4
+    warmup: Whole = 100  # steps of linear rise
     decay: Literal["constant", "linear", "cosine"] = "constant"
-    decay_from: float = 0.0  # share of the run after which the decay begins, 0..1
-    lr_end: float = 0.05  # learning rate at the end of the decay, as a share of `lr`
-    ema: float = 0.99  # share of the average that stays at each step
-    ema_start: int = 0  # step before which the average is a plain copy
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "lr"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not 0.0 <= self.ema < 1.0:
-            raise ValueError(f"ema must be in [0, 1), got {self.ema}")
+    decay_from: Share = 0.0  # share of the run after which the decay begins, 0..1
+    lr_end: Amount = 0.05  # learning rate at the end of the decay, as a share of `lr`
+    ema: Annotated[float, Range(0, 0.999999)] = 0.99  # share of the average that stays at each step
+    ema_start: Whole = 0  # step before which the average is a plain copy
 
 
 @dataclass(frozen=True)
@@ -95,8 +111,8 @@ class TransformerConfig(StageConfig):
 
     init: str = ""  # export folder (or stage name) that the weights come from; empty = random weights
     optimiser: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices inside the blocks, adamw for the rest
-    caption_dropout: float = 0.1  # share of the captions replaced by the unconditional embedding, 0..1
-    shift: float = 5.0  # of the sigma schedule
+    caption_dropout: Share = 0.1  # share of the captions replaced by the unconditional embedding, 0..1
+    shift: Positive = 5.0  # of the sigma schedule
 
 
 @dataclass(frozen=True)
@@ -104,73 +120,77 @@ class BidirectionalConfig(TransformerConfig):
     """Flow matching, one sigma a clip, every frame sees every frame."""
 
     weighting: bool = True  # weight the loss by the reference's bell over the time steps
-    sample_steps: int = 12  # denoising steps of the sample pictures
+    sample_steps: Count = 12  # denoising steps of the sample pictures
 
 
 @dataclass(frozen=True)
 class TeacherForcingConfig(TransformerConfig):
     """Flow matching, one sigma a chunk; a noisy chunk sees itself and the clean chunks before it."""
 
-    chunk: int = 1  # latents denoised together
+    chunk: Count = 1  # latents denoised together
     weighting: bool = True
-    sample_steps: int = 12  # denoising steps of the sample pictures
-    context_sigma_max: float = 0.0  # the clean context is noised by a sigma uniform in [0, this]; 0 = clean
+    sample_steps: Count = 12  # denoising steps of the sample pictures
+    context_sigma_max: Share = 0.0  # the clean context is noised by a sigma uniform in [0, this]; 0 = clean
 
 
 @dataclass(frozen=True)
 class ConsistencyConfig(TransformerConfig):
     """Causal consistency distillation of the teacher-forced model `init` (teacher, student and average start there)."""
 
-    chunk: int = 1
-    grid: int = 48  # points of the sigma grid that the teacher steps along
-    guidance: float = 3.0  # u + guidance (c - u); 1 skips the unconditional pass
+    chunk: Count = 1
+    grid: Annotated[int, Range(2)] = 48  # points of the sigma grid that the teacher steps along
+    guidance: Amount = 3.0  # u + guidance (c - u); 1 skips the unconditional pass
     sigma_lookup: Literal["exact", "grid"] = "exact"  # grid = the reference's nearest of 1000 sigmas
-    sample_steps: int = 4  # denoising steps of the sample pictures
+    sample_steps: Count = 4  # denoising steps of the sample pictures
 
 
 @dataclass(frozen=True)
 class DmdConfig(TransformerConfig):
     """Asymmetric distribution matching distillation with self-rollout of the student `init`."""
 
-    chunk: int = 1
+    chunk: Count = 1
     real: str = "bidirectional"  # export of the network that scores real data
     critic: str = ""  # export that the fake score starts from; empty = `real`
-    critic_lr: float = 1e-4
-    critic_updates: int = 5  # of the fake score for every update of the student
+    critic_lr: Positive = 1e-4
+    critic_updates: Count = 5  # of the fake score for every update of the student
     denoise: tuple[int, ...] = (1000, 500)  # student's time steps before the shift, 0..1000
     first_denoise: tuple[int, ...] = (1000, 750, 500, 250)  # of the first chunk
-    window: int = 12  # latents that a chunk sees, itself included
-    sinks: int = 0  # first latents that never leave the window
-    start_share: float = 0.5  # share of the rollouts that start from a true first chunk, 0..1
-    guidance: float = 3.0  # c + guidance (c - u) of the real score; 0 skips the unconditional pass
-    clamp: tuple[float, ...] = (0.02, 0.98)  # range of the sigma at which the scores are compared
+    window: Count = 12  # latents that a chunk sees, itself included
+    sinks: Whole = 0  # first latents that never leave the window
+    start_share: Share = 0.5  # share of the rollouts that start from a true first chunk, 0..1
+    guidance: Amount = 3.0  # c + guidance (c - u) of the real score; 0 skips the unconditional pass
+    clamp: tuple[Share, Share] = (0.02, 0.98)  # range of the sigma at which the scores are compared
     cache_gradient: Literal["straight_through", "detached"] = "detached"  # into the remembered frames
     sigma_lookup: Literal["exact", "grid"] = "exact"
+
+    def __post_init__(self) -> None:
+        if not self.clamp[0] < self.clamp[1]:
+            raise ValueError(f"clamp must rise, got {list(self.clamp)}")
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig(StageConfig):
     """The tiny autoencoder; the sizes are `TinyAutoencoder`'s arguments."""
 
-    batch: int = 4
-    lr: float = 6e-4  # 1.5e-3 diverges
-    weight_decay: float = 0.0
-    encoder_widths: tuple[int, ...] = (32, 32, 64, 128)  # channels
-    encoder_blocks: tuple[int, ...] = (1, 2, 2)  # a level
-    decoder_widths: tuple[int, ...] = (160, 96, 48, 48)  # channels
-    decoder_blocks: tuple[int, ...] = (3, 2, 1)  # a level
+    batch: Count = 4
+    lr: Positive = 6e-4  # 1.5e-3 diverges
+    weight_decay: Amount = 0.0
+    encoder_widths: tuple[Count, ...] = (32, 32, 64, 128)  # channels
+    encoder_blocks: tuple[Whole, ...] = (1, 2, 2)  # a level
+    decoder_widths: tuple[Count, ...] = (160, 96, 48, 48)  # channels
+    decoder_blocks: tuple[Whole, ...] = (3, 2, 1)  # a level
     strides: tuple[int, ...] = (1, 2, 2)  # of the encoder's levels
-    patch_size: int = 2  # pixels of a side folded into channels
-    latent_channels: int = 16
+    patch_size: Count = 2  # pixels of a side folded into channels
+    latent_channels: Count = 16
     start: str | None = None  # folder of a trained autoencoder to go on from
     freeze_encoder: bool = False  # train the decoder alone: latents that were made stay valid
-    window: int = 3  # latents (4 * window - 3 frames) of a training clip
-    crop: tuple[int, ...] = ()  # height and width in pixels of the part of a frame that is trained on; empty = the whole frame
-    edge_weight: float = 0.5  # of the L1 between neighbouring-pixel differences: crisp edges
-    square_weight: float = 2.0  # of the mean square error: leaves the grey picture quickly at the start
-    coarse_weight: float = 0.5  # of the L1 between pictures reduced 4x: right colours of large areas
-    latent_weight: float = 1e-3  # of the latents' mean square: keeps them bounded against the noise
-    latent_noise: float = 0.05  # added to the latents, as a share of each channel's deviation: smooth space, forgiving decoder
+    window: Count = 3  # latents (4 * window - 3 frames) of a training clip
+    crop: tuple[Count, ...] = ()  # height and width in pixels of the part of a frame that is trained on; empty = the whole frame
+    edge_weight: Amount = 0.5  # of the L1 between neighbouring-pixel differences: crisp edges
+    square_weight: Amount = 2.0  # of the mean square error: leaves the grey picture quickly at the start
+    coarse_weight: Amount = 0.5  # of the L1 between pictures reduced 4x: right colours of large areas
+    latent_weight: Amount = 1e-3  # of the latents' mean square: keeps them bounded against the noise
+    latent_noise: Amount = 0.05  # added to the latents, as a share of each channel's deviation: smooth space, forgiving decoder
 
 
 @dataclass(frozen=True)
@@ -209,9 +229,11 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     if not path.is_file():
         raise ValueError(f"no recipe at {path}: expected a YAML file such as configs/blocks/cpu.yaml")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected sections such as run and data, got {values!r}")
     for override in overrides:
         _override(values, override)
     return build(Recipe, values, str(path))
@@ -221,7 +243,7 @@ def build(kind: type, values: object, where: str):
     """Makes the dataclass `kind` from a mapping, checking every key and value; `where` begins the error messages."""
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected a mapping of {kind.__name__} options, got {values!r}")
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     made = {}
     for key, value in values.items():
         if key not in hints:
@@ -236,11 +258,11 @@ def build(kind: type, values: object, where: str):
         raise ValueError(f"{where}: {error}") from None
 
 
-def as_dict(config) -> dict:
+def as_dict(options) -> dict:
     """The dataclass as plain JSON values (tuples become lists)."""
     return {
         key: as_dict(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
-        for key, value in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
+        for key, value in ((f.name, getattr(options, f.name)) for f in dataclasses.fields(options))
     }
 
 
@@ -253,29 +275,42 @@ def _override(values: dict, text: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ValueError(f"--set {text}: {section} is not a section")
-    values[last] = yaml.safe_load(value)
+    try:
+        values[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError(f"expected a value in YAML after --set {keys}=, got {value!r}") from None
 
 
 def _value(hint, value, where: str):
     """Checks and converts one plain value: YAML reads `1e-4` as text, and an integer is a fine float."""
     origin = typing.get_origin(hint)
+    if origin is Annotated:
+        plain, numbers = typing.get_args(hint)
+        number = _value(plain, value, where)
+        if number not in numbers:
+            raise ValueError(f"{where} must be {numbers}, got {value!r}")
+        return number
     if origin is Literal:
         if value in typing.get_args(hint):
             return value
         raise ValueError(f"{where} must be one of {', '.join(map(str, typing.get_args(hint)))}, got {value!r}")
     if origin is tuple:
-        if isinstance(value, list | tuple):
-            return tuple(_value(typing.get_args(hint)[0], item, where) for item in value)
-        raise ValueError(f"{where} must be a list, got {value!r}")
+        inner = typing.get_args(hint)
+        count = "" if inner[-1] is Ellipsis else f" of {len(inner)}"
+        if isinstance(value, list | tuple) and (not count or len(value) == len(inner)):
+            return tuple(_value(inner[0], item, where) for item in value)
+        raise ValueError(f"{where} must be a list{count}, got {value!r}")
     if origin is types.UnionType:  # `str | None`
         return None if value is None else _value(typing.get_args(hint)[0], value, where)
     if hint is float and not isinstance(value, bool):
         try:
-            return float(value)
+            if math.isfinite(float(value)):
+                return float(value)
         except (TypeError, ValueError):
             pass
     elif hint is str and value is None:
         return ""
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    raise ValueError(f"{where} must be a {hint.__name__}, got {value!r}")
+    kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
+    raise ValueError(f"{where} must be {kind}, got {value!r}")

@@ -29,7 +29,7 @@ from worldmodel.controls import Envelope
 from worldmodel.rollout import RolloutConfig, with_steps
 from worldmodel.text import PromptBook
 from worldmodel.transformer import CausalWanTransformer
-from worldmodel.world import PromptConfig, World, WorldConfig, replace_folder, save_world
+from worldmodel.world import PromptConfig, World, WorldConfig, load_network, replace_folder, save_world
 
 LIMIT = 60e6  # bytes of weights and pictures
 START_SEED = 7001  # of the towns and places of the start images
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
     folder = recipe.export_folder(args.transformer)
     dtype = getattr(torch, options.dtype)
     transformer = load_transformer(folder, torch.device("cpu"), dtype)
-    autoencoder = _load_autoencoder(recipe.export_folder(args.autoencoder), dtype)
+    autoencoder = load_network(TinyAutoencoder, recipe.export_folder(args.autoencoder), dtype=dtype)
     stored = folder / "prompts.safetensors"
     prompts = PromptBook.load(stored) if stored.is_file() else open_prompts(recipe, MOODS)
     evaluation = _read_evaluation(args.evaluation) if args.evaluation else None
@@ -221,7 +221,7 @@ def _stage_table(args: argparse.Namespace, recipe: Recipe) -> str:
     for stage in (field.name for field in fields(recipe) if isinstance(getattr(recipe, field.name), StageConfig)):
         path = Path(recipe.run.folder) / stage / "metrics.jsonl"
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        records = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        records = [json.loads(line) for line in text.splitlines() if line.startswith('{"step"') and line.endswith("}")]
         if records:
             settings, hours = getattr(recipe, stage), sum(record["seconds"] for record in records) / 3600
             command = f"`python -m distill train {args.config} --stage {stage}{overrides}`"
@@ -233,12 +233,6 @@ def _stage_table(args: argparse.Namespace, recipe: Recipe) -> str:
     if not lines:
         return f"The run folder `{recipe.run.folder}` was not there at export: no figures of the training."
     return table(["command", "steps", "batch", "learning rate", "hours"], lines) + note
-
-
-def _load_autoencoder(folder: Path, dtype: torch.dtype) -> TinyAutoencoder:
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"expected an autoencoder's folder with config.json, got {folder}: train one first")
-    return TinyAutoencoder.from_pretrained(folder, torch_dtype=dtype).eval()
 
 
 def _read_evaluation(path: Path) -> dict:

@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 KEEP = 2  # checkpoints
+_STEP = "step-" + 8 * "[0-9]"
+_UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
 
 
 class RunFolder:
@@ -35,7 +37,7 @@ class RunFolder:
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint, or None."""
-        return max(self.checkpoints.glob("step-*"), default=None)
+        return max(self.checkpoints.glob(_STEP), default=None)
 
     def save(self, step: int, stage, drawn: int) -> Path:
         """Writes all that the next step depends on; `drawn` samples have been taken from the dataset so far.
@@ -52,7 +54,7 @@ class RunFolder:
                 save_file(_flatten(optimizer), folder / f"optimizer-{name}.safetensors")
             state = {"step": step, "drawn": drawn, "config": self.config}
             (folder / "state.json").write_text(json.dumps(state, indent=1))
-        for old in sorted(self.checkpoints.glob("step-*"))[:-KEEP]:
+        for old in sorted(self.checkpoints.glob(_STEP))[:-KEEP]:
             shutil.rmtree(old)
         return final
 
@@ -66,17 +68,19 @@ class RunFolder:
             return 0, 0
         try:
             state = json.loads((folder / "state.json").read_text())
-            self._check_config(state["config"], folder)
+            progress = int(state["step"]), int(state["drawn"])
+            saved = {section: dict(values) for section, values in state["config"].items()}
+        except _UNREADABLE as error:
+            raise _unreadable(folder, error) from error
+        self._check_config(saved, folder)
+        try:
             for name, module in stage.modules.items():
                 module.load_state_dict(load_file(folder / f"{name}.safetensors"))
             for name, optimizer in stage.optimizers.items():
                 _unflatten(optimizer, load_file(folder / f"optimizer-{name}.safetensors"))
-        except (OSError, RuntimeError, KeyError, SafetensorError, json.JSONDecodeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"the checkpoint {folder} cannot be read ({reason}): remove that folder to go on from the one before"
-            ) from error
-        return state["step"], state["drawn"]
+        except _UNREADABLE as error:
+            raise _unreadable(folder, error) from error
+        return progress
 
     def log(self, line: dict) -> None:
         """Appends one line to metrics.jsonl."""
@@ -133,6 +137,11 @@ def replacing(final: Path) -> Iterator[Path]:
         os.replace(final, old)
     os.replace(part, final)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _unreadable(folder: Path, error: Exception) -> ValueError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ValueError(f"the checkpoint {folder} cannot be read ({reason}): remove that folder to go on from the one before")
 
 
 def _step_of(line: str) -> float:

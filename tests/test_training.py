@@ -332,9 +332,9 @@ def test_every_recipe_is_valid(path):
     [
         ("dmd: {critic_update: 3}", [], "unknown option 'critic_update', the nearest known one is 'critic_updates'"),
         ("consistancy: {lr: 1}", [], "unknown option 'consistancy', the nearest known one is 'consistency'"),
-        ("dmd: {lr: fast}", [], "lr must be a float, got 'fast'"),
-        ("dmd: {steps: 1.5}", [], "steps must be a int"),
-        ("dmd: {steps: 0}", [], "steps must be above 0, got 0"),
+        ("dmd: {lr: fast}", [], "lr must be a number, got 'fast'"),
+        ("dmd: {steps: 1.5}", [], "steps must be a whole number"),
+        ("dmd: {steps: 0}", [], "steps must be at least 1, got 0"),
         ("dmd: {chunk: 4}", [], "data.frames is 10, not a multiple of dmd.chunk = 4"),
         ("dmd: {sigma_lookup: near}", [], "must be one of exact, grid, got 'near'"),
         ("dmd: [1]", [], "expected a mapping"),

@@ -20,6 +20,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from worldmodel import command_line
 from worldmodel.autoencoder import FRAMES_PER_LATENT, TinyAutoencoder
 from worldmodel.camera import MotionStep, parse_trajectory
 from worldmodel.controls import Envelope
@@ -27,7 +28,7 @@ from worldmodel.rollout import RolloutConfig, with_steps
 from worldmodel.session import Session
 from worldmodel.text import PromptBook
 from worldmodel.transformer import CausalWanTransformer
-from worldmodel.world import PromptConfig, World, WorldConfig, fast_dtype, from_mapping
+from worldmodel.world import PromptConfig, World, WorldConfig, fast_dtype, from_mapping, open_device
 
 ROUNDS = 8  # turns that each variant gets
 PRESSES = 32  # simulated key presses a chunk, evenly spread
@@ -100,7 +101,10 @@ def apply_settings(world: World, settings: list[str]) -> World:
         key, equals, value = setting.partition("=")
         if not equals:
             raise ValueError(f"expected key=value such as window=8, got {setting!r}")
-        value = yaml.safe_load(value)
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"expected a value in YAML such as window=8, got {setting!r}") from None
         if key == "steps" and isinstance(value, int):
             value = with_steps(world.config.rollout, value).steps
         rollout[key] = value
@@ -274,15 +278,15 @@ def measure(world: World, variants: list[list[str]], latents: int, seed: int = 0
     return result
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> command_line.Parser:
     """The options, one line each."""
-    made = argparse.ArgumentParser(prog="python -m worldmodel.benchmark", description=__doc__.splitlines()[0])
+    made = command_line.Parser(prog="python -m worldmodel.benchmark", description=__doc__.splitlines()[0])
     made.add_argument("--world", type=Path, default=Path("assets/worlds/blocks"), help="folder of the world")
     made.add_argument("--random-weights", metavar="LxWxH", help="a random world of LAYERSxWIDTHxHEADS, no files needed")
     made.add_argument("--size", default="96x160", help="HEIGHTxWIDTH of the random world in pixels (default: 96x160)")
     made.add_argument("--latents", type=int, default=64, help="latents measured for each variant (default: 64)")
-    made.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
-    made.add_argument("--steps", type=int, help="denoising steps a chunk (default: the world's)")
+    made.add_argument("--threads", type=command_line.threads, help="threads of torch (default: torch's own choice)")
+    made.add_argument("--steps", type=command_line.positive, help="denoising steps a chunk (default: the world's)")
     made.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="rollout options, e.g. window=8 merge_clean=true"
     )
@@ -303,11 +307,9 @@ def run(args: argparse.Namespace) -> dict:
     if args.latents < ROUNDS:
         raise ValueError(f"expected at least {ROUNDS} --latents, got {args.latents}: each variant takes {ROUNDS} turns")
     if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"expected at least one of --threads, got {args.threads}")
         torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    device = torch.device(args.device)
+    device = open_device(args.device)
     if args.random_weights:
         height, _, width = args.size.partition("x")
         if not (height.isdecimal() and width.isdecimal()):
@@ -322,18 +324,16 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; exit status 0, or 2 for bad input."""
-    args = parser().parse_args(argv)
-    try:
-        text = json.dumps(run(args), indent=1)
-        if args.output:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(text + "\n", encoding="utf-8")
-    except (ValueError, OSError) as error:
-        print(f"benchmark: {error}", file=sys.stderr)
-        return 2
+    """Runs the command line; returns the exit status (see `command_line.run`)."""
+    return command_line.run("benchmark", lambda: _report(parser().parse_args(argv)))
+
+
+def _report(args: argparse.Namespace) -> None:
+    text = json.dumps(run(args), indent=1)
     print(text)
-    return 0
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ MOTIONS = {
     "down": ((0, 0, 0), (0, -1)),
 }
 STYLES = ("fly", "walk")
+MOST_LATENTS = 100_000  # of a trajectory text: seven hours
 _COMMAND = re.compile(r"^([a-z]+(?:\s*\+\s*[a-z]+)*)\s*[*-]\s*(\d+(?:\.\d*)?|\.\d+)$")
 _ROTATION_TOLERANCE = 1e-3  # files store rotations in float32 or a few decimals
 
@@ -135,6 +136,9 @@ def _commands(text: str):
                 raise ValueError(f"Trajectory key {key!r} is unknown; the keys are {', '.join(MOTIONS)}.")
         motion = np.array([[*MOTIONS[key][0], *MOTIONS[key][1]] for key in keys], np.float64).sum(0)
         commands.append((motion[:3], motion[3:], float(match[2])))
+    total = sum(count for _, _, count in commands)
+    if total > MOST_LATENTS:
+        raise ValueError(f"Trajectory of {total:.0f} latents is longer than {MOST_LATENTS}; write a shorter one.")
     return commands
 
 

@@ -7,7 +7,6 @@ What a file is, is read from its content, never from its name.
     python -m worldmodel.checkpoint inspect FILE
 """
 
-import argparse
 import pickle
 import sys
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+
+from worldmodel.command_line import Parser, run
 
 State = Mapping[str, torch.Tensor]
 
@@ -225,7 +226,7 @@ def check_tensors(state: State, expected: Mapping[str, tuple[int, ...]]) -> None
     ]
     if found:
         raise CheckpointError(
-            f"the checkpoint does not fit the transformer it describes ({'; '.join(found)}): "
+            f"the weights do not fit the network they are for ({'; '.join(found)}): "
             "it is incomplete or of another model."
         )
 
@@ -364,18 +365,17 @@ def _describe(info: CheckpointInfo) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """`inspect FILE` prints what a weights file holds; returns the exit status (2 for a file that cannot be used)."""
-    parser = argparse.ArgumentParser(prog="python -m worldmodel.checkpoint", description=__doc__.splitlines()[0])
+    return run("inspect", lambda: _inspect_file(sys.argv[1:] if argv is None else argv))
+
+
+def _inspect_file(argv: list[str]) -> None:
+    parser = Parser(prog="python -m worldmodel.checkpoint", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="print what a weights file holds")
     inspect.add_argument("file", help="safetensors or torch.save file")
     inspect.add_argument("--part", help="part of a trainer's checkpoint, for example generator")
     args = parser.parse_args(argv)
-    try:
-        print(_describe(inspect_state(read_state(args.file), args.part)))
-    except (ValueError, OSError) as error:
-        print(f"inspect: {error}", file=sys.stderr)
-        return 2
-    return 0
+    print(_describe(inspect_state(read_state(args.file), args.part)))
 
 
 if __name__ == "__main__":

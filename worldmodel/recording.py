@@ -40,6 +40,12 @@ VIDEO, LOG, POSES, META, IMAGE, STATE = "video.mp4", "session.jsonl", "poses.jso
 FORMAT = 1
 QUEUE = 8  # chunks that may wait for the encoder before play waits with them
 KEYFRAME_SECONDS = 0.5  # a fragment of the video ends here: what a crash can cost
+# What is read back from the log, and its kinds.
+_HEADER = {
+    "world": str, "fingerprint": str, "prompt": str, "image": bool, "seed": int, "steps": int | None, "middle": bool,
+    "height": int, "width": int, "intrinsics": list, "engine": dict,
+}  # fmt: skip
+_LINE = {"index": int, "prompt": str, "c2w": list, "sha256": str}
 SYNC_LATENTS = 16  # latents between two forced writes of the log to the disk
 _FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
 
@@ -250,12 +256,21 @@ def read_log(folder) -> Log:
     values = []
     for row in rows[:-1]:  # what follows the last line break is empty or cut off
         try:
-            values.append(json.loads(row))
+            value = json.loads(row)
         except ValueError:
+            value = None
+        if not isinstance(value, dict):
             break  # a crash of the whole machine can leave a torn block; nothing after it is trusted
-    if not values or not isinstance(values[0], dict) or values[0].get("format") != FORMAT:
+        values.append(value)
+    if not values or values[0].get("format") != FORMAT:
         raise ValueError(f"{path} is no session log of format {FORMAT}; it cannot be replayed by this program.")
     lines = tuple(value for value in values[1:] if "index" in value)
+    for row, kinds in ((values[0], _HEADER), *((line, _LINE) for line in lines)):
+        wrong = next((name for name, kind in kinds.items() if not isinstance(row.get(name), kind)), None)
+        if wrong:
+            raise ValueError(f"{path} is damaged: expected {wrong!r} of another kind than {row.get(wrong)!r}; take an unchanged copy.")
+    if lines:
+        check_poses([line["c2w"] for line in lines], source=str(path))
     return Log(values[0], lines, any("end" in value for value in values))
 
 
@@ -304,8 +319,8 @@ def replay(folder, world: World) -> Iterator[FrameChunk]:
     if session.start() is not None and lines[0]["index"] == 0:
         lines.pop(0)
         yield session.start()
-    while lines and len(lines) >= lines[0]["chunk"]:  # a chunk that was cut in two is not dreamed
-        group, lines = lines[: lines[0]["chunk"]], lines[lines[0]["chunk"] :]
+    while len(lines) >= session.chunk:  # a chunk that was cut in two is not dreamed
+        group, lines = lines[: session.chunk], lines[session.chunk :]
         if group[0]["prompt"] != session.prompt:
             session.set_prompt(group[0]["prompt"])
         yield session.step(np.array([line["c2w"] for line in group]))
@@ -322,18 +337,16 @@ def verify(folder, world: World) -> dict:
     recover(folder)
     log = read_log(folder)
     middle, wrong, psnr = log.header["middle"], [], []
-    with av.open(str(folder / VIDEO)) as container:
-        shown = (frame.to_ndarray(format="rgb24") for frame in container.decode(video=0))
-        expected = iter(log.lines)
-        with tqdm(total=len(log.lines), desc="verify", unit="latent") as bar:
-            for chunk in replay(folder, world):
-                for frames in _by_latent(chunk):
-                    line = next(expected)
-                    if line["sha256"] != _checksum(frames):
-                        wrong.append(line["index"])
-                    first = middle and line is log.lines[0]
-                    psnr += [_psnr(picture, next(shown)) for picture in (frames[-1:] if first else frames)]
-                bar.update(chunk.latents)
+    shown, expected = _pictures(folder / VIDEO), iter(log.lines)
+    with tqdm(total=len(log.lines), desc="verify", unit="latent") as bar:
+        for chunk in replay(folder, world):
+            for frames in _by_latent(chunk):
+                line = next(expected)
+                if line["sha256"] != _checksum(frames):
+                    wrong.append(line["index"])
+                first = middle and line is log.lines[0]
+                psnr += [_psnr(picture, next(shown)) for picture in (frames[-1:] if first else frames)]
+            bar.update(chunk.latents)
     engine_now = engine(Session(world, steps=log.header["steps"]))
     recorded = log.header["engine"]
     return {
@@ -373,6 +386,17 @@ def _checksum(frames: np.ndarray) -> str:
 def _psnr(ours: np.ndarray, theirs: np.ndarray) -> float:
     error = np.mean((ours.astype(np.float64) - theirs) ** 2)
     return float(10 * np.log10(255**2 / max(error, 1e-2)))
+
+
+def _pictures(path: Path) -> Iterator[np.ndarray]:
+    """Frames uint8 [H,W,3] of a recording's video; ValueError when more are asked for than it holds."""
+    try:
+        with av.open(str(path)) as container:
+            for frame in container.decode(video=0):
+                yield frame.to_ndarray(format="rgb24")
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); take an unchanged copy of the recording.") from None
+    raise ValueError(f"{path} ends before {LOG} does; take an unchanged copy of the recording.")
 
 
 def _count_frames(path: Path) -> int:

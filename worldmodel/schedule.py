@@ -5,6 +5,8 @@ Sigmas are float32 whatever the model computes in: rounded to bfloat16, single t
 (minWM `model/camera_naive_consistency.py`). Latents are `[B, C, F, H, W]`; a sigma is a scalar, `[B]` or `[B, F]`.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,8 @@ def sigma_grid(count: int, shift: float) -> Tensor:
 
 def warp_steps(steps: list[int] | tuple[int, ...], shift: float) -> Tensor:
     """Turns a published step list such as (1000, 750, 500, 250) into shifted sigmas `[n]`, float32."""
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift must be above 0, got {shift}: 5 is usual")
     if not steps or any(not 0 < step <= CLOCK for step in steps) or list(steps) != sorted(set(steps), reverse=True):
         raise ValueError(f"steps must fall from at most 1000 to above 0, got {list(steps)}: write them like [1000, 500]")
     grid = torch.cat([sigma_grid(1000, shift) * CLOCK, torch.zeros(1)])

@@ -35,9 +35,12 @@ class PromptBook:
             with safe_open(path, framework="pt") as file:
                 embeddings = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
                 texts = json.loads((file.metadata() or {}).get("texts", "{}"))
+            if not isinstance(texts, dict):
+                raise ValueError("its texts are no table of names and sentences")
+            return cls(embeddings, texts)
         except (OSError, SafetensorError, ValueError) as error:
-            raise ValueError(f"Prompts {path} cannot be read ({error}); fetch or export the file again.") from None
-        return cls(embeddings, texts)
+            reason = str(error).rstrip(".")
+            raise ValueError(f"Prompts {path} cannot be read ({reason}); fetch or export the file again.") from None
 
     def save(self, path) -> None:
         """Writes what `load` reads, to a temporary name that is then renamed."""

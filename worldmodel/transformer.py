@@ -222,7 +222,7 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
         camera: bool = True,
     ):
         super().__init__()
-        _check_config(patch_size, attention_head_dim, qk_norm, {"image_dim": image_dim, "added_kv_proj_dim": added_kv_proj_dim,
+        _check_config(patch_size, attention_head_dim, freq_dim, qk_norm, {"image_dim": image_dim, "added_kv_proj_dim": added_kv_proj_dim,
                                                                 "pos_embed_seq_len": pos_embed_seq_len}, camera)
         width = num_attention_heads * attention_head_dim
         self.patch_embedding = nn.Conv3d(in_channels, width, patch_size, patch_size)
@@ -319,12 +319,14 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
             raise ValueError(f"one camera a latent frame is needed, got {projection.shape[1]} for {frames} frames: pass {frames}")
 
 
-def _check_config(patch_size, head_dim: int, qk_norm: str, absent: dict, camera: bool) -> None:
+def _check_config(patch_size, head_dim: int, freq_dim: int, qk_norm: str, absent: dict, camera: bool) -> None:
     wrong = [name for name, value in absent.items() if value is not None]
     if wrong:
         raise ValueError(f"this network has no image branch, got {wrong[0]}={absent[wrong[0]]}: use a text-to-video Wan model")
     if patch_size[0] != 1 or qk_norm != "rms_norm_across_heads":
         found = f"{tuple(patch_size)} and {qk_norm}"
         raise ValueError(f"patch_size must be (1, h, w) and qk_norm rms_norm_across_heads, got {found}: not a Wan2.1 model")
+    if freq_dim % 2:
+        raise ValueError(f"freq_dim must be even (sines and cosines), got {freq_dim}: choose another")
     if camera and head_dim % 4:
         raise ValueError(f"PRoPE needs a head width that is a multiple of 4, got {head_dim}: choose another attention_head_dim")

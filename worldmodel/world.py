@@ -3,30 +3,38 @@
 import difflib
 import hashlib
 import json
+import math
 import os
 import shutil
 import types
 import typing
+import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 import yaml
+from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from safetensors import SafetensorError, safe_open
 
 from worldmodel.autoencoder import TinyAutoencoder
+from worldmodel.checkpoint import check_tensors
 from worldmodel.controls import Envelope
 from worldmodel.rollout import RolloutConfig
 from worldmodel.text import PromptBook
 from worldmodel.transformer import CausalWanTransformer
 
 FORMAT = 1
+_AGAIN = "fetch the world or make the export again"
+_MOST_PIXELS, _MOST_FPS = 4096, 240
 SHARD_SIZE = "16MB"
+_KINDS = {int: "a whole number", float: "a number", str: "a text", tuple: "a list", dict: "a table of keys and values"}
 _EVERYTHING = ("world.yaml", "transformer/config.json", "autoencoder/config.json", "prompts.safetensors")
 
 
@@ -61,8 +69,9 @@ class WorldConfig:
                 "intrinsics must be [fx/W, fy/H, 0.5, 0.5] with positive focal lengths, got "
                 f"{list(self.intrinsics)} (recordings cannot hold another principal point)."
             )
-        if min(self.height, self.width, self.fps) <= 0:
-            raise ValueError(f"height, width and fps must be positive, got {self.height}, {self.width}, {self.fps}.")
+        for name, most in (("height", _MOST_PIXELS), ("width", _MOST_PIXELS), ("fps", _MOST_FPS)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must be 1 to {most}, got {getattr(self, name)}.")
 
     @classmethod
     def read(cls, path) -> "WorldConfig":
@@ -107,14 +116,14 @@ class World:
         """
         folder = Path(folder)
         config = _check_bundle(folder)
-        device = torch.device(device)
+        device = open_device(device)
         dtype = fast_dtype(device) if dtype is None else dtype
-        transformer = _load_network(CausalWanTransformer, folder / "transformer", device, dtype)
-        autoencoder = _load_network(TinyAutoencoder, folder / "autoencoder", device, dtype)
+        transformer = load_network(CausalWanTransformer, folder / "transformer", device, dtype).requires_grad_(False)
+        autoencoder = load_network(TinyAutoencoder, folder / "autoencoder", device, dtype).requires_grad_(False)
         world = cls(
             folder, config, transformer, autoencoder, PromptBook.load(folder / "prompts.safetensors"), device, dtype
         )
-        _check_fit(world)
+        check_fit(world)
         return world
 
     @cached_property
@@ -198,9 +207,10 @@ def _converted(value, hint, where: str):
         return {str(key): _converted(one, inner[1], where) for key, one in value.items()}
     expected = origin or hint
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-        raise ValueError(f"{where} must be a {expected.__name__}, got {value!r}.")
+        value = float(value)
+    number = expected in (int, float)
+    if not isinstance(value, expected) or (number and (isinstance(value, bool) or not math.isfinite(value))):
+        raise ValueError(f"{where} must be {_KINDS.get(expected, f'a {expected.__name__}')}, got {value!r}.")
     return value
 
 
@@ -210,7 +220,13 @@ def read_image(path) -> np.ndarray:
         data = np.fromfile(path, np.uint8)
     except OSError as error:
         raise ValueError(f"Picture {path} cannot be read: {error.strerror}.") from None
-    picture = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # the sentence below says it
+    try:
+        picture = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    except cv2.error:  # larger than OpenCV reads
+        picture = None
+    finally:
+        cv2.utils.logging.setLogLevel(level)
     if picture is None:
         raise ValueError(f"Picture {path} is no complete PNG or JPEG file; give another one.")
     return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
@@ -223,6 +239,16 @@ def fast_dtype(device) -> torch.dtype:
         return torch.bfloat16
     native = kind == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return torch.bfloat16 if native else torch.float32
+
+
+def open_device(name) -> torch.device:
+    """"cpu", "cuda", "cuda:1", ... or a torch.device; ValueError for one that cannot compute here."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError):  # no such name; not compiled in, no driver, no such number
+        raise ValueError(f"expected a device that torch can compute on here, such as cpu or cuda, got {str(name)!r}.") from None
+    return device
 
 
 def _check_bundle(folder: Path) -> WorldConfig:
@@ -242,49 +268,80 @@ def _check_bundle(folder: Path) -> WorldConfig:
     return config
 
 
-def _load_network(kind: type[ModelMixin], folder: Path, device: torch.device, dtype: torch.dtype) -> ModelMixin:
+def load_network(kind: type[ModelMixin], folder, device="cpu", dtype: torch.dtype = torch.float32) -> ModelMixin:
+    """The network in `folder` (config.json and safetensors files), in evaluation mode.
+
+    kind: its class. dtype: type of its weights, whatever they are stored in.
+    Errors: ValueError with one sentence for a folder that is absent, cut off, of another kind, or does not fit itself. Nothing
+    is looked for on the network.
+    """
+    folder = Path(folder)
+    config = _read_config(kind, folder)
+    stored = _stored_weights(folder)
     try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+        with init_empty_weights(include_buffers=False), warnings.catch_warnings(action="ignore"):
+            network = kind(**config)
+    except Exception as error:  # a foreign value can break anything
+        raise ValueError(f"{folder / 'config.json'} describes no {kind.__name__} ({_reason(error)}); {_AGAIN}.") from None
+    try:
+        check_tensors(stored, {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()})
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    try:
+        network = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder} cannot be loaded ({_reason(error)}); {_AGAIN}.") from None
+    return network.to(device)
+
+
+def _read_config(kind: type[ModelMixin], folder: Path) -> dict:
+    """The arguments for `kind` that config.json holds."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no {kind.__name__}: config.json is missing; name another folder, or train one first.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        stored = config.get("_class_name")
     except (OSError, ValueError, AttributeError):
-        raise ValueError(f"{folder / 'config.json'} is damaged; fetch the world again.") from None
+        raise ValueError(f"{path} is damaged; {_AGAIN}.") from None
     if stored != kind.__name__:
-        raise ValueError(
-            f"{folder} holds a {stored}, a {kind.__name__} is expected; this world is not for this program."
-        )
-    _check_weights(folder)
-    try:
-        network, report = kind.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{folder} cannot be loaded ({reason}); fetch the world again.") from None
-    wrong = [name for names in report.values() for name in names]
-    if wrong:
-        raise ValueError(f"{folder}: weights and config.json do not fit (first: {wrong[0]}); fetch the world again.")
-    return network.eval().requires_grad_(False).to(device)
+        raise ValueError(f"{folder} holds a {stored}, a {kind.__name__} is expected; name another folder.")
+    arguments = {key: value for key, value in config.items() if not key.startswith("_")}
+    unknown = [key for key in arguments if key not in signature(kind.__init__).parameters]
+    if unknown:
+        raise ValueError(f"{path} has the unknown key {unknown[0]!r}: it was made by another version of this program; update it.")
+    return arguments
 
 
-def _check_weights(folder: Path) -> None:
-    """Every weights file is there and complete (a safetensors header says where its file ends)."""
+def _stored_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Names and shapes (tensors without memory) in the weights files, each of which is there and complete."""
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
     names = {"diffusion_pytorch_model.safetensors"}
     try:
         if index.is_file():
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError):
-        raise ValueError(f"{index} is damaged; fetch the world again.") from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"{index} is damaged; {_AGAIN}.") from None
+    stored = {}
     for name in sorted(names):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder.parent} is not a complete world: {folder.name}/{name} is missing.")
+            raise ValueError(f"{folder / name} is missing; {_AGAIN}.")
         try:
-            with safe_open(folder / name, framework="pt"):
-                pass
+            with safe_open(folder / name, framework="pt") as file:  # a header says where its file ends
+                for key in file.keys():  # noqa: SIM118 (no mapping)
+                    stored[key] = torch.empty(file.get_slice(key).get_shape(), device="meta")
         except (SafetensorError, OSError):
-            raise ValueError(f"{folder / name} is cut off or damaged; fetch the world again.") from None
+            raise ValueError(f"{folder / name} is cut off or damaged; {_AGAIN}.") from None
+    return stored
 
 
-def _check_fit(world: World) -> None:
+def _reason(error: Exception) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def check_fit(world: World) -> None:
+    """ValueError when transformer, autoencoder, prompts and picture size do not belong together."""
     config, latent = world.config, world.autoencoder.config.latent_channels
     factor, patch = world.autoencoder.spatial_factor, world.transformer.config.patch_size
     faults = {
@@ -302,7 +359,10 @@ def _check_fit(world: World) -> None:
         if wrong:
             raise ValueError(f"{world.folder} does not fit together: {sentence}; export it again.")
     for prompt in [config.prompts.default, *config.images]:
-        world.prompts[prompt]
+        try:
+            world.prompts[prompt]
+        except ValueError as error:
+            raise ValueError(f"{world.folder / 'world.yaml'}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------ writing

@@ -7,6 +7,7 @@ pose is that of pixel frame 4k, so F latents are 4F-3 pixel frames.
 """
 
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -113,6 +114,9 @@ def read_meta(folder) -> dict:
         raise ValueError(f"{path}: expected YAML, got a file that does not parse ({str(error).splitlines()[0]})") from error
     if not isinstance(meta, dict) or not {"caption", "fps"} <= meta.keys():
         raise ValueError(f"{path}: expected entries caption and fps, got {sorted(meta) if isinstance(meta, dict) else meta!r}")
+    if not isinstance(meta["caption"], str) or not isinstance(meta["fps"], (int, float)) or not 0 < meta["fps"] < math.inf:
+        found = f"{meta['caption']!r} and {meta['fps']!r}"
+        raise ValueError(f"{path}: expected the caption as a text and fps as a number above 0, got {found}")
     return {"source": "", "licence": "", **meta}
 
 
@@ -155,6 +159,10 @@ class LatentClips(torch.utils.data.Dataset):
     def __init__(self, root, frames: int, first_share: float = 0.3, seed: int = 0):
         self.frames, self.first_share, self.seed = frames, first_share, seed
         clips = [_LatentClip.open(folder) for folder in list_clips(root)]
+        other = next((clip for clip in clips if clip.size != clips[0].size), None)
+        if other:
+            raise ValueError(f"{root}: expected latents of one size, {clips[0].path} is {clips[0].size}, {other.path} {other.size}")
+        self.channels = clips[0].size[0]
         self.clips = [clip for clip in clips if len(clip.c2w) >= frames]
         if not self.clips:
             longest = max(len(clip.c2w) for clip in clips)
@@ -186,6 +194,7 @@ class _LatentClip:
     """What LatentClips keeps of a clip."""
 
     path: Path
+    size: tuple[int, int, int]  # C, h, w
     c2w: np.ndarray
     intrinsics: np.ndarray
     caption: str
@@ -197,13 +206,13 @@ class _LatentClip:
             raise ValueError(f"{folder}: expected {LATENTS} beside the video, found none; run `python -m distill encode` first")
         try:
             with safe_open(path, framework="pt") as file:
-                count = file.get_slice("latents").get_shape()[1]
+                channels, count, *cells = file.get_slice("latents").get_shape()
         except Exception as error:  # safetensors raises its own, undocumented type
             raise ValueError(f"{path}: expected a safetensors file with a tensor `latents` [C, F, h, w], got {error}") from error
         c2w, intrinsics = read_pose_json(folder / POSES)
         if count > len(c2w):
             raise ValueError(f"{folder}: expected a pose for each of {count} latents, got {len(c2w)}; encode the clip again")
-        return cls(path, c2w[:count], intrinsics[0], read_meta(folder)["caption"])
+        return cls(path, (channels, *cells), c2w[:count], intrinsics[0], read_meta(folder)["caption"])
 
 
 def _check_count(frames: int, latents: int, name: str) -> None:

@@ -3,7 +3,10 @@
 import argparse
 import importlib
 import multiprocessing
+import signal
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,23 +98,33 @@ def collect_clips(config: CollectConfig) -> None:
     """
     todo = [index for index in range(config.clips) if not _finished(config, index)]
     config.output.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=config.clips, initial=config.clips - len(todo), unit="clip", desc=f"{config.output}")
-    if config.workers == 1:
-        for index in todo:
-            collect_clip(config, index)
-            bar.update()
-    elif todo:
-        spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
-        with ProcessPoolExecutor(config.workers, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            jobs = [pool.submit(collect_clip, config, index) for index in todo]
-            try:
-                for job in as_completed(jobs):
+    with tqdm(total=config.clips, initial=config.clips - len(todo), unit="clip", desc=f"{config.output}") as bar:
+        if config.workers == 1:
+            for index in todo:
+                collect_clip(config, index)
+                bar.update()
+        elif todo:
+            with worker_pool(config.workers) as pool:
+                for job in as_completed([pool.submit(collect_clip, config, index) for index in todo]):
                     job.result()
                     bar.update()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    bar.close()
+
+
+@contextmanager
+def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes of one thread each; Ctrl-C is left to this one, and what waits is dropped when the block fails."""
+    spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
+    with ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # processes inherit this
+        try:
+            pool.submit(int)  # starts them all
+        finally:
+            signal.signal(signal.SIGINT, heard)
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def collect_clip(config: CollectConfig, index: int) -> Path:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from distill.data.clips import LATENTS, list_clips, read_clip, write_latents
 from worldmodel.autoencoder import FRAMES_PER_LATENT, TinyAutoencoder
 from worldmodel.recording import recover
+from worldmodel.world import load_network, open_device
 
 RECORDING = "session.jsonl"  # marks a recording made by play
 ENCODING_KEYS = ("latent_channels", "image_channels", "encoder_widths", "encoder_blocks", "strides", "patch_size")
@@ -33,13 +34,7 @@ def run(args: argparse.Namespace) -> None:
     """Encodes what is missing or was made by another encoder."""
     if not 0 <= args.worker < args.workers:
         raise ValueError(f"expected --worker between 0 and {args.workers - 1} (--workers {args.workers}), got {args.worker}")
-    if not (args.autoencoder / "config.json").is_file():
-        raise ValueError(f"expected an autoencoder's folder with config.json, got {args.autoencoder}: train one first")
-    autoencoder = TinyAutoencoder.from_pretrained(args.autoencoder)
-    try:
-        autoencoder.to(args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"expected --device cpu or one that torch finds here, got {args.device}: {str(error).splitlines()[0]}") from None
+    autoencoder = load_network(TinyAutoencoder, args.autoencoder, open_device(args.device))
     folders = list_clips(args.clips)
     with torch.autocast(autoencoder.device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
         made = encode_clips(folders[args.worker :: args.workers], autoencoder)

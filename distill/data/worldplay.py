@@ -141,20 +141,20 @@ def read_entries(config: ImportConfig) -> list[Entry]:
     try:
         items = json.loads(path.read_text(encoding="utf-8"))
         texts = [str(item["pose_str"]) for item in items]
+        captions = [None if item.get(config.caption_key) is None else str(item[config.caption_key]) for item in items]
+        pose_files = [path.parent / str(item.get("pose_json_path") or ".") for item in items]  # "." is no file
     except OSError as error:
         raise ValueError(f"{path}: expected a folder or {ENTRIES}, cannot read it ({error.strerror})") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f'{path}: expected a JSON list of entries {{"caption", "pose_str", ...}}, got another file'
         ) from error
     videos = config.videos or next(folder for folder in (path.parent / "videos", path.parent) if folder.is_dir())
     entries = []
-    for index, (item, text) in enumerate(zip(items, texts, strict=True)):
+    for index, (text, caption, pose_file) in enumerate(zip(texts, captions, pose_files, strict=True)):
         folders = [videos / f"{index:06d}_{suffix}" for suffix in folder_suffixes(text)]
         folder = next((folder for folder in folders if (folder / VIDEO).is_file()), folders[0])
-        pose_file = path.parent / item["pose_json_path"] if item.get("pose_json_path") else None
-        pose_file = pose_file if pose_file and pose_file.is_file() else None
-        entries.append(Entry(folder.name, folder / VIDEO, item.get(config.caption_key), text, pose_file))
+        entries.append(Entry(folder.name, folder / VIDEO, caption, text, pose_file if pose_file.is_file() else None))
     return entries
 
 

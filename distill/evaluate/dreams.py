@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -15,7 +14,7 @@ from worldmodel.autoencoder import FRAMES_PER_LATENT, TinyAutoencoder
 from worldmodel.camera import invert, relative_to_first
 from worldmodel.rollout import Rollout, RolloutConfig, with_steps
 from worldmodel.transformer import CausalWanTransformer
-from worldmodel.world import World
+from worldmodel.world import World, load_network
 
 _STEPS = re.compile(r"^(\d+)(e?)$")
 
@@ -61,13 +60,8 @@ def _describe(config: RolloutConfig) -> str:
 
 
 def load_transformer(folder: Path, device: torch.device, dtype: torch.dtype) -> CausalWanTransformer:
-    """The transformer of an export folder; ValueError when it cannot be read."""
-    try:
-        return CausalWanTransformer.from_pretrained(folder, torch_dtype=dtype).to(device).eval().requires_grad_(False)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
-            f"{folder} holds no readable transformer ({str(error).splitlines()[0]}): export it again"
-        ) from None
+    """The transformer of an export folder, to answer only; ValueError when it cannot be read."""
+    return load_network(CausalWanTransformer, folder, device, dtype).requires_grad_(False)
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ from distill.evaluate import protocol, scores
 from distill.evaluate.dreams import Variant, dream, load_transformer, parse_variant, reconstruct
 from distill.evaluate.report import contact_sheet, markdown, write_file, write_picture
 from worldmodel.benchmark import describe_commit, describe_machine
-from worldmodel.world import World
+from worldmodel.world import World, check_fit
 
 FROZEN, CEILING, TRUTH = "first frame frozen", "autoencoder of the true frame", "truth"
 HORIZONS = (1, 4, 8, 16, 32)  # latents after the first frame
@@ -89,13 +89,16 @@ def run(args: argparse.Namespace) -> None:
     world = World.from_pretrained(args.world, args.device, getattr(torch, args.dtype))
     texts = args.transformer or [f"{world.config.name}={args.world / 'transformer'}"]
     variants = [variant for text in texts for variant in parse_variant(text, world.config.rollout)]
+    for variant in variants:
+        check_fit(replace(world, transformer=load_transformer(variant.transformer, world.device, world.dtype)))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     results, sheets = evaluate(world, variants, options, args.reference)
+    page = markdown(results)
+    print(page)
     for name, sheet in sheets.items():
         write_picture(args.output.with_name(f"{args.output.stem}-{name}.png"), sheet)
-    page = markdown(results)
     write_file(args.output.with_suffix(".md"), page.encode())
     write_file(args.output, (json.dumps(results, indent=1) + "\n").encode())
-    print(page)
 
 
 def evaluate(

@@ -4,19 +4,16 @@ A path is a list of `Order`s (keys held for so many video frames) followed with 
 on a street. Paths that would touch a wall are thrown away and another start is drawn.
 """
 
-import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from distill.data.clips import frames_of
-from distill.data.collect import CollectConfig, town_of
+from distill.data.collect import CollectConfig, town_of, worker_pool
 from distill.data.renderer import render
 from distill.data.town import CELL, MOODS, Town
 from distill.data.walker import FRAMES_PER_LATENT, Gait, Order, Walker, walk
@@ -110,8 +107,7 @@ def renderers(workers: int) -> Iterator[Callable]:
     if workers == 1:
         yield map
         return
-    spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
-    with ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with worker_pool(workers) as pool:
         yield pool.map
 
 

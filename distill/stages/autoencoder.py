@@ -16,6 +16,7 @@ from distill.data.clips import list_clips, read_clip
 from distill.ema import MovingAverage
 from distill.stages.stage import Loss, Stage
 from worldmodel.autoencoder import FRAMES_PER_LATENT, TinyAutoencoder
+from worldmodel.world import load_network
 
 
 class VideoWindows(Dataset):
@@ -114,7 +115,7 @@ class AutoencoderStage(Stage):
 def build_autoencoder(config: AutoencoderConfig) -> TinyAutoencoder:
     """A new network of the config's sizes, or the trained one in `config.start`."""
     if config.start is not None:
-        return TinyAutoencoder.from_pretrained(config.start)
+        return load_network(TinyAutoencoder, config.start)
     if config.freeze_encoder:
         raise ValueError("expected `start` with freeze_encoder: an untrained encoder cannot be kept; name a trained folder")
     return TinyAutoencoder(

@@ -23,6 +23,7 @@ from worldmodel.autoencoder import TinyAutoencoder
 from worldmodel.prope import projection
 from worldmodel.rollout import Rollout, RolloutConfig, with_steps
 from worldmodel.transformer import CausalWanTransformer
+from worldmodel.world import load_network
 
 Loss = tuple[str, Tensor, dict[str, float | Tensor]]  # optimiser name, scalar loss, metrics
 
@@ -105,11 +106,21 @@ class TransformerStage(Stage):
     def load(self, source: str) -> CausalWanTransformer:
         """A trainable transformer from an export folder or stage name; with random weights for an empty `source`."""
         if not source:
-            return new_transformer(self.recipe).to(self.device)
+            return self._checked(new_transformer(self.recipe).to(self.device), "model")
         folder = self.recipe.export_folder(source)
         if not (folder / "config.json").is_file():
             raise ValueError(f"no exported transformer in {folder}: train the stage that makes it first, or name another folder")
-        return CausalWanTransformer.from_pretrained(folder).to(self.device)
+        return self._checked(load_network(CausalWanTransformer, folder, self.device), str(folder))
+
+    def _checked(self, network: CausalWanTransformer, name: str) -> CausalWanTransformer:
+        """The network, when it reads what the clips and prompts hold."""
+        reads, given = (network.config.in_channels, network.config.text_dim), (self._clips.channels, self.prompts.shape[1])
+        if reads != given:
+            raise ValueError(
+                f"{name}: a network for latents of {reads[0]} channels and prompts of width {reads[1]}, the clips in "
+                f"{self.recipe.data.root} have {given[0]} and the prompts {given[1]}: choose another network, or change model or data"
+            )
+        return network
 
     def load_frozen(self, source: str) -> CausalWanTransformer:
         """A transformer that only answers; it is not part of a checkpoint."""
@@ -122,7 +133,7 @@ class TransformerStage(Stage):
         folder = self.recipe.export_folder(self.recipe.data.autoencoder)
         if not (folder / "config.json").is_file():
             raise ValueError(f"no exported autoencoder in {folder}: train it first, or leave data.autoencoder empty")
-        return TinyAutoencoder.from_pretrained(folder).to(self.device).requires_grad_(False)
+        return load_network(TinyAutoencoder, folder, self.device).requires_grad_(False)
 
     def dataset(self) -> Dataset:
         return self._clips

@@ -6,8 +6,10 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import av
 import numpy as np
@@ -16,6 +18,9 @@ from tqdm import tqdm
 from worldmodel.client.options import PlayOptions
 from worldmodel.client.paths import tour, written_path
 from worldmodel.client.scenes import Scene, Scenes, open_scenes
+
+if TYPE_CHECKING:
+    from worldmodel.recording import Recorder
 
 OUTPUT = Path("out/walk.mp4")
 
@@ -59,13 +64,16 @@ class Film:
 
 
 def walk(options: PlayOptions) -> int:
-    """Dream the asked path, the tour or a recording into an MP4 and print one line of JSON; returns the exit status."""
+    """Dream the asked path, the tour or a recording into an MP4 and print one line of JSON; returns the exit status.
+
+    A recording that ends early (a full disk) is an OSError at the end, when the film is complete.
+    """
     output = options.output or _free_name(OUTPUT)
     scenes = _open(options)
-    chunks, total = _replayed(scenes, options) if options.replay else _walked(scenes, options)
+    chunks, total, recorder = _replayed(scenes, options) if options.replay else _walked(scenes, options)
     spent, timings, latents = [], [], 0
     try:
-        with Film(output, scenes.fps) as film, tqdm(total=total, desc="dreaming", unit="latent") as bar:
+        with recorder or nullcontext(), Film(output, scenes.fps) as film, tqdm(total=total, desc="dreaming", unit="latent") as bar:
             begun = time.perf_counter()
             for chunk in chunks:
                 if chunk.index > 0:  # the first picture is not what walking costs
@@ -78,6 +86,8 @@ def walk(options: PlayOptions) -> int:
     except av.FFmpegError as error:
         raise OSError(f"The film {output} could not be written: {error.strerror}.") from None
     print(json.dumps(_report(scenes, options, output, latents, np.array(spent), timings)))
+    if recorder and recorder.error:
+        raise OSError(recorder.error)
     return 0
 
 
@@ -87,7 +97,11 @@ def verify_recording(options: PlayOptions) -> int:
 
     result = verify(options.replay, _open(options).world)
     print(json.dumps(result))
-    return 0 if result["exact"] else 1
+    if result["exact"]:
+        return 0
+    changed = f", since which {', '.join(result['engine_differs'])} changed" if result["engine_differs"] else ""
+    print(f"play.py: from latent {result['first_difference']} on the dream is not the recorded one{changed}.", file=sys.stderr)
+    return 1
 
 
 def _open(options: PlayOptions) -> Scenes:
@@ -97,33 +111,29 @@ def _open(options: PlayOptions) -> Scenes:
     return open_scenes(options.world, options.threads, options.steps, tell)
 
 
-def _replayed(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, int | None]:
+def _replayed(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, None, None]:
     film, _ = scenes.replay(options.replay)
-    return (chunk for chunk, _ in film), None
+    return (chunk for chunk, _ in film), None, None
 
 
-def _walked(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, int]:
-    """(FrameChunks of a path, latents in all), recorded too when that was asked for."""
+def _walked(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, int, "Recorder | None"]:
+    """(FrameChunks of a path, latents in all, its recording when that was asked for)."""
     path = written_path(options.trajectory, scenes.envelope) if options.trajectory else tour(scenes.envelope)
     path = np.concatenate([path, path[-1:].repeat(-len(path) % scenes.chunk, 0)])
     session, _ = scenes.open(Scene(options.prompt, options.image, options.seed))
     first = 1 if session.start() is not None else scenes.chunk
     poses = np.concatenate([np.eye(4)[None].repeat(first, 0), path])
+    recorder = scenes.record(options.record, session) if options.record else None
 
     def chunks() -> Iterator:
-        recorder = scenes.record(options.record, session) if options.record else None
-        try:
-            for place in (0, *range(first, len(poses), scenes.chunk)):
-                c2w = poses[place : place + (scenes.chunk if place else first)]
-                chunk = session.step(c2w) if place or session.start() is None else session.start()
-                if recorder and not recorder.write(chunk, c2w):
-                    raise OSError(recorder.error)
-                yield chunk
-        finally:
+        for place in (0, *range(first, len(poses), scenes.chunk)):
+            c2w = poses[place : place + (scenes.chunk if place else first)]
+            chunk = session.step(c2w) if place or session.start() is None else session.start()
             if recorder:
-                recorder.close()
+                recorder.write(chunk, c2w)
+            yield chunk
 
-    return chunks(), len(poses)
+    return chunks(), len(poses), recorder
 
 
 def _report(scenes: Scenes, options: PlayOptions, output: Path, latents: int, spent: np.ndarray, timings) -> dict:

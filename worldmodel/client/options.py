@@ -1,6 +1,5 @@
 """The command line of play.py: read, checked, and complete before anything slow is imported."""
 
-import argparse
 import difflib
 import json
 import os
@@ -10,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from worldmodel.camera import parse_trajectory
+from worldmodel.command_line import Parser, positive, threads
 
 WORLDS = Path(__file__).resolve().parents[2] / "assets" / "worlds"
 KEYS_HELP = (
@@ -36,23 +36,16 @@ class PlayOptions:
     verify: bool = False  # compare a replay with what was recorded
 
 
-class _Parser(argparse.ArgumentParser):
-    """Mistakes are one sentence for the caller, not a page and an exit."""
-
-    def error(self, message: str):
-        raise ValueError(f"{message[:1].upper()}{message[1:]}; python play.py --help lists the options.")
-
-
 def parse_options(arguments: list[str]) -> PlayOptions:
     """Command line -> PlayOptions; ValueError with one sentence for anything that cannot be honoured."""
-    parser = _Parser(prog="play.py", description="Walk through a dreamed world.", epilog=KEYS_HELP)
+    parser = Parser(prog="python play.py", description="Walk through a dreamed world.", epilog=KEYS_HELP)
     parser.add_argument("--world", metavar="NAME|FOLDER", help="world to enter (default: blocks, or the recorded one)")
     parser.add_argument("--prompt", metavar="MOOD", help="mood to start in (default: the world's first)")
     parser.add_argument("--image", metavar="NAME|FILE", help="start picture: one of the world's, or a file of yours")
     parser.add_argument("--seed", type=int, default=0, help="seed of the dream (default: 0)")
-    parser.add_argument("--steps", type=_positive, help="denoising steps a chunk (default: the world's)")
+    parser.add_argument("--steps", type=positive, help="denoising steps a chunk (default: the world's)")
     parser.add_argument("--record", type=Path, metavar="DIR", help="record into this new folder from the first frame")
-    parser.add_argument("--threads", type=_positive, default=usual_threads(), help="CPU threads (default: %(default)s)")
+    parser.add_argument("--threads", type=threads, default=usual_threads(), help="CPU threads (default: %(default)s)")
     parser.add_argument("--headless", action="store_true", help="no window: walk a path and write an MP4")
     parser.add_argument(
         "--trajectory", metavar="TEXT", help='path to walk until a motion key is pressed: "w*10,l*5,w+l*8"'
@@ -77,17 +70,13 @@ def usual_threads() -> int:
     return max(1, cores - 1)
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
 def _check_together(options: PlayOptions) -> None:
     if options.verify and options.replay is None:
         raise ValueError("--verify compares a recording; name its folder with --replay DIR.")
     if options.output and not options.headless:
         raise ValueError("--output is the film of a walk without a window; add --headless (in a window, F9 records).")
+    if options.output and options.output.is_dir():
+        raise ValueError(f"--output must be a file such as {options.output / 'walk.mp4'}, got the folder {options.output}.")
     if options.replay and (options.trajectory or options.prompt or options.image or options.steps or options.seed):
         raise ValueError("--replay brings its own path, mood, picture, seed and steps; leave those options away.")
     if options.replay and options.record:

@@ -1,0 +1,66 @@
+"""What every command line of this project does alike: a mistake is one sentence on stderr and an exit status."""
+
+import argparse
+import errno
+import sys
+from collections.abc import Callable
+
+from safetensors import SafetensorError
+
+MOST_THREADS = 256
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+_NO_MEMORY = ("out of memory", "allocate memory")  # in torch's RuntimeErrors, which on the CPU have no type of their own
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are a ValueError of one sentence, not a page and an exit; its sub-parsers too."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message[:1].upper()}{message[1:]}; {self.prog} --help lists the options.")
+
+
+def positive(text: str) -> int:
+    """argparse type: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def threads(text: str) -> int:
+    """argparse type: CPU threads. The system ends a program that cannot have all the threads it asks for."""
+    if positive(text) > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"expected at most {MOST_THREADS}, got {text}")
+    return int(text)
+
+
+def run(program: str, work: Callable[[], int | None]) -> int:
+    """Runs `work` and returns the exit status: its own (None = 0), or what went wrong, after one sentence on stderr.
+
+    ValueError: 2. OSError, SafetensorError (its writer's OSError), no memory: 1. Ctrl-C: 130. Anything else is a fault
+    of this program and passes through.
+    """
+    try:
+        return work() or 0
+    except KeyboardInterrupt:
+        status, sentence = INTERRUPTED, "stopped before the end."
+    except OSError as error:
+        status, sentence = FAILED, _of_the_system(error)
+    except ValueError as error:
+        status, sentence = BAD_INPUT, str(error)
+    except SafetensorError as error:
+        status, sentence = FAILED, f"{error}; see to the disk and start again."
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        status, sentence = FAILED, f"there is not enough memory ({str(error).partition('.')[0]}); ask for less at a time."
+    # Here the traceback is gone, and with it the progress bars it kept open: the sentence gets a line of its own.
+    print(f"{program}: {' '.join(sentence.split())}", file=sys.stderr)
+    return status
+
+
+def _of_the_system(error: OSError) -> str:
+    if error.strerror is None:
+        return str(error)
+    where = f"{error.filename2 or error.filename}: " if error.filename else ""
+    todo = "; make room and start again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return f"{where}{error.strerror}{todo}."
