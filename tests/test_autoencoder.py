@@ -246,5 +246,5 @@ def test_encode_names_what_is_wrong(tmp_path, capsys):
     assert main(["encode", "--clips", str(root), "--autoencoder", str(tmp_path / "none")]) == 2
     assert "train one first" in capsys.readouterr().err
     assert main([*command, "--device", "nowhere"]) == 2
-    assert "expected --device" in capsys.readouterr().err
+    assert "expected a device" in capsys.readouterr().err
     assert main([*command, "--worker", "2", "--workers", "2"]) == 2
