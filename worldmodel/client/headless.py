@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -137,8 +136,8 @@ def _walked(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, int, "Recor
 
 
 def _report(scenes: Scenes, options: PlayOptions, output: Path, latents: int, spent: np.ndarray, timings) -> dict:
-    """The measured figures of a walk."""
-    import torch
+    """The measured figures of a walk, and the machine they were measured on."""
+    from worldmodel.benchmark import describe_machine
 
     p50, p95 = np.percentile(spent, (50, 95)) if len(spent) else (0.0, 0.0)
     fps = scenes.frames_per_latent * 1000 / p50 if p50 else 0.0
@@ -150,19 +149,8 @@ def _report(scenes: Scenes, options: PlayOptions, output: Path, latents: int, sp
         "ms_per_latent": {"p50": round(float(p50), 1), "p95": round(float(p95), 1), **parts},
         "frames_per_second": round(fps, 1),
         "of_real_time": round(fps / scenes.fps, 2),
-        "threads": options.threads,
-        "device": torch.cuda.get_device_name() if scenes.device.type == "cuda" else _processor(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
+        "machine": describe_machine(scenes.device),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _free_name(path: Path) -> Path:
