@@ -6,9 +6,6 @@ of a stage means that stage's export in the same run folder.
 """
 
 import dataclasses
-import difflib
-import math
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,27 +13,7 @@ from typing import Annotated, Literal
 
 import yaml
 
-
-@dataclass(frozen=True)
-class Range:
-    """The numbers that an option takes; stands in its annotation and is checked when a recipe is read."""
-
-    low: float
-    high: float = math.inf
-    open: bool = False  # `low` is left out
-
-    def __contains__(self, number: float) -> bool:
-        return (self.low < number if self.open else self.low <= number) and number <= self.high
-
-    def __str__(self) -> str:
-        return f"{'above' if self.open else 'at least'} {self.low}" + (f" and at most {self.high}" if self.high < math.inf else "")
-
-
-Count = Annotated[int, Range(1)]
-Whole = Annotated[int, Range(0)]
-Share = Annotated[float, Range(0, 1)]
-Amount = Annotated[float, Range(0)]
-Positive = Annotated[float, Range(0, open=True)]
+from worldmodel.options import Amount, Count, Positive, Range, Share, Whole, build
 
 
 @dataclass(frozen=True)
@@ -47,6 +24,7 @@ class Run:
     seed: Annotated[int, Range(0, 2**31)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"  # of the matrix products; weights and sigmas stay float32
+    compile: bool = False  # compile the trained blocks (not in dmd): a minute or two at the start, then steps a fifth cheaper on a CPU
     log_every: Count = 10  # optimiser steps
     sample_every: Whole = 500  # optimiser steps between pictures, 0 = none
     checkpoint_every: Whole = 0  # optimiser steps, 0 = by time alone
@@ -155,6 +133,7 @@ class DmdConfig(TransformerConfig):
     critic_updates: Count = 5  # of the fake score for every update of the student
     denoise: tuple[int, ...] = (1000, 500)  # student's time steps before the shift, 0..1000
     first_denoise: tuple[int, ...] = (1000, 750, 500, 250)  # of the first chunk
+    rollout: Whole = 0  # latents of the longest self-rollout, of which the last data.frames are judged; 0 = data.frames
     window: Count = 12  # latents that a chunk sees, itself included
     sinks: Whole = 0  # first latents that never leave the window
     start_share: Share = 0.5  # share of the rollouts that start from a true first chunk, 0..1
@@ -182,7 +161,7 @@ class AutoencoderConfig(StageConfig):
     strides: tuple[int, ...] = (1, 2, 2)  # of the encoder's levels
     patch_size: Count = 2  # pixels of a side folded into channels
     latent_channels: Count = 16
-    start: str | None = None  # folder of a trained autoencoder to go on from
+    start: str = ""  # folder of a trained autoencoder to go on from; empty = random weights
     freeze_encoder: bool = False  # train the decoder alone: latents that were made stay valid
     window: Count = 3  # latents (4 * window - 3 frames) of a training clip
     crop: tuple[Count, ...] = ()  # height and width in pixels of the part of a frame that is trained on; empty = the whole frame
@@ -191,6 +170,10 @@ class AutoencoderConfig(StageConfig):
     coarse_weight: Amount = 0.5  # of the L1 between pictures reduced 4x: right colours of large areas
     latent_weight: Amount = 1e-3  # of the latents' mean square: keeps them bounded against the noise
     latent_noise: Amount = 0.05  # added to the latents, as a share of each channel's deviation: smooth space, forgiving decoder
+    adversarial: Amount = 0.0  # length of a patch discriminator's gradient, as a share of the other terms'; 0 = no discriminator
+    adversarial_from: Whole = 0  # step at which the discriminator and its influence begin
+    discriminator_width: Count = 48  # channels of its first layer
+    discriminator_lr: Positive = 4e-4
 
 
 @dataclass(frozen=True)
@@ -212,6 +195,11 @@ class Recipe:
             chunk = getattr(self, name).chunk
             if chunk < 1 or self.data.frames % chunk:
                 raise ValueError(f"data.frames is {self.data.frames}, not a multiple of {name}.chunk = {chunk}: change one")
+        if self.dmd.rollout and (self.dmd.rollout < self.data.frames or self.dmd.rollout % self.dmd.chunk):
+            raise ValueError(
+                f"dmd.rollout must be 0, or at least data.frames = {self.data.frames} and a multiple of dmd.chunk = {self.dmd.chunk}, "
+                f"got {self.dmd.rollout}: change one"
+            )
 
     def export_folder(self, source: str) -> Path:
         """Folder of exported weights: a stage's name means that stage's export in this run folder."""
@@ -239,33 +227,6 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     return build(Recipe, values, str(path))
 
 
-def build(kind: type, values: object, where: str):
-    """Makes the dataclass `kind` from a mapping, checking every key and value; `where` begins the error messages."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: expected a mapping of {kind.__name__} options, got {values!r}")
-    hints = typing.get_type_hints(kind, include_extras=True)
-    made = {}
-    for key, value in values.items():
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{where}: unknown option {key!r}, the nearest known one is {near!r}")
-        hint = hints[key]
-        inner = f"{where}: {key}"
-        made[key] = build(hint, value, inner) if dataclasses.is_dataclass(hint) else _value(hint, value, inner)
-    try:
-        return kind(**made)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def as_dict(options) -> dict:
-    """The dataclass as plain JSON values (tuples become lists)."""
-    return {
-        key: as_dict(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
-        for key, value in ((f.name, getattr(options, f.name)) for f in dataclasses.fields(options))
-    }
-
-
 def _override(values: dict, text: str) -> None:
     keys, equals, value = text.partition("=")
     *sections, last = keys.strip().split(".")
@@ -276,41 +237,6 @@ def _override(values: dict, text: str) -> None:
         if not isinstance(values, dict):
             raise ValueError(f"--set {text}: {section} is not a section")
     try:
-        values[last] = yaml.safe_load(value)
+        values[last] = yaml.safe_load(value) if value.strip() else ""
     except yaml.YAMLError:
         raise ValueError(f"expected a value in YAML after --set {keys}=, got {value!r}") from None
-
-
-def _value(hint, value, where: str):
-    """Checks and converts one plain value: YAML reads `1e-4` as text, and an integer is a fine float."""
-    origin = typing.get_origin(hint)
-    if origin is Annotated:
-        plain, numbers = typing.get_args(hint)
-        number = _value(plain, value, where)
-        if number not in numbers:
-            raise ValueError(f"{where} must be {numbers}, got {value!r}")
-        return number
-    if origin is Literal:
-        if value in typing.get_args(hint):
-            return value
-        raise ValueError(f"{where} must be one of {', '.join(map(str, typing.get_args(hint)))}, got {value!r}")
-    if origin is tuple:
-        inner = typing.get_args(hint)
-        count = "" if inner[-1] is Ellipsis else f" of {len(inner)}"
-        if isinstance(value, list | tuple) and (not count or len(value) == len(inner)):
-            return tuple(_value(inner[0], item, where) for item in value)
-        raise ValueError(f"{where} must be a list{count}, got {value!r}")
-    if origin is types.UnionType:  # `str | None`
-        return None if value is None else _value(typing.get_args(hint)[0], value, where)
-    if hint is float and not isinstance(value, bool):
-        try:
-            if math.isfinite(float(value)):
-                return float(value)
-        except (TypeError, ValueError):
-            pass
-    elif hint is str and value is None:
-        return ""
-    elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        return value
-    kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
-    raise ValueError(f"{where} must be {kind}, got {value!r}")

@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from distill.config import Recipe, StageConfig, TransformerConfig, as_dict, load_recipe
+from distill.config import Recipe, StageConfig, TransformerConfig, load_recipe
 from distill.parallel import Processes
 from distill.run_folder import RunFolder
 from distill.stages import STAGES, build_stage
 from distill.stages.stage import Stage
+from worldmodel.options import as_dict
 
 # What a continued run may change without becoming another run.
 FREE = {"steps", "sample_steps", "autoencoder", "root"}

@@ -187,7 +187,15 @@ def test_stage_learns_and_exports_normalised_latents(tmp_path):
     finetune.export(tmp_path / "finetuned")
     finetuned = TinyAutoencoder.from_pretrained(tmp_path / "finetuned")
     assert encoder_fingerprint(finetuned) == encoder_fingerprint(trained)
-    assert not torch.equal(finetuned.decode(latents.new_ones(1, 16, 1, 2, 3)), trained.decode(latents.new_ones(1, 16, 1, 2, 3)))
+    ones = latents.new_ones(1, 16, 1, 2, 3)
+    assert not torch.equal(finetuned.decode(ones), trained.decode(ones))
+
+    # So may a decoder of another size; another encoder is refused.
+    wider = small_stage(tmp_path / "clips", start=str(tmp_path / "trained"), freeze_encoder=True, decoder_blocks=(1, 1, 2))
+    assert list(wider.autoencoder.config.decoder_blocks) == [1, 1, 2]
+    assert encoder_fingerprint(wider.autoencoder) == encoder_fingerprint(trained)
+    with pytest.raises(ValueError, match=r"an autoencoder with encoder_widths .* set autoencoder.encoder_widths"):
+        small_stage(tmp_path / "clips", start=str(tmp_path / "trained"), encoder_widths=(8, 8, 8, 16))
 
 
 def test_crops_are_parts_of_the_window_and_repeat(tmp_path):

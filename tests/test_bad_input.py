@@ -257,8 +257,8 @@ def test_clips(says, factory, tmp_path, spoil, reason):
 @pytest.mark.parametrize(
     ("text", "setting", "reason"),
     [
-        ("bidirectionl: {steps: 2}", None, "unknown option 'bidirectionl', the nearest known one is 'bidirectional'"),
-        ("bidirectional: {stepz: 2}", None, "unknown option 'stepz', the nearest known one is 'steps'"),
+        ("bidirectionl: {steps: 2}", None, "unknown key 'bidirectionl'; did you mean 'bidirectional'"),
+        ("bidirectional: {stepz: 2}", None, "unknown key 'stepz'; did you mean 'steps'"),
         ("bidirectional: {steps: many}", None, "bidirectional: steps must be a whole number, got 'many'"),
         ("- a", None, "expected sections"),
         ("a: [", None, "is not valid YAML"),

@@ -319,10 +319,10 @@ def test_moods_and_towns_go_round(tiny_world):
 
 
 def test_bindings_are_data():
-    bindings = Bindings().rebound("z", "forward")
+    bindings = Bindings({"z": "forward"})
     assert bindings.action("z") == "forward" and bindings.action("w") is None and Bindings().action("w") == "forward"
     with pytest.raises(ValueError, match="unknown action 'jump'"):
-        bindings.rebound("space", "jump")
+        Bindings({"space": "jump"})
 
 
 @pytest.fixture(scope="module")

@@ -147,7 +147,9 @@ def test_locked_and_reset():
     made.reset(np.eye(4))
     np.testing.assert_array_equal(made.pose_until(60.0), np.eye(4), "the pause is not walked")
     assert made.pose_until(60.25)[2, 3] == pytest.approx(0.08), "the key is still held"
-    made.release_all(60.25)
+    made.release("right", 60.25)
+    made.release("run", 60.25)
+    made.release("forward", 60.25)
     assert made.pose_until(60.5)[2, 3] == pytest.approx(0.08)
 
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # The rooms in the order of docs/architecture.md: a room may import only rooms named before it.
 ROOMS = [
-    "worldmodel.command_line",
+    "worldmodel.command_line", "worldmodel.options",
     "worldmodel.camera", "worldmodel.controls", "worldmodel.schedule", "worldmodel.rope", "worldmodel.prope", "worldmodel.attention",
     "worldmodel.kv_cache", "worldmodel.transformer", "worldmodel.autoencoder", "worldmodel.text", "worldmodel.checkpoint",
     "worldmodel.rollout", "worldmodel.world", "worldmodel.session", "worldmodel.recording", "worldmodel.benchmark", "worldmodel.client",

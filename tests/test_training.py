@@ -32,6 +32,9 @@ SMALL_AUTOENCODER = {
     "decoder_widths": "[8, 8, 8, 8]",
     "decoder_blocks": "[1, 1, 1]",
     "window": "2",
+    "adversarial": "0.5",
+    "adversarial_from": "1",
+    "discriminator_width": "8",
     "steps": "4",
     "batch": "2",
 }
@@ -88,7 +91,7 @@ def clips(tmp_path_factory) -> Path:
 
 def overrides(clips: Path, folder: Path, *more: str) -> list[str]:
     small = [f"autoencoder.{key}={value}" for key, value in SMALL_AUTOENCODER.items()]
-    return [f"data.root={clips}", f"run.folder={folder}", *small, *more]
+    return [f"data.root={clips}", f"run.folder={folder}", "dmd.rollout=6", *small, *more]
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +281,37 @@ def test_each_loss_of_dmd_moves_the_network_it_names_alone(clips, straight):
     assert names == ["critic", "critic", "student"]
 
 
+def test_rollouts_of_dmd_end_anywhere_in_the_window_and_only_their_end_learns(clips, straight):
+    stage = build_stage("dmd", load_recipe(TINY, overrides(clips, straight, "dmd.start_share=1")), torch.device("cpu"))
+    windows = stage.prepare(torch.utils.data.default_collate([stage.dataset()[i] for i in range(2)]), torch.Generator().manual_seed(0))
+    assert windows.latents.shape[2] == 6
+    starts = []
+    for seed in range(12):
+        samples, judged = stage.dream_along(windows, torch.Generator().manual_seed(seed), grad=True)
+        assert samples.shape[2] == judged.viewmats.shape[1] == 4
+        starts.append(next(i for i in range(3) if torch.equal(judged.viewmats, windows.viewmats[:, i : i + 4])))
+        given = torch.equal(samples[:, :, 0], windows.latents[:, :, 0])
+        assert given == (starts[-1] == 0)
+        assert samples[:, :, -1].requires_grad
+    assert set(starts) == {0, 1, 2}
+
+
+def test_a_compiled_step_is_the_plain_step(clips, straight):
+    pytest.importorskip("torch._inductor")
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    losses = []
+    for option in ("false", "true"):
+        recipe = load_recipe(TINY, overrides(clips, straight, f"run.compile={option}", "model.layers=1", "teacher_forcing.init="))
+        torch.manual_seed(0)
+        stage = build_stage("teacher_forcing", recipe, torch.device("cpu"))
+        batch = torch.utils.data.default_collate([stage.dataset()[i] for i in range(2)])
+        ((_, loss, _),) = stage.losses(batch, 0, torch.Generator().manual_seed(0))
+        loss.backward()
+        losses.append((loss.detach(), stage.student.patch_embedding.weight.grad))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-6)
+
+
 def test_sigmas_stay_float32_under_bfloat16_and_context_noise_is_told(clips, straight):
     recipe = load_recipe(TINY, overrides(clips, straight, "teacher_forcing.context_sigma_max=0.3", "teacher_forcing.caption_dropout=1"))
     stage = build_stage("teacher_forcing", recipe, torch.device("cpu"))
@@ -330,16 +364,17 @@ def test_every_recipe_is_valid(path):
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
-        ("dmd: {critic_update: 3}", [], "unknown option 'critic_update', the nearest known one is 'critic_updates'"),
-        ("consistancy: {lr: 1}", [], "unknown option 'consistancy', the nearest known one is 'consistency'"),
+        ("dmd: {critic_update: 3}", [], "unknown key 'critic_update'; did you mean 'critic_updates'"),
+        ("consistancy: {lr: 1}", [], "unknown key 'consistancy'; did you mean 'consistency'"),
         ("dmd: {lr: fast}", [], "lr must be a number, got 'fast'"),
         ("dmd: {steps: 1.5}", [], "steps must be a whole number"),
         ("dmd: {steps: 0}", [], "steps must be at least 1, got 0"),
         ("dmd: {chunk: 4}", [], "data.frames is 10, not a multiple of dmd.chunk = 4"),
+        ("dmd: {rollout: 8}", [], "dmd.rollout must be 0, or at least data.frames = 10"),
         ("dmd: {sigma_lookup: near}", [], "must be one of exact, grid, got 'near'"),
         ("dmd: [1]", [], "expected a mapping"),
         ("dmd: {lr: 1", [], "not valid YAML"),
-        ("", ["dmd.lrr=1"], "nearest known one is 'lr'"),
+        ("", ["dmd.lrr=1"], "did you mean 'lr'"),
         ("", ["steps"], "expected section.key=value"),
     ],
 )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 FRAMES_PER_LATENT = 4
+ENCODING_KEYS = ("latent_channels", "image_channels", "encoder_widths", "encoder_blocks", "strides", "patch_size")  # what latents depend on
 POOLS = (2, 2, 1)  # frames merged at each encoder level; the decoder undoes them in reverse
 
 

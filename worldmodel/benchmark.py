@@ -24,11 +24,12 @@ from worldmodel import command_line
 from worldmodel.autoencoder import FRAMES_PER_LATENT, TinyAutoencoder
 from worldmodel.camera import MotionStep, parse_trajectory
 from worldmodel.controls import Envelope
+from worldmodel.options import build
 from worldmodel.rollout import RolloutConfig, with_steps
 from worldmodel.session import Session
 from worldmodel.text import PromptBook
 from worldmodel.transformer import CausalWanTransformer
-from worldmodel.world import PromptConfig, World, WorldConfig, fast_dtype, from_mapping, open_device
+from worldmodel.world import PromptConfig, World, WorldConfig, fast_dtype, open_device
 
 ROUNDS = 8  # turns that each variant gets
 PRESSES = 32  # simulated key presses a chunk, evenly spread
@@ -108,7 +109,7 @@ def apply_settings(world: World, settings: list[str]) -> World:
         if key == "steps" and isinstance(value, int):
             value = with_steps(world.config.rollout, value).steps
         rollout[key] = value
-    return replace(world, config=replace(world.config, rollout=from_mapping(RolloutConfig, rollout, "--set")))
+    return replace(world, config=replace(world.config, rollout=build(RolloutConfig, rollout, "--set")))
 
 
 class Walk:

@@ -122,11 +122,6 @@ class Controls:
         """The key of `motion` went up at `t` seconds."""
         self._add(t, "release", _known(motion))
 
-    def release_all(self, t: float) -> None:
-        """Every key up, as when the window loses the keyboard."""
-        for motion in MOTIONS:
-            self._add(t, "release", motion)
-
     def look(self, dx: float, dy: float, t: float) -> None:
         """The mouse moved by `dx` counts right and `dy` counts down at `t` seconds."""
         if not (math.isfinite(dx) and math.isfinite(dy)):

@@ -3,14 +3,11 @@
 import difflib
 import hashlib
 import json
-import math
 import os
 import shutil
-import types
-import typing
 import warnings
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
@@ -26,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from worldmodel.autoencoder import TinyAutoencoder
 from worldmodel.checkpoint import check_tensors
 from worldmodel.controls import Envelope
+from worldmodel.options import as_dict, build
 from worldmodel.rollout import RolloutConfig
 from worldmodel.text import PromptBook
 from worldmodel.transformer import CausalWanTransformer
@@ -34,7 +32,6 @@ FORMAT = 1
 _AGAIN = "fetch the world or make the export again"
 _MOST_PIXELS, _MOST_FPS = 4096, 240
 SHARD_SIZE = "16MB"
-_KINDS = {int: "a whole number", float: "a number", str: "a text", tuple: "a list", dict: "a table of keys and values"}
 _EVERYTHING = ("world.yaml", "transformer/config.json", "autoencoder/config.json", "prompts.safetensors")
 
 
@@ -87,11 +84,11 @@ class WorldConfig:
             newer = isinstance(found, int) and found > FORMAT
             todo = "update this program" if newer else "it is not one of this program's worlds"
             raise ValueError(f"{path} has format {found!r}, format {FORMAT} is expected; {todo}.")
-        return from_mapping(cls, values, str(path))
+        return build(cls, values, str(path))
 
     def text(self) -> str:
         """The YAML that `read` reads."""
-        plain = json.loads(json.dumps(asdict(self)))  # tuples become lists
+        plain = as_dict(self)
         return yaml.safe_dump({"format": plain.pop("format"), **plain}, sort_keys=False, allow_unicode=True)
 
 
@@ -164,54 +161,6 @@ class World:
 
 
 # ------------------------------------------------------------------------------------------------ reading
-
-
-def from_mapping(kind: type, values, where: str):
-    """Builds the (nested, frozen) dataclass `kind` from plain YAML values, strictly.
-
-    where: what is being read, for the error sentence. Lists become tuples, whole numbers may stand for floats.
-    Errors: ValueError for an unknown key (names the nearest known one), a missing key, a wrong type.
-    """
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where}: expected keys and values for {kind.__name__}, got {values!r}.")
-    known = {item.name: item for item in fields(kind)}
-    hints = typing.get_type_hints(kind)
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1, 0)[0]
-            raise ValueError(f"{where}: unknown key {key!r}; did you mean {near!r}?")
-    for name, item in known.items():
-        if name not in values and item.default is MISSING and item.default_factory is MISSING:
-            raise ValueError(f"{where}: the key {name!r} is missing.")
-    made = {key: _converted(value, hints[key], f"{where}: {key}") for key, value in values.items()}
-    try:
-        return kind(**made)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def _converted(value, hint, where: str):
-    """`value` as the annotation `hint` wants it."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if is_dataclass(hint):
-        return from_mapping(hint, value, where)
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else _converted(value, next(i for i in inner if i is not types.NoneType), where)
-    if origin is typing.Literal:
-        if value not in inner:
-            raise ValueError(f"{where} must be one of {', '.join(map(repr, inner))}, got {value!r}.")
-        return value
-    if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_converted(one, inner[0], where) for one in value)
-    if origin is dict and isinstance(value, Mapping):
-        return {str(key): _converted(one, inner[1], where) for key, one in value.items()}
-    expected = origin or hint
-    if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    number = expected in (int, float)
-    if not isinstance(value, expected) or (number and (isinstance(value, bool) or not math.isfinite(value))):
-        raise ValueError(f"{where} must be {_KINDS.get(expected, f'a {expected.__name__}')}, got {value!r}.")
-    return value
 
 
 def read_image(path) -> np.ndarray:

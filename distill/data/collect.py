@@ -4,7 +4,7 @@ import argparse
 import importlib
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,20 +92,25 @@ def run(args: argparse.Namespace) -> None:
 
 
 def collect_clips(config: CollectConfig) -> None:
-    """Renders the clips that are not there yet, with several processes; may be killed and started again at any time.
+    """Renders the town's clips that are not there yet; see `make_missing`."""
+    make_missing(config, collect_clip, _identity)
 
-    Raises ValueError when the folder already holds footage of other settings.
+
+def make_missing(config: CollectConfig, make: Callable[[CollectConfig, int], Path], identity: Callable[[CollectConfig, int], dict]) -> None:
+    """Calls `make(config, index)` for the clips that are not there yet, in several processes; may be killed and started again at any time.
+
+    identity: what the meta.yaml of clip `index` must say. Raises ValueError when the folder already holds footage of other settings.
     """
-    todo = [index for index in range(config.clips) if not _finished(config, index)]
+    todo = [index for index in range(config.clips) if not _finished(config.output / clip_name(config, index), identity(config, index))]
     config.output.mkdir(parents=True, exist_ok=True)
     with tqdm(total=config.clips, initial=config.clips - len(todo), unit="clip", desc=f"{config.output}") as bar:
         if config.workers == 1:
             for index in todo:
-                collect_clip(config, index)
+                make(config, index)
                 bar.update()
         elif todo:
             with worker_pool(config.workers) as pool:
-                for job in as_completed([pool.submit(collect_clip, config, index) for index in todo]):
+                for job in as_completed([pool.submit(make, config, index) for index in todo]):
                     job.result()
                     bar.update()
 
@@ -134,7 +139,7 @@ def collect_clip(config: CollectConfig, index: int) -> Path:
     frames = render(town, poses, config.intrinsics, config.height, config.width, config.samples).numpy()
     return write_clip(
         config.output, clip_name(config, index), frames, poses[::FRAMES_PER_LATENT], config.intrinsics,
-        caption=town.mood, fps=FPS, source=town.source, licence="Apache-2.0", **_settings(config),
+        caption=town.mood, fps=FPS, licence="Apache-2.0", **_identity(config, index),
     )  # fmt: skip
 
 
@@ -145,21 +150,20 @@ def town_of(config: CollectConfig, index: int) -> Town:
 
 
 def clip_name(config: CollectConfig, index: int) -> str:
-    return f"blocks-{index:05d}"
+    return f"{config.source}-{index:05d}"
 
 
-def _settings(config: CollectConfig) -> dict:
-    return {"latents": config.latents, "height": config.height, "width": config.width, "samples": config.samples}
+def _identity(config: CollectConfig, index: int) -> dict:
+    source = town_of(config, index).source
+    return {"source": source, "latents": config.latents, "height": config.height, "width": config.width, "samples": config.samples}
 
 
-def _finished(config: CollectConfig, index: int) -> bool:
+def _finished(folder: Path, identity: dict) -> bool:
     """Whether the clip is there; ValueError when another clip has its place."""
-    folder = config.output / clip_name(config, index)
     if not folder.exists():
         return False
-    wanted = {"source": town_of(config, index).source, **_settings(config)}
     meta = read_meta(folder)
-    for key, value in wanted.items():
+    for key, value in identity.items():
         if meta.get(key) != value:
             raise ValueError(
                 f"{folder}: expected a clip with {key} {value}, found {meta.get(key)}; "

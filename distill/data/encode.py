@@ -10,12 +10,11 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from distill.data.clips import LATENTS, list_clips, read_clip, write_latents
-from worldmodel.autoencoder import FRAMES_PER_LATENT, TinyAutoencoder
+from worldmodel.autoencoder import ENCODING_KEYS, FRAMES_PER_LATENT, TinyAutoencoder
 from worldmodel.recording import recover
 from worldmodel.world import load_network, open_device
 
 RECORDING = "session.jsonl"  # marks a recording made by play
-ENCODING_KEYS = ("latent_channels", "image_channels", "encoder_widths", "encoder_blocks", "strides", "patch_size")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

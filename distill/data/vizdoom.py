@@ -12,16 +12,14 @@ import importlib
 import re
 import tempfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Self
 
 import cv2
 import numpy as np
-from tqdm.contrib.concurrent import process_map
 
-from distill.data.clips import frames_of, read_meta, write_clip
-from distill.data.collect import CollectConfig
+from distill.data.clips import frames_of, write_clip
+from distill.data.collect import CollectConfig, clip_name, make_missing
 from worldmodel.camera import rotation
 
 UNITS_PER_MAP_UNIT = 1 / 512  # world units; a walking player makes 66 map units a latent, so 0.13 units
@@ -60,7 +58,7 @@ _LEAST_WAY = 0.03  # world units a latent, on average over a clip: below, the wa
 
 
 def collect_clips(config: CollectConfig) -> None:
-    """Records the clips that are not there yet, with several processes; may be killed and started again at any time.
+    """Records the clips that are not there yet; see `make_missing`.
 
     Raises:
         ValueError: no ViZDoom, an unknown level or one of the other split, a folder with other footage.
@@ -68,11 +66,7 @@ def collect_clips(config: CollectConfig) -> None:
     load_engine()
     levels_of(config)
     Lens(config.height, config.width)
-    todo = [index for index in range(config.clips) if not _finished(config, index)]
-    config.output.mkdir(parents=True, exist_ok=True)
-    if todo:
-        bar = {"unit": "clip", "desc": str(config.output), "initial": config.clips - len(todo), "total": config.clips}
-        process_map(partial(collect_clip, config), todo, max_workers=config.workers, chunksize=1, **bar)
+    make_missing(config, collect_clip, _identity)
 
 
 def collect_clip(config: CollectConfig, index: int) -> Path:
@@ -82,13 +76,9 @@ def collect_clip(config: CollectConfig, index: int) -> Path:
     lens = Lens(config.height, config.width)
     frames, c2w = record(level, frames_of(config.latents), [config.seed, index], lens)
     return write_clip(
-        config.output, clip_name(index), frames, c2w[::FRAMES_PER_LATENT], config.intrinsics,
+        config.output, clip_name(config, index), frames, c2w[::FRAMES_PER_LATENT], config.intrinsics,
         caption=f"freedoom {level.lower()}", fps=FPS, licence=LICENCE, **_identity(config, index),
     )  # fmt: skip
-
-
-def clip_name(index: int) -> str:
-    return f"vizdoom-{index:05d}"
 
 
 def levels_of(config: CollectConfig) -> tuple[str, ...]:
@@ -107,21 +97,6 @@ def _identity(config: CollectConfig, index: int) -> dict:
     levels = levels_of(config)
     source = f"vizdoom:{levels[index % len(levels)].lower()}:{config.seed}:{index}"
     return {"source": source, "latents": config.latents, "height": config.height, "width": config.width}
-
-
-def _finished(config: CollectConfig, index: int) -> bool:
-    """Whether the clip is there; ValueError when another clip has its place."""
-    folder = config.output / clip_name(index)
-    if not folder.exists():
-        return False
-    meta = read_meta(folder)
-    for key, value in _identity(config, index).items():
-        if meta.get(key) != value:
-            raise ValueError(
-                f"{folder}: expected a clip with {key} {value}, found {meta.get(key)}; "
-                "choose another --output, or the settings this folder was begun with"
-            )
-    return True
 
 
 # ------------------------------------------------------------------------------------------------ camera

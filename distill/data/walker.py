@@ -1,6 +1,6 @@
 """A seeded walker: holds keys for a while as a player does, and yields the camera's pose at every video frame.
 
-It walks, runs, strafes, stands, turns, looks up and down, and often comes back to what it has seen: turns away and back, walks
+It walks, runs, strafes, steps back, stands, turns, looks up and down, and often comes back to what it has seen: turns away and back, walks
 out and back, makes whole loops. Speeds change with momentum, houses stop it (it slides along them), and it steers away
 from walls in front of it. The camera has no roll: yaw about the world's vertical, pitch about its own x axis.
 """
@@ -110,7 +110,7 @@ class Walker:
         rate = 1.0 if rng.random() < 0.4 else float(rng.uniform(0.3, 1.0))
         pace = gait.run if rng.random() < 0.2 else 1.0
         level = self._look(-self.pitch, 1.0) if abs(self.pitch) > 0.5 else []
-        match rng.choice(9, p=[0.29, 0.21, 0.08, 0.05, 0.08, 0.13, 0.08, 0.07, 0.01]):
+        match rng.choice(10, p=[0.24, 0.19, 0.08, 0.06, 0.08, 0.13, 0.07, 0.07, 0.01, 0.07]):
             case 0:  # straight on
                 return level + [Order(int(rng.integers(16, 60)), forward=pace)]
             case 1:  # a curve
@@ -118,7 +118,7 @@ class Walker:
             case 2:  # sideways, alone or on the way
                 return [Order(int(rng.integers(8, 28)), strafe=side, forward=float(rng.choice([0, 0, 1])))]
             case 3:  # stand
-                return level + [Order(int(rng.integers(4, 14)))]
+                return level + [Order(int(rng.integers(4, 48)))]
             case 4:  # turn on the spot
                 return level + self._turn(side * rng.uniform(20, 120) * rate, rate)
             case 5:  # turn away and back, standing or walking
@@ -136,8 +136,10 @@ class Walker:
                 if rng.random() < 0.6:
                     return [out, rest, Order(frames, forward=-1.0)]
                 return [out, *self._turn(side * 180, 1.0), out, rest]
-            case _:  # a whole loop
+            case 8:  # a whole loop
                 return level + self._turn(side * 360, 1.0, forward=float(rng.choice([0, 1])))
+            case _:  # backwards, straight or in a curve
+                return level + [Order(int(rng.integers(12, 40)), forward=-1.0, yaw=float(rng.choice([0, 0, side * rate])))]
 
     def _turn(self, angle: float, rate: float, forward: float = 0.0) -> list[Order]:
         return self._rotate(angle, rate, self.gait.yaw, lambda frames, share: Order(frames, forward=forward, yaw=share))

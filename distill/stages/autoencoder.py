@@ -14,9 +14,12 @@ from tqdm import tqdm
 from distill.config import AutoencoderConfig
 from distill.data.clips import list_clips, read_clip
 from distill.ema import MovingAverage
+from distill.objectives.adversarial import PatchDiscriminator, adversarial_term, hinge_loss
 from distill.stages.stage import Loss, Stage
-from worldmodel.autoencoder import FRAMES_PER_LATENT, TinyAutoencoder
+from worldmodel.autoencoder import ENCODING_KEYS, FRAMES_PER_LATENT, TinyAutoencoder
 from worldmodel.world import load_network
+
+ADVERSARIAL_RISE = 100  # steps in which the discriminator, which knows nothing at first, comes to its full influence
 
 
 class VideoWindows(Dataset):
@@ -55,7 +58,7 @@ class VideoWindows(Dataset):
 
 
 class AutoencoderStage(Stage):
-    """The stage `autoencoder`: one network, one reconstruction loss; `average` follows the network and is exported."""
+    """The stage `autoencoder`: one network, whose `average` follows it and is exported; with `adversarial` a discriminator beside it."""
 
     def __init__(self, config: AutoencoderConfig, clips: Path, device: torch.device | str = "cpu"):
         self.config, self.clips, self.device = config, Path(clips), torch.device(device)
@@ -64,9 +67,15 @@ class AutoencoderStage(Stage):
         self.autoencoder.encoder.requires_grad_(not config.freeze_encoder)
         self.modules = {"autoencoder": self.autoencoder, "average": self.average}
         trained = [parameter for parameter in self.autoencoder.parameters() if parameter.requires_grad]
-        options = {"lr": config.lr, "betas": (0.9, 0.99), "weight_decay": config.weight_decay}
+        options = {"lr": config.lr, "betas": (0.9, 0.99), "weight_decay": config.weight_decay, "fused": True}
         self.optimizers = {"autoencoder": torch.optim.AdamW(trained, **options)}
         self.averages = {"autoencoder": MovingAverage(self.autoencoder, self.average, config.ema, config.ema_start)}
+        if config.adversarial:
+            self.discriminator = PatchDiscriminator(config.discriminator_width).to(self.device)
+            self.modules["discriminator"] = self.discriminator
+            self.optimizers["discriminator"] = torch.optim.AdamW(
+                self.discriminator.parameters(), lr=config.discriminator_lr, betas=(0.0, 0.99), weight_decay=0.0, fused=True
+            )
         self._windows: VideoWindows | None = None
 
     def dataset(self) -> VideoWindows:
@@ -76,7 +85,7 @@ class AutoencoderStage(Stage):
         return self._windows
 
     def losses(self, batch: dict, step: int, generator: torch.Generator) -> Iterator[Loss]:
-        """One reconstruction loss a batch {"video": uint8 [B,3,T,H,W]}."""
+        """The reconstruction of a batch {"video": uint8 [B,3,T,H,W]}, then the discriminator's verdict on it."""
         video = to_unit_range(batch["video"].to(self.device))
         latents = self.autoencoder.encode(video).float()
         _, std = self.autoencoder.latent_statistics()
@@ -87,9 +96,17 @@ class AutoencoderStage(Stage):
         norm = (latents * std).square().mean()
         square = (decoded - video).square().mean()
         loss = pixel + self.config.edge_weight * edge + self.config.coarse_weight * coarse + self.config.square_weight * square
+        judged = bool(self.config.adversarial) and step >= self.config.adversarial_from
+        if judged:
+            rise = min(1.0, (step - self.config.adversarial_from) / ADVERSARIAL_RISE)
+            loss = loss + adversarial_term(self.discriminator, decoded, loss, self.config.adversarial * rise)
         loss = loss + self.config.latent_weight * norm
         metrics = {"l1": pixel, "edge": edge, "latent_norm": norm, "psnr": psnr(decoded.clamp(-1, 1), video)}
+        metrics["sharpness"] = laplacian_energy(decoded) / laplacian_energy(video).clamp(min=1e-9)
         yield "autoencoder", loss, {name: value.detach() for name, value in metrics.items()}
+        if judged:
+            real, fake = self.discriminator(video), self.discriminator(decoded.detach())
+            yield "discriminator", hinge_loss(real, fake), {"real": real.mean().detach(), "decoded": fake.mean().detach()}
 
     @torch.no_grad()
     def sample(self, generator: torch.Generator) -> np.ndarray:
@@ -113,20 +130,29 @@ class AutoencoderStage(Stage):
 
 
 def build_autoencoder(config: AutoencoderConfig) -> TinyAutoencoder:
-    """A new network of the config's sizes, or the trained one in `config.start`."""
-    if config.start is not None:
-        return load_network(TinyAutoencoder, config.start)
-    if config.freeze_encoder:
+    """A new network of the config's sizes, with the encoder of the trained one in `config.start`, and its decoder if that has our sizes.
+
+    So a decoder of another size can learn to read latents that were made before. ValueError when `start` has another encoder.
+    """
+    if config.freeze_encoder and not config.start:
         raise ValueError("expected `start` with freeze_encoder: an untrained encoder cannot be kept; name a trained folder")
-    return TinyAutoencoder(
-        latent_channels=config.latent_channels,
-        encoder_widths=list(config.encoder_widths),
-        encoder_blocks=list(config.encoder_blocks),
-        decoder_widths=list(config.decoder_widths),
-        decoder_blocks=list(config.decoder_blocks),
-        strides=list(config.strides),
-        patch_size=config.patch_size,
-    )
+    names = ("latent_channels", "encoder_widths", "encoder_blocks", "decoder_widths", "decoder_blocks", "strides", "patch_size")
+    sizes = {name: list(value) if isinstance(value := getattr(config, name), tuple) else value for name in names}
+    network = TinyAutoencoder(**sizes)
+    if not config.start:
+        return network
+    trained = load_network(TinyAutoencoder, config.start)
+    for name in ENCODING_KEYS:
+        if network.config[name] != trained.config[name]:
+            raise ValueError(
+                f"{config.start}: an autoencoder with {name} {trained.config[name]}, the recipe says {network.config[name]}: "
+                "its encoder does not fit; set autoencoder." + name + ", or leave autoencoder.start empty"
+            )
+    network.encoder.load_state_dict(trained.encoder.state_dict())
+    network.set_latent_statistics(*(values.flatten() for values in trained.latent_statistics()))
+    if all(network.config[name] == trained.config[name] for name in ("decoder_widths", "decoder_blocks")):
+        network.decoder.load_state_dict(trained.decoder.state_dict())
+    return network
 
 
 def to_unit_range(video: Tensor) -> Tensor:
@@ -144,6 +170,12 @@ def reconstruction_terms(decoded: Tensor, video: Tensor) -> tuple[Tensor, Tensor
 def psnr(decoded: Tensor, video: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of video in [-1, 1], over all elements."""
     return -10 * torch.log10((decoded - video).square().mean() / 4)
+
+
+def laplacian_energy(video: Tensor) -> Tensor:
+    """Mean square of the discrete Laplacian of video [B,3,T,H,W]: a blur has little."""
+    across, down = video.diff(n=2, dim=-1)[..., 1:-1, :], video.diff(n=2, dim=-2)[..., :, 1:-1]
+    return (across + down).square().mean()
 
 
 @torch.no_grad()

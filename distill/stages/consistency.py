@@ -19,6 +19,7 @@ class ConsistencyStage(TransformerStage):
             raise ValueError("consistency.init is empty: name the export of the stage teacher_forcing, which is the teacher")
         super().__init__(recipe, recipe.consistency, device)
         self.teacher = self.load_frozen(recipe.consistency.init)
+        self.compile(self.teacher)
 
     def losses(self, batch: dict, step: int, generator: torch.Generator) -> Iterator[Loss]:
         config, windows = self.config, self.prepare(batch, generator)

@@ -18,6 +18,7 @@ from distill.objectives.flow_matching import GRID, draw_index
 from distill.optimiser import make_optimizer
 from distill.stages.stage import Loss, TransformerStage, Windows, bidirectional
 from worldmodel.rollout import Rollout, RolloutConfig
+from worldmodel.transformer import CausalWanTransformer
 
 
 class DmdStage(TransformerStage):
@@ -27,7 +28,7 @@ class DmdStage(TransformerStage):
         config = recipe.dmd
         if not config.init or not config.real:
             raise ValueError("dmd.init and dmd.real must name exports: the student's start and the network that scores real data")
-        super().__init__(recipe, config, device)
+        super().__init__(recipe, config, device, config.rollout)
         self.real = self.load_frozen(config.real)
         self.critic = self.load(config.critic or config.real)
         self.modules["critic"] = self.critic
@@ -39,7 +40,7 @@ class DmdStage(TransformerStage):
         *critic_parts, student_part = windows.split(len(windows.latents) // self.batches)
         for windows in critic_parts:
             with torch.no_grad():
-                samples = self.dream_along(windows, generator, grad=False)
+                samples, windows = self.dream_along(windows, generator, grad=False)
             sigma, noise = self._score_draws(samples, generator)
             yield (
                 "critic",
@@ -49,7 +50,7 @@ class DmdStage(TransformerStage):
         yield "student", *self._student_loss(student_part, generator)
 
     def _student_loss(self, windows: Windows, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        samples = self.dream_along(windows, generator, grad=True)
+        samples, windows = self.dream_along(windows, generator, grad=True)
         sigma, noise = self._score_draws(samples, generator)
         gradient = distribution_gradient(
             samples.detach(),
@@ -66,19 +67,35 @@ class DmdStage(TransformerStage):
             "spread": samples.detach().std(),
         }
 
-    def dream_along(self, windows: Windows, generator: torch.Generator, *, grad: bool) -> Tensor:
-        """A self-rollout along the windows' cameras, `[B, C, F, h, w]`; a share begins with the true first chunk."""
-        latents, chunk = windows.latents, self.config.chunk
+    def compile(self, network: CausalWanTransformer) -> None:
+        """Nothing: every latent of a rollout sees a longer past, and each length would be compiled anew."""
+
+    def dream_along(self, windows: Windows, generator: torch.Generator, *, grad: bool) -> tuple[Tensor, Windows]:
+        """The last `data.frames` latents `[B, C, F, h, w]` of a self-rollout, and the windows cut to them.
+
+        The rollout's length is drawn, up to all of the windows; a share of the rollouts begins with the true first chunk. What comes
+        before the last frames is dreamed as in play, without gradient, so that the student meets its own long past (Self-Forcing++,
+        arXiv 2510.02283).
+        """
+        frames, chunk = self.recipe.data.frames, self.config.chunk
+        start = chunk * _below((windows.latents.shape[2] - frames) // chunk + 1, generator)
+        windows = windows.cut(slice(0, start + frames))
+        latents, (steps, first_steps) = windows.latents, (len(self.config.denoise), len(self.config.first_denoise))
         batch, _, _, height, width = latents.shape
         rollout = Rollout(self.student, windows.text, self.sampling(), batch=batch, height=height, width=width, device=self.device)
-        draws = self._rollout_draws(latents.shape, generator)
+        noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(self.device)
+        exits = _below(steps, generator), _below(first_steps, generator)
         given = chunk if torch.rand((), generator=generator, device=generator.device) < self.config.start_share else 0
         if given:
             rollout.commit(latents[:, :, :given], windows.viewmats[:, :given], windows.intrinsics[:, :given])
-        draws = RolloutDraws(draws.noise[:, :, given:], draws.exit, draws.first_exit)
-        cameras = windows.viewmats[:, given:], windows.intrinsics[:, given:]
-        dreamed = self_rollout(rollout, *cameras, draws, grad=grad, generator=generator)
-        return torch.cat([latents[:, :, :given], dreamed], dim=2)
+        parts = [latents[:, :, :given]]
+        for begin, end, last in ((given, start, (steps - 1, first_steps - 1)), (max(given, start), start + frames, exits)):
+            if begin < end:
+                part = windows.cut(slice(begin, end))
+                draws = RolloutDraws(noise[:, :, begin:end], *last)
+                learns = grad and begin >= start
+                parts.append(self_rollout(rollout, part.viewmats, part.intrinsics, draws, grad=learns, generator=generator))
+        return torch.cat(parts, dim=2)[:, :, start:], windows.cut(slice(start, None))
 
     def sampling(self) -> RolloutConfig:
         config = self.config
@@ -92,13 +109,6 @@ class DmdStage(TransformerStage):
             cache_gradient=config.cache_gradient,
         )
 
-    def _rollout_draws(self, shape: torch.Size, generator: torch.Generator) -> RolloutDraws:
-        def below(count: int) -> int:
-            return int(torch.randint(count, (), generator=generator, device=generator.device))
-
-        noise = torch.randn(shape, generator=generator, device=generator.device).to(self.device)
-        return RolloutDraws(noise, below(len(self.config.denoise)), below(len(self.config.first_denoise)))
-
     def _score_draws(self, samples: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """One noise level a sample, `[B, F]`, and noise like the samples."""
         batch, _, frames = samples.shape[:3]
@@ -108,3 +118,7 @@ class DmdStage(TransformerStage):
 
     def _reading(self) -> dict:
         return {"lookup": self.config.sigma_lookup, "shift": self.config.shift}
+
+
+def _below(count: int, generator: torch.Generator) -> int:
+    return int(torch.randint(count, (), generator=generator, device=generator.device))

@@ -86,13 +86,20 @@ class Windows:
         fields = (self.latents, self.viewmats, self.intrinsics, self.text)
         return [Windows(*parts) for parts in zip(*(x.split(size) for x in fields), strict=True)]
 
+    def cut(self, frames: slice) -> "Windows":
+        """The same windows, some of their frames alone."""
+        return Windows(self.latents[:, :, frames], self.viewmats[:, frames], self.intrinsics[:, frames], self.text)
+
 
 class TransformerStage(Stage):
-    """A stage whose result is a `CausalWanTransformer`: `student` is trained, `average` follows it and is exported."""
+    """A stage whose result is a `CausalWanTransformer`: `student` is trained, `average` follows it and is exported.
 
-    def __init__(self, recipe: Recipe, config: TransformerConfig, device: torch.device):
+    `frames`: latents of a sample, where that is not `data.frames`.
+    """
+
+    def __init__(self, recipe: Recipe, config: TransformerConfig, device: torch.device, frames: int = 0):
         self.recipe, self.config, self.device = recipe, config, device
-        self._clips = LatentClips(Path(recipe.data.root), recipe.data.frames, recipe.data.first_share, recipe.run.seed)
+        self._clips = LatentClips(Path(recipe.data.root), frames or recipe.data.frames, recipe.data.first_share, recipe.run.seed)
         self.prompts = open_prompts(recipe, (clip.caption for clip in self._clips.clips))
         self._rows = {name: row for row, name in enumerate(self.prompts.names)}
         self._table = torch.stack([*(self.prompts[name] for name in self.prompts.names), self.prompts.unconditional]).to(device)
@@ -101,6 +108,7 @@ class TransformerStage(Stage):
         self.modules = {"student": self.student, "average": self.average}
         self.optimizers = {"student": make_optimizer(self.student, config.lr, config.optimiser, recipe.optimiser)}
         self._decoder = self._load_decoder()
+        self.compile(self.student)
         self.averages = {"student": MovingAverage(self.student, self.average, config.ema, config.ema_start)}
 
     def load(self, source: str) -> CausalWanTransformer:
@@ -125,6 +133,11 @@ class TransformerStage(Stage):
     def load_frozen(self, source: str) -> CausalWanTransformer:
         """A transformer that only answers; it is not part of a checkpoint."""
         return self.load(source).requires_grad_(False).eval()
+
+    def compile(self, network: CausalWanTransformer) -> None:
+        """Compiles a network's blocks for the stage's one shape, if the recipe asks for it."""
+        for block in network.blocks if self.recipe.run.compile else ():
+            block.compile(dynamic=False)
 
     def _load_decoder(self) -> TinyAutoencoder | None:
         """For the sample pictures; missing files are found now and not hours later."""

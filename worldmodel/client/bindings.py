@@ -47,8 +47,3 @@ class Bindings:
     def action(self, key: str) -> str | None:
         """The action of a key, or None for a key that means nothing here."""
         return self.keys.get(key)
-
-    def rebound(self, key: str, action: str) -> "Bindings":
-        """A copy in which `key` alone does `action`; the keys that did it before are free."""
-        kept = {name: act for name, act in self.keys.items() if act != action and name != key}
-        return Bindings(MappingProxyType({**kept, key: action}))
