@@ -23,13 +23,13 @@ from distill.evaluate.metrics import sharpness, to_unit
 from distill.evaluate.protocol import held_out_town
 from distill.evaluate.report import markdown, table
 from distill.prompts import open_prompts
-from worldmodel.autoencoder import TinyAutoencoder
+from worldmodel.autoencoder import Autoencoder
 from worldmodel.benchmark import describe_commit, describe_machine
 from worldmodel.controls import Envelope
 from worldmodel.rollout import RolloutConfig, with_steps
 from worldmodel.text import PromptBook
 from worldmodel.transformer import CausalWanTransformer
-from worldmodel.world import PromptConfig, World, WorldConfig, load_network, replace_folder, save_world
+from worldmodel.world import PromptConfig, World, WorldConfig, open_autoencoder, replace_folder, save_world
 
 LIMIT = 60e6  # bytes of weights and pictures
 START_SEED = 7001  # of the towns and places of the start images
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
     folder = recipe.export_folder(args.transformer)
     dtype = getattr(torch, options.dtype)
     transformer = load_transformer(folder, torch.device("cpu"), dtype)
-    autoencoder = load_network(TinyAutoencoder, recipe.export_folder(args.autoencoder), dtype=dtype)
+    autoencoder = open_autoencoder(recipe.export_folder(args.autoencoder), dtype=dtype)
     stored = folder / "prompts.safetensors"
     prompts = PromptBook.load(stored) if stored.is_file() else open_prompts(recipe, MOODS)
     evaluation = _read_evaluation(args.evaluation) if args.evaluation else None
@@ -172,7 +172,7 @@ def start_images(options: ExportOptions) -> dict[str, list[np.ndarray]]:
 
 def make_readme(
     args: argparse.Namespace, recipe: Recipe, config: WorldConfig,
-    networks: tuple[CausalWanTransformer, TinyAutoencoder], evaluation: dict | None,
+    networks: tuple[CausalWanTransformer, Autoencoder], evaluation: dict | None,
 ) -> str:  # fmt: skip
     """How the bundle was made, and what it can do."""
     machine = describe_machine(torch.device("cpu"))

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 
-from worldmodel.autoencoder import TinyAutoencoder
+from worldmodel.autoencoder import TinyAutoencoder, WanAutoencoder
 from worldmodel.controls import Envelope
 from worldmodel.rollout import RolloutConfig
 from worldmodel.text import PromptBook
@@ -12,8 +13,8 @@ from worldmodel.transformer import CausalWanTransformer
 from worldmodel.world import PromptConfig, World, WorldConfig, save_world
 
 
-def make_tiny_bundle(folder, **rollout):
-    """Writes a complete bundle with random weights to `folder`; `rollout` overrides its RolloutConfig."""
+def make_tiny_bundle(folder, wan=False, **rollout):
+    """Writes a complete bundle with random weights; `wan`: with Wan2.1's autoencoder; `rollout` overrides its RolloutConfig."""
     torch.manual_seed(7)
     transformer = CausalWanTransformer(
         num_attention_heads=2, attention_head_dim=24, text_dim=8, freq_dim=16, ffn_dim=64, num_layers=2
@@ -24,6 +25,8 @@ def make_tiny_bundle(folder, **rollout):
         encoder_widths=(8, 8, 8, 8), encoder_blocks=(1, 1, 1), decoder_widths=(8, 8, 8, 8), decoder_blocks=(1, 1, 1)
     )
     torch.nn.init.normal_(autoencoder.decoder[-1].weight, std=0.02)  # soft pictures, which a video codec can keep
+    if wan:
+        autoencoder = WanAutoencoder(AutoencoderKLWan(base_dim=8, z_dim=16, num_res_blocks=1))
     config = WorldConfig(
         name="tiny",
         title="Random noise to walk in",

@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file
 
 from distill.__main__ import main
 from distill.data.clips import LATENTS, write_clip
 from distill.data.encode import encode_clips, encoder_fingerprint, latents_encoder
 from distill.stages.autoencoder import AutoencoderConfig, AutoencoderStage, VideoWindows
-from worldmodel.autoencoder import TinyAutoencoder
+from worldmodel.autoencoder import TinyAutoencoder, WanAutoencoder
+from worldmodel.world import open_autoencoder
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = {"encoder_widths": (8, 8, 8, 8), "encoder_blocks": (1, 1, 1), "decoder_widths": (12, 8, 8, 8), "decoder_blocks": (1, 1, 1)}
@@ -214,6 +216,60 @@ def test_stage_refuses_short_clips(tmp_path):
         VideoWindows(tmp_path, 3)
     with pytest.raises(ValueError, match="expected `start` with freeze_encoder"):
         small_stage(tmp_path, freeze_encoder=True)
+
+
+@pytest.fixture(scope="module")
+def wan() -> WanAutoencoder:
+    """Wan2.1's own layout with few channels and random weights."""
+    torch.manual_seed(0)
+    return WanAutoencoder(AutoencoderKLWan(base_dim=8, z_dim=16, num_res_blocks=1).eval())
+
+
+@torch.no_grad()
+def test_wan_streams_equal_the_whole_clip_to_the_bit(wan):
+    video = torch.rand(2, 3, 13, 16, 24) * 2 - 1
+    mean, std = wan.latent_statistics()
+    whole = (wan.network.encode(video).latent_dist.mode() - mean) / std
+    encoder, decoder = wan.streaming_encoder(), wan.streaming_decoder()
+    pieces = [encoder.step(piece) for piece in video.split([1, 4, 8], 2)]
+    assert torch.equal(torch.cat(pieces, 2), whole) and torch.equal(wan.encode(video), whole) and whole.shape == (2, 16, 4, 2, 3)
+    decoded = wan.network.decode(whole * std + mean).sample
+    pieces = [decoder.step(piece) for piece in whole.split(1, 2)]
+    assert [piece.shape[2] for piece in pieces] == [1, 4, 4, 4]
+    assert torch.equal(torch.cat(pieces, 2), decoded) and torch.equal(wan.decode(whole), decoded)
+
+
+@torch.no_grad()
+def test_wan_streams_go_back_fork_and_keep_tensors_alone(wan):
+    latents, decoder, fork = torch.randn(1, 16, 4, 2, 3), wan.streaming_decoder(), wan.streaming_decoder()
+    results, states = [], []
+    for piece in latents.split(1, 2):
+        states.append(decoder.state())
+        results.append(decoder.step(piece))
+    for index, state in enumerate(states):
+        assert all(m is None or isinstance(m, torch.Tensor) for m in state.memories)
+        fork.restore(state)
+        assert torch.equal(fork.step(latents[:, :, index : index + 1]), results[index])
+    with pytest.raises(ValueError, match="expected the batch size of the steps before, got 2"):
+        fork.step(latents[:, :, :1].expand(2, -1, -1, -1, -1))
+    with pytest.raises(ValueError, match="expected the state of a stream with"):
+        fork.restore(wan.streaming_encoder().state())
+    with pytest.raises(ValueError, match="4F frames after the first step"):
+        encoder = wan.streaming_encoder()
+        encoder.step(torch.zeros(1, 3, 1, 16, 24))
+        encoder.step(torch.zeros(1, 3, 5, 16, 24))
+
+
+def test_wan_opens_from_its_folder_and_names_its_encoding(wan, tmp_path):
+    wan.save_pretrained(tmp_path / "wan")
+    opened = open_autoencoder(tmp_path / "wan")
+    assert isinstance(opened, WanAutoencoder) and encoder_fingerprint(opened) == encoder_fingerprint(wan)
+    for part, changes in (("decoder", False), ("encoder", True)):
+        with torch.no_grad():
+            next(getattr(opened.network, part).parameters()).add_(1)
+        assert (encoder_fingerprint(opened) != encoder_fingerprint(wan)) == changes
+    with pytest.raises(ValueError, match=r"autoencoder of Wan2\.1, got that of Wan2\.2"):
+        WanAutoencoder(AutoencoderKLWan(base_dim=8, z_dim=16, num_res_blocks=1, patch_size=2))
 
 
 def test_encode_resumes_and_follows_the_encoder(tmp_path, capsys):

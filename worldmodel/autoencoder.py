@@ -1,19 +1,20 @@
-"""A tiny video autoencoder that runs frame by frame: TAEHV's layers and parameter names, with widths from a config.
+"""Video autoencoders that run live, latent by latent, with one face: our tiny one, and Wan2.1's own (`WanAutoencoder`, at the end).
 
-Source: madebyollin/taehv (`taehv.py`), whose published widths are the defaults here, so `taew2_1` weights load by name. Every
-layer looks only at the current and the previous frame, therefore a clip and a live stream go through the same code: a
-stream is a clip that comes in pieces, with one remembered feature map per `MemBlock`.
+The tiny one has TAEHV's layers and parameter names, with widths from a config. Source: madebyollin/taehv (`taehv.py`), whose
+published widths are the defaults here, so `taew2_1` weights load by name. Every layer looks only at the current and the previous frame,
+therefore a clip and a live stream go through the same code: a stream is a clip that comes in pieces, with one remembered feature map per
+`MemBlock`.
 
 Differs: pixels are [-1, 1] at our edge ([0, 1] inside); pixel frame 0 alone is latent 0 (it is repeated to fill its group of four,
 and the first three of the frames decoded from latent 0 are dropped), so F latents are 4F - 3 frames; latents are normalised per
 channel by `latents_mean` / `latents_std`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import AutoencoderKLWan, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
@@ -76,15 +77,14 @@ class StreamState(NamedTuple):
     """What a stream remembers. The tensors are never written to, so keeping or sharing a state costs nothing."""
 
     started: bool  # whether the first frame (or latent) has passed
-    memories: tuple[Tensor | None, ...]  # one [B,C,H,W] for each MemBlock
+    memories: tuple[Tensor | None, ...]  # one for each layer that looks back; None: nothing yet
 
 
-class _Stream:
-    """A stack of layers together with its memory."""
+class Stream:
+    """An encoder or decoder together with its memory; `step` is the subclass's."""
 
-    def __init__(self, model: "TinyAutoencoder", layers: nn.Sequential):
-        self._model, self._layers = model, layers
-        self._empty = StreamState(False, (None,) * sum(isinstance(layer, MemBlock) for layer in layers))
+    def __init__(self, memories: int):
+        self._empty = StreamState(False, (None,) * memories)
         self._state = self._empty
 
     def state(self) -> StreamState:
@@ -104,13 +104,24 @@ class _Stream:
         """Forgets everything; the next step is the first."""
         self._state = self._empty
 
+    def _check_batch(self, batch: int) -> None:
+        if any(m is not None and m.numel() and m.shape[0] != batch for m in self._state.memories):
+            raise ValueError(f"expected the batch size of the steps before, got {batch}: reset() before a new batch")
+
+
+class _TinyStream(Stream):
+    """A stack of layers; every `MemBlock` remembers one feature map, [B,C,H,W]."""
+
+    def __init__(self, model: "TinyAutoencoder", layers: nn.Sequential):
+        super().__init__(sum(isinstance(layer, MemBlock) for layer in layers))
+        self._model, self._layers = model, layers
+
     def _run(self, x: Tensor) -> Tensor:
         """x [B,C,T,H,W] -> [B,C',T',H',W']; advances the memory only when all layers have succeeded."""
         batch = x.shape[0]
+        self._check_batch(batch)
         x = x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         remembered = iter(self._state.memories)
-        if any(m is not None and m.shape[0] != batch for m in self._state.memories):
-            raise ValueError(f"expected the batch size of the steps before, got {batch}: reset() before a new batch")
         memories = []
         for layer in self._layers:
             if isinstance(layer, MemBlock):
@@ -122,7 +133,7 @@ class _Stream:
         return x.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
-class StreamingEncoder(_Stream):
+class StreamingEncoder(_TinyStream):
     """Encodes live video: one frame first, then four (or any multiple of four) a step."""
 
     def step(self, video: Tensor) -> Tensor:
@@ -138,7 +149,7 @@ class StreamingEncoder(_Stream):
         return (self._run(x) - mean) / std
 
 
-class StreamingDecoder(_Stream):
+class StreamingDecoder(_TinyStream):
     """Decodes a live dream: the first latent gives one frame, each later one four."""
 
     def step(self, latents: Tensor, *, clamp: bool = True) -> Tensor:
@@ -234,6 +245,15 @@ class TinyAutoencoder(ModelMixin, ConfigMixin):
         first, second, third = self.config.strides
         return self.config.patch_size * first * second * third
 
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+        return self.config.latent_channels
+
+    def encoding_parts(self) -> tuple[dict, Iterator[tuple[str, Tensor]]]:
+        """Options and named tensors that latents depend on: what names an encoding (the decoder may be trained on without a new one)."""
+        return {key: self.config[key] for key in ENCODING_KEYS}, iter(self.encoder.state_dict().items())
+
     def encode(self, video: Tensor) -> Tensor:
         """video [B,3,T,H,W] in [-1, 1], T = 4F - 3 -> normalised latents [B,C,F,h,w] in the module's type."""
         return self.streaming_encoder().step(video)
@@ -264,21 +284,11 @@ class TinyAutoencoder(ModelMixin, ConfigMixin):
 
     def check_video(self, video: Tensor, *, started: bool = False) -> None:
         """ValueError unless the video's axes, frame count and size fit."""
-        channels, factor = self.config.image_channels, self.spatial_factor
-        if video.ndim != 5 or video.shape[1] != channels:
-            raise ValueError(f"expected video [B,{channels},T,H,W], got shape {tuple(video.shape)}")
-        frames, height, width = video.shape[2:]
-        if frames == 0 or (frames - (0 if started else 1)) % FRAMES_PER_LATENT:
-            rule = "4F frames after the first step" if started else "4F - 3 frames (1, 5, 9, ...)"
-            raise ValueError(f"expected {rule}, got {frames}: one frame is latent 0, then 4 frames are a latent")
-        if height % factor or width % factor:
-            raise ValueError(f"expected height and width in multiples of {factor}, got {height}x{width}: crop or resize")
+        _check_video(video, self.config.image_channels, self.spatial_factor, started)
 
     def check_latents(self, latents: Tensor) -> None:
         """ValueError unless the latents' axes fit."""
-        channels = self.config.latent_channels
-        if latents.ndim != 5 or latents.shape[1] != channels or latents.shape[2] == 0:
-            raise ValueError(f"expected latents [B,{channels},F,h,w] with F >= 1, got shape {tuple(latents.shape)}")
+        _check_latents(latents, self.latent_channels)
 
 
 def _conv(width_in: int, width: int, **options) -> nn.Conv2d:
@@ -316,5 +326,153 @@ def _delayed(x: Tensor, batch: int, memory: Tensor | None) -> tuple[Tensor, Tens
     return torch.cat([first[:, None], frames[:, :-1]], 1).flatten(0, 1), last.clone()
 
 
+def _check_video(video: Tensor, channels: int, factor: int, started: bool) -> None:
+    if video.ndim != 5 or video.shape[1] != channels:
+        raise ValueError(f"expected video [B,{channels},T,H,W], got shape {tuple(video.shape)}")
+    frames, height, width = video.shape[2:]
+    if frames == 0 or (frames - (0 if started else 1)) % FRAMES_PER_LATENT:
+        rule = "4F frames after the first step" if started else "4F - 3 frames (1, 5, 9, ...)"
+        raise ValueError(f"expected {rule}, got {frames}: one frame is latent 0, then 4 frames are a latent")
+    if height % factor or width % factor:
+        raise ValueError(f"expected height and width in multiples of {factor}, got {height}x{width}: crop or resize")
+
+
+def _check_latents(latents: Tensor, channels: int) -> None:
+    if latents.ndim != 5 or latents.shape[1] != channels or latents.shape[2] == 0:
+        raise ValueError(f"expected latents [B,{channels},F,h,w] with F >= 1, got shape {tuple(latents.shape)}")
+
+
 def _describe(value: object) -> str:
     return f"one with {len(value.memories)}" if isinstance(value, StreamState) else type(value).__name__
+
+
+# ------------------------------------------------------------------------------------------------ Wan2.1's own
+
+
+class WanAutoencoder(nn.Module):
+    """Wan2.1's autoencoder, diffusers' `AutoencoderKLWan`, behind the methods of `TinyAutoencoder`.
+
+    The streams drive its encoder and decoder a latent at a time with a memory of our own; joined, their pieces equal diffusers'
+    whole-clip results to the bit. Latents are the means of the posterior, normalised by the config's `latents_mean` and `latents_std`.
+    Source: Wan2.1 `vae.py` as in diffusers. Differs: the result is not sampled.
+    """
+
+    def __init__(self, network: AutoencoderKLWan):
+        super().__init__()
+        if network.config.patch_size is not None or network.config.is_residual:
+            raise ValueError("expected the autoencoder of Wan2.1, got that of Wan2.2 (folded pixels): use a Wan2.1 model")
+        self.network = network
+        for name in ("mean", "std"):
+            values = torch.tensor(network.config[f"latents_{name}"], device=network.device).view(-1, 1, 1, 1)
+            self.register_buffer(f"_latents_{name}", values, persistent=False)
+
+    config = property(lambda self: self.network.config)
+    device = property(lambda self: self.network.device)
+    dtype = property(lambda self: self.network.dtype)
+    spatial_factor = property(lambda self: self.network.spatial_compression_ratio)
+    latent_channels = property(lambda self: self.network.config.z_dim)
+
+    def encode(self, video: Tensor) -> Tensor:
+        """video [B,3,T,H,W] in [-1, 1], T = 4F - 3 -> normalised latents [B,C,F,h,w] in the module's type."""
+        return self.streaming_encoder().step(video)
+
+    def decode(self, latents: Tensor, *, clamp: bool = True) -> Tensor:
+        """Normalised latents [B,C,F,h,w] -> video [B,3,4F-3,H,W] in [-1, 1]."""
+        return self.streaming_decoder().step(latents, clamp=clamp)
+
+    def streaming_encoder(self) -> "WanStreamingEncoder":
+        """An encoder for video that comes piece by piece."""
+        return WanStreamingEncoder(self)
+
+    def streaming_decoder(self) -> "WanStreamingDecoder":
+        """A decoder for latents that come one by one."""
+        return WanStreamingDecoder(self)
+
+    def latent_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the raw latents, each [C,1,1,1]."""
+        return self._latents_mean, self._latents_std
+
+    def encoding_parts(self) -> tuple[dict, Iterator[tuple[str, Tensor]]]:
+        """Options and named tensors that latents depend on, as `TinyAutoencoder.encoding_parts`."""
+        keys = ("base_dim", "z_dim", "dim_mult", "num_res_blocks", "attn_scales", "temperal_downsample", "in_channels")
+        tensors = self.network.state_dict().items()
+        return {key: self.config[key] for key in keys}, ((n, t) for n, t in tensors if n.startswith(("encoder.", "quant_conv.")))
+
+    def save_pretrained(self, folder, **options) -> None:
+        """Writes diffusers' own folder."""
+        self.network.save_pretrained(folder, **options)
+
+    def check_video(self, video: Tensor, *, started: bool = False) -> None:
+        """ValueError unless the video's axes, frame count and size fit."""
+        _check_video(video, self.config.in_channels, self.spatial_factor, started)
+
+    def check_latents(self, latents: Tensor) -> None:
+        """ValueError unless the latents' axes fit."""
+        _check_latents(latents, self.latent_channels)
+
+
+class _WanStream(Stream):
+    """diffusers' list of remembered frames, one entry a causal convolution.
+
+    An upsampler that has seen one latent leaves a word there instead of frames; in our state that is an empty tensor.
+    """
+
+    _WORD = "Rep"
+    _tells_first = False  # whether the part wants to be told its first piece
+
+    def __init__(self, model: WanAutoencoder, part: str):
+        super().__init__(model.network._cached_conv_counts[part])
+        self._model, self._part = model, getattr(model.network, part)
+
+    def _run(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+        """What the part makes of each piece [B,C,T,H,W]; advances the memory only when all have succeeded."""
+        self._check_batch(pieces[0].shape[0])
+        memory = [self._WORD if m is not None and not m.numel() else m for m in self._state.memories]
+        results = []
+        for index, piece in enumerate(pieces):
+            first = {"first_chunk": index == 0 and not self._state.started} if self._tells_first else {}
+            results.append(self._part(piece, feat_cache=memory, feat_idx=[0], **first))
+        empty = torch.empty(0, device=self._model.device)
+        self._state = StreamState(True, tuple(empty if isinstance(m, str) else m for m in memory))
+        return results
+
+
+class WanStreamingEncoder(_WanStream):
+    """Encodes live video: one frame first, then four (or any multiple of four) a step."""
+
+    def __init__(self, model: WanAutoencoder):
+        super().__init__(model, "encoder")
+
+    def step(self, video: Tensor) -> Tensor:
+        """video [B,3,T,H,W] in [-1, 1], T = 1 (or 4f - 3) first and 4f later -> normalised latents [B,C,f,h,w]."""
+        model = self._model
+        model.check_video(video, started=self._state.started)
+        video = video.to(model.dtype)
+        lone = 0 if self._state.started else 1
+        pieces = [video[:, :, :lone], *video[:, :, lone:].split(FRAMES_PER_LATENT, 2)]
+        features = self._run([piece for piece in pieces if piece.shape[2]])
+        raw = torch.cat([model.network.quant_conv(piece) for piece in features], 2)[:, : model.latent_channels]
+        mean, std = model.latent_statistics()
+        return (raw - mean.to(raw.dtype)) / std.to(raw.dtype)
+
+
+class WanStreamingDecoder(_WanStream):
+    """Decodes a live dream: the first latent gives one frame, each later one four."""
+
+    _tells_first = True
+
+    def __init__(self, model: WanAutoencoder):
+        super().__init__(model, "decoder")
+
+    def step(self, latents: Tensor, *, clamp: bool = True) -> Tensor:
+        """Normalised latents [B,C,f,h,w] -> video [B,3,T,H,W] in [-1, 1]; T = 4f - 3 on the first call, 4f later."""
+        model = self._model
+        model.check_latents(latents)
+        mean, std = model.latent_statistics()
+        raw = latents.to(model.dtype) * std.to(model.dtype) + mean.to(model.dtype)
+        pieces = [model.network.post_quant_conv(piece) for piece in raw.split(1, 2)]
+        video = torch.cat(self._run(pieces), 2)
+        return video.clamp(-1, 1) if clamp else video
+
+
+Autoencoder = TinyAutoencoder | WanAutoencoder

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 import yaml
 from accelerate import init_empty_weights
-from diffusers import ModelMixin
+from diffusers import AutoencoderKLWan, ModelMixin
 from safetensors import SafetensorError, safe_open
 
-from worldmodel.autoencoder import TinyAutoencoder
+from worldmodel.autoencoder import Autoencoder, TinyAutoencoder, WanAutoencoder
 from worldmodel.checkpoint import check_tensors
 from worldmodel.controls import Envelope
 from worldmodel.options import as_dict, build
@@ -99,7 +99,7 @@ class World:
     folder: Path
     config: WorldConfig
     transformer: CausalWanTransformer
-    autoencoder: TinyAutoencoder
+    autoencoder: Autoencoder
     prompts: PromptBook
     device: torch.device
     dtype: torch.dtype
@@ -116,7 +116,7 @@ class World:
         device = open_device(device)
         dtype = fast_dtype(device) if dtype is None else dtype
         transformer = load_network(CausalWanTransformer, folder / "transformer", device, dtype).requires_grad_(False)
-        autoencoder = load_network(TinyAutoencoder, folder / "autoencoder", device, dtype).requires_grad_(False)
+        autoencoder = open_autoencoder(folder / "autoencoder", device, dtype).requires_grad_(False)
         world = cls(
             folder, config, transformer, autoencoder, PromptBook.load(folder / "prompts.safetensors"), device, dtype
         )
@@ -243,6 +243,21 @@ def load_network(kind: type[ModelMixin], folder, device="cpu", dtype: torch.dtyp
     return network.to(device)
 
 
+def open_autoencoder(folder, device="cpu", dtype: torch.dtype = torch.float32) -> Autoencoder:
+    """The autoencoder in `folder`, ours or Wan2.1's own, as config.json says; errors as in `load_network`."""
+    if _class_name(Path(folder), TinyAutoencoder.__name__) == AutoencoderKLWan.__name__:
+        return WanAutoencoder(load_network(AutoencoderKLWan, folder, device, dtype))
+    return load_network(TinyAutoencoder, folder, device, dtype)
+
+
+def _class_name(folder: Path, default: str) -> str:
+    """What config.json says its network is; `default` where it says nothing (the loader then says what is wrong)."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return default
+
+
 def _read_config(kind: type[ModelMixin], folder: Path) -> dict:
     """The arguments for `kind` that config.json holds."""
     path = folder / "config.json"
@@ -291,7 +306,7 @@ def _reason(error: Exception) -> str:
 
 def check_fit(world: World) -> None:
     """ValueError when transformer, autoencoder, prompts and picture size do not belong together."""
-    config, latent = world.config, world.autoencoder.config.latent_channels
+    config, latent = world.config, world.autoencoder.latent_channels
     factor, patch = world.autoencoder.spatial_factor, world.transformer.config.patch_size
     faults = {
         f"prompts have {world.prompts.shape[1]} features, the transformer reads {world.transformer.config.text_dim}": (
@@ -321,7 +336,7 @@ def save_world(
     folder,
     config: WorldConfig,
     transformer: CausalWanTransformer,
-    autoencoder: TinyAutoencoder,
+    autoencoder: Autoencoder,
     prompts: PromptBook,
     images: Mapping[str, list[np.ndarray]],
     readme: str = "",

@@ -10,9 +10,9 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from distill.data.clips import LATENTS, list_clips, read_clip, write_latents
-from worldmodel.autoencoder import ENCODING_KEYS, FRAMES_PER_LATENT, TinyAutoencoder
+from worldmodel.autoencoder import FRAMES_PER_LATENT, Autoencoder
 from worldmodel.recording import recover
-from worldmodel.world import load_network, open_device
+from worldmodel.world import open_autoencoder, open_device
 
 RECORDING = "session.jsonl"  # marks a recording made by play
 
@@ -33,14 +33,14 @@ def run(args: argparse.Namespace) -> None:
     """Encodes what is missing or was made by another encoder."""
     if not 0 <= args.worker < args.workers:
         raise ValueError(f"expected --worker between 0 and {args.workers - 1} (--workers {args.workers}), got {args.worker}")
-    autoencoder = load_network(TinyAutoencoder, args.autoencoder, open_device(args.device))
+    autoencoder = open_autoencoder(args.autoencoder, open_device(args.device))
     folders = list_clips(args.clips)
     with torch.autocast(autoencoder.device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
         made = encode_clips(folders[args.worker :: args.workers], autoencoder)
     print(f"{made} of {len(folders)} clips encoded, the others had latents already or belong to other workers")
 
 
-def encode_clips(folders: list[Path], autoencoder: TinyAutoencoder) -> int:
+def encode_clips(folders: list[Path], autoencoder: Autoencoder) -> int:
     """Writes `latents.safetensors` beside each clip that lacks it; returns how many were written.
 
     File: "latents" float16 [C,F,h,w], normalised; metadata `encoder` names the encoder that made it.
@@ -67,7 +67,7 @@ def encode_clips(folders: list[Path], autoencoder: TinyAutoencoder) -> int:
 
 
 @torch.inference_mode()
-def encode_frames(autoencoder: TinyAutoencoder, frames: torch.Tensor, piece: int = 8) -> torch.Tensor:
+def encode_frames(autoencoder: Autoencoder, frames: torch.Tensor, piece: int = 8) -> torch.Tensor:
     """frames uint8 [4F-3,H,W,3] -> normalised latents float32 [C,F,h,w] on the CPU.
 
     Args:
@@ -82,11 +82,12 @@ def encode_frames(autoencoder: TinyAutoencoder, frames: torch.Tensor, piece: int
     return torch.cat(latents, 2)[0].float().cpu()
 
 
-def encoder_fingerprint(autoencoder: TinyAutoencoder) -> str:
+def encoder_fingerprint(autoencoder: Autoencoder) -> str:
     """16 hex digits of everything that latents depend on: the decoder may be trained further without a new encoding."""
-    digest = hashlib.sha256(json.dumps({key: autoencoder.config[key] for key in ENCODING_KEYS}).encode())
+    options, tensors = autoencoder.encoding_parts()
+    digest = hashlib.sha256(json.dumps(options).encode())
     mean, std = autoencoder.latent_statistics()
-    for name, tensor in [*autoencoder.encoder.state_dict().items(), ("mean", mean), ("std", std)]:
+    for name, tensor in [*tensors, ("mean", mean), ("std", std)]:
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

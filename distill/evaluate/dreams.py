@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from worldmodel.autoencoder import FRAMES_PER_LATENT, TinyAutoencoder
+from worldmodel.autoencoder import FRAMES_PER_LATENT, Autoencoder
 from worldmodel.camera import invert, relative_to_first
 from worldmodel.rollout import Rollout, RolloutConfig, with_steps
 from worldmodel.transformer import CausalWanTransformer
@@ -106,7 +106,7 @@ def dream(
 
 
 @torch.inference_mode()
-def reconstruct(autoencoder: TinyAutoencoder, frames: np.ndarray, batch: int = 8) -> np.ndarray:
+def reconstruct(autoencoder: Autoencoder, frames: np.ndarray, batch: int = 8) -> np.ndarray:
     """True frames uint8 [B, 4F-3, H, W, 3] through the autoencoder -> the last frame of every latent [B, F, H, W, 3].
 
     This is the best that any dream through this autoencoder can be.
@@ -121,7 +121,7 @@ def reconstruct(autoencoder: TinyAutoencoder, frames: np.ndarray, batch: int = 8
     return np.concatenate(clips)
 
 
-def to_video(frames: np.ndarray, autoencoder: TinyAutoencoder) -> Tensor:
+def to_video(frames: np.ndarray, autoencoder: Autoencoder) -> Tensor:
     """uint8 [B, T, H, W, 3] -> [B, 3, T, H, W] in [-1, 1], of the autoencoder's type and device."""
     video = torch.from_numpy(np.ascontiguousarray(frames)).to(autoencoder.device)
     return video.permute(0, 4, 1, 2, 3).to(autoencoder.dtype) / 127.5 - 1

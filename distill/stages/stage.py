@@ -19,11 +19,11 @@ from distill.ema import MovingAverage
 from distill.objectives.flow_matching import Predict
 from distill.optimiser import Joint, make_optimizer
 from distill.prompts import open_prompts
-from worldmodel.autoencoder import TinyAutoencoder
+from worldmodel.autoencoder import Autoencoder
 from worldmodel.prope import projection
 from worldmodel.rollout import Rollout, RolloutConfig, with_steps
 from worldmodel.transformer import CausalWanTransformer
-from worldmodel.world import load_network
+from worldmodel.world import load_network, open_autoencoder
 
 Loss = tuple[str, Tensor, dict[str, float | Tensor]]  # optimiser name, scalar loss, metrics
 
@@ -139,14 +139,14 @@ class TransformerStage(Stage):
         for block in network.blocks if self.recipe.run.compile else ():
             block.compile(dynamic=False)
 
-    def _load_decoder(self) -> TinyAutoencoder | None:
+    def _load_decoder(self) -> Autoencoder | None:
         """For the sample pictures; missing files are found now and not hours later."""
         if not self.recipe.data.autoencoder:
             return None
         folder = self.recipe.export_folder(self.recipe.data.autoencoder)
         if not (folder / "config.json").is_file():
             raise ValueError(f"no exported autoencoder in {folder}: train it first, or leave data.autoencoder empty")
-        return load_network(TinyAutoencoder, folder, self.device).requires_grad_(False)
+        return open_autoencoder(folder, self.device).requires_grad_(False)
 
     def dataset(self) -> Dataset:
         return self._clips
