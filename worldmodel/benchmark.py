@@ -21,6 +21,7 @@ import yaml
 from tqdm import tqdm
 
 from worldmodel import command_line
+from worldmodel.as_published import PublishedLoop
 from worldmodel.autoencoder import FRAMES_PER_LATENT, TinyAutoencoder
 from worldmodel.camera import MotionStep, parse_trajectory
 from worldmodel.controls import Envelope
@@ -33,6 +34,7 @@ from worldmodel.world import PromptConfig, World, WorldConfig, fast_dtype, open_
 
 ROUNDS = 8  # turns that each variant gets
 PRESSES = 32  # simulated key presses a chunk, evenly spread
+MOST_PUBLISHED = 900  # latents: the public rotary tables end at 1,024
 MARGIN = 12.0  # ms between a chunk being ready and being due, as the client keeps it
 PARTS = ("network", "clean", "decode")
 
@@ -115,14 +117,21 @@ def apply_settings(world: World, settings: list[str]) -> World:
 class Walk:
     """A session that walks on and turns, and the times it took."""
 
-    def __init__(self, world: World, settings: list[str], seed: int):
-        self.settings = settings
+    def __init__(self, world: World, settings: list[str], seed: int, published: bool = False):
+        self.settings = ["as published", *settings] if published else settings
         self.world = apply_settings(world, settings)
         self.rollout = self.world.config.rollout
         envelope = self.world.config.envelope
         step = MotionStep(envelope.forward, envelope.yaw)
         self._path = parse_trajectory("w*6, w+l*4, l*4, w*4, w+j*6, j*2", step, envelope.style)[1:]
         self._session = Session(self.world, seed=seed)
+        self._published = published
+        if published:
+            rows, columns = self.world.latent_size
+            text = self.world.prompts[self._session.prompt][None]
+            self._session.rollout = PublishedLoop(
+                self.world.transformer, text, self.rollout, height=rows, width=columns, device=world.device
+            )
         self._done = 0
         self._base = np.eye(4)
         self.times: list[dict[str, float]] = []  # ms a chunk
@@ -135,7 +144,8 @@ class Walk:
         ready = (time.perf_counter() - started) * 1e3
         self._session.settle()  # the clean pass of this chunk
         total = (time.perf_counter() - started) * 1e3
-        parts = {**result.timings, "clean": total - ready}
+        # the published loop cleans before it shows: its own clock tells how long
+        parts = {**result.timings, "clean": self._session.rollout.timings["clean"] if self._published else total - ready}
         self.times.append({"total": total, "ready": ready, **{part: parts[part] for part in PARTS}})
 
     def _next_pose(self) -> np.ndarray:
@@ -244,10 +254,15 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def measure(world: World, variants: list[list[str]], latents: int, seed: int = 0) -> dict:
-    """The report that the command prints: one entry a variant, and with two of them the ratio of their medians."""
+def measure(world: World, variants: list[list[str]], latents: int, seed: int = 0, as_published: bool = False) -> dict:
+    """The report that the command prints: one entry a variant, and with two of them the ratio of their medians.
+
+    as_published: the first variant is also driven by `PublishedLoop`, before all others.
+    """
     machine = describe_machine(world.device)
     walks = [Walk(world, settings, seed) for settings in variants]
+    if as_published:
+        walks.insert(0, Walk(world, variants[0], seed, published=True))
     with torch.inference_mode():
         take_turns(walks, latents)
     reports = [walk.report() for walk in walks]
@@ -294,6 +309,9 @@ def parser() -> command_line.Parser:
     made.add_argument(
         "--versus", nargs="+", metavar="KEY=VALUE", help="rollout options of a second variant; both take turns"
     )
+    made.add_argument(
+        "--as-published", action="store_true", help="first the same network driven as the public loops do it: the ratio is the gain"
+    )
     made.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, ... (default: cpu)")
     made.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="type of the networks (default: the fast one)"
@@ -307,6 +325,9 @@ def run(args: argparse.Namespace) -> dict:
     """Opens the world and measures it; ValueError for options that cannot be honoured."""
     if args.latents < ROUNDS:
         raise ValueError(f"expected at least {ROUNDS} --latents, got {args.latents}: each variant takes {ROUNDS} turns")
+    if args.as_published and (args.versus or args.latents > MOST_PUBLISHED):
+        wrong = "--versus" if args.versus else f"--latents {args.latents}"
+        raise ValueError(f"expected --as-published alone and at most {MOST_PUBLISHED} latents, where the public tables end, got {wrong}")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype) if args.dtype else None
@@ -321,7 +342,7 @@ def run(args: argparse.Namespace) -> dict:
         world = World.from_pretrained(args.world, device, dtype)
     steps = [f"steps={args.steps}"] if args.steps else []
     variants = [steps + args.set] + ([steps + args.versus] if args.versus else [])
-    return measure(world, variants, args.latents, args.seed)
+    return measure(world, variants, args.latents, args.seed, args.as_published)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -56,6 +56,7 @@ class WorldConfig:
     rollout: RolloutConfig
     prompts: PromptConfig
     images: dict[str, tuple[str, ...]] = field(default_factory=dict)  # prompt -> files in images/, the first is usual
+    text_encoder: str = ""  # folder or hub id (diffusers' layout) of the encoder that made the prompts; empty: stored prompts only
     licence: str = "unknown"  # of weights and pictures, copied into recordings
     format: int = FORMAT
 
