@@ -32,6 +32,11 @@ class FakeSession:
     def __init__(self, machine, scene, number):
         self.machine, self.scene, self.number = machine, scene, number
         self.poses = [np.eye(4)] if machine.scenes.pictures else []
+        self.prompt, self.changes = "meadow", []
+
+    def set_prompt(self, name):
+        self.prompt = name
+        self.changes.append((name, len(self.poses)))
 
     def start(self):
         return self._chunk(1, 0, 1) if self.machine.scenes.pictures else None
@@ -219,6 +224,18 @@ def test_restart_shows_nothing_stale_and_records_on(tmp_path):
     assert recorders[0].closed and not recorders[1].closed
     assert [index for index, _ in recorders[1].taken][:3] == [0, 1, 2]
     assert recorders[0].taken[-1][1] == ("forward",)
+
+
+def test_a_change_of_mood_keeps_the_place():
+    machine = Machine()
+    machine.at(1.0, partial(machine.loop.press, "forward"))
+    machine.at(3.0, lambda now: machine.loop.command("change_mood"))
+    machine.play(5.0)
+    (session,) = machine.scenes.sessions
+    ((name, latents),) = session.changes
+    assert name == session.prompt == "snow" and 8 < latents < len(session.poses) - 4
+    assert "The mood turns to snow" in machine.loop.notices
+    assert np.diff([pose[2, 3] for pose in session.poses])[latents - 2 : latents + 3].min() > 0  # the walk goes on
 
 
 def test_pause_freezes_and_costs_no_time():

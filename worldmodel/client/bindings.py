@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from worldmodel.controls import MOTIONS
 
-COMMANDS = ("restart", "next_mood", "new_town", "pause", "record", "screenshot", "overlay", "escape")
+COMMANDS = ("restart", "next_mood", "change_mood", "new_town", "pause", "record", "screenshot", "overlay", "escape")
 
 DEFAULT_KEYS = MappingProxyType(
     {
@@ -22,6 +22,7 @@ DEFAULT_KEYS = MappingProxyType(
         "down": "look_down",
         "r": "restart",
         "n": "next_mood",
+        "m": "change_mood",
         "t": "new_town",
         "p": "pause",
         "f9": "record",

@@ -100,7 +100,7 @@ class Loop:
             self._thread.join()
 
     def command(self, name: str) -> None:
-        """restart, next_mood, new_town, pause or record: done between two chunks, with a notice when it is done."""
+        """restart, next_mood, change_mood, new_town, pause or record: done between two chunks, with a notice when it is done."""
         self._commands.append(name)
         self._wake.set()
 
@@ -256,11 +256,22 @@ class Loop:
         elif command == "next_mood":
             scene = self._scenes.next_mood(scene)
             self._again(scene, f"Mood: {scene.prompt}")
+        elif command == "change_mood":
+            self._change_mood()
         elif command == "new_town":
             scene = self._scenes.new_town(scene)
             self._again(scene, f"A new town: seed {scene.seed}")
         else:
             raise ValueError(f"The generator knows no command {command!r}.")
+
+    def _change_mood(self) -> None:
+        """Another prompt for what is dreamed from here on; the place, and what is remembered of it, stay."""
+        if self._session is None:
+            self.notices.append("A replay keeps its moods")
+            return
+        scene = self._scenes.next_mood(Scene(self._session.prompt))
+        self._session.set_prompt(scene.prompt)
+        self.notices.append(f"The mood turns to {scene.prompt}")
 
     def _pause(self) -> None:
         if self._film is None and self._session is None:

@@ -13,8 +13,8 @@ from worldmodel.command_line import Parser, positive, threads
 
 WORLDS = Path(__file__).resolve().parents[2] / "assets" / "worlds"
 KEYS_HELP = (
-    "keys: W A S D move, arrows and mouse look (a click captures the mouse), Shift run, R restart, N next mood, "
-    "T new town, P pause, F9 record, F12 screenshot, F1 figures, Esc releases the mouse, then quits"
+    "keys: W A S D move, arrows and mouse look (a click captures the mouse), Shift run, R restart, N next mood, T new town, "
+    "M another mood in this place, P pause, F9 record, F12 screenshot, F1 figures, Esc releases the mouse, then quits"
 )
 
 
