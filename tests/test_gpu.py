@@ -32,6 +32,23 @@ def test_rollout_on_cuda_matches_cpu(merge):
     torch.testing.assert_close(dream("cuda", config), dream("cpu", config), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("merge", [False, True])
+def test_no_chunk_waits_for_the_device(merge):
+    model = load_transformer(WEIGHTS, attention_head_dim=24).eval().to("cuda")
+    config = RolloutConfig(window=4, merge_clean=merge)
+    rollout = Rollout(model, torch.ones(1, 5, 32, device="cuda"), config, height=4, width=4, device="cuda")
+    viewmats, lens = torch.eye(4, dtype=torch.float64, device="cuda").view(1, 1, 4, 4), torch.full((1, 4), 0.5, device="cuda")
+    with torch.no_grad():
+        rollout.step(viewmats, lens)  # libraries set themselves up
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(6):
+                rollout.step(viewmats, lens, settle=False)
+            rollout.settle()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def test_teacher_forcing_gradients_on_cuda_match_cpu():
     x, clean, text, sigma = torch.randn(1, 16, 4, 4, 4), torch.randn(1, 16, 4, 4, 4), torch.randn(1, 5, 32), torch.rand(1, 4)
     gradients = []

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from worldmodel import attention, prope, rope, schedule
 from worldmodel.checkpoint import load_transformer
@@ -253,6 +254,30 @@ def test_merged_clean_pass_equals_separate(network, config):
     separate, _ = dream(network, config)
     merged, _ = dream(network, replace(config, merge_clean=True))
     torch.testing.assert_close(merged, separate, atol=2e-5, rtol=0)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses every operation that makes the host wait for the device's result."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        waiting = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "linalg_inv.default", "equal.default")
+        if any(word in str(operation) for word in waiting):
+            raise AssertionError(f"{operation} makes the host wait")
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("positions", ["window", "absolute"])
+def test_no_chunk_waits_for_the_device(network, merge, positions):
+    config = RolloutConfig(window=4, sinks=1, merge_clean=merge, positions=positions, context_sigma=0.005)
+    rollout = Rollout(network, torch.ones(1, 5, network.config.text_dim), config, height=4, width=4)
+    viewmats, lens = walk(1)
+    with torch.no_grad(), NoWaiting():
+        for _ in range(6):
+            rollout.step(viewmats, lens, settle=False)
+        rollout.settle()
+        with pytest.raises(AssertionError, match="makes the host wait"):
+            lens[0, 0].item()
 
 
 def test_far_away_is_the_same_world(network):

@@ -106,7 +106,7 @@ class KVCache:
         """
         frames = self.visible(viewmats.shape[1])
         first = self.committed if self.absolute else len(frames)
-        reference = torch.linalg.inv(viewmats[:, :1].double())
+        reference = torch.linalg.inv_ex(viewmats[:, :1].double()).inverse  # inv would wait for its error flag
         keys, values = self._rotate(frames, reference, rows, columns, start=first - len(frames))
         view = CacheView(keys, values, first, viewmats.device)
         return view, prope.projection(viewmats.double() @ reference, intrinsics.double()).float()
@@ -119,7 +119,7 @@ class KVCache:
         frames, now = self.visible(chunk), self.committed
         later = [f for f in frames if f.index < self.sinks or f.index >= now - (self.window - 2 * chunk - self.sinks)]
         first = now if self.absolute else len(frames)
-        reference = torch.linalg.inv(viewmats[:, :1].double())
+        reference = torch.linalg.inv_ex(viewmats[:, :1].double()).inverse  # inv would wait for its error flag
         keys, values = self._rotate(frames, reference, rows, columns, start=first - len(frames))
         after = self._rotate(later, reference, rows, columns, start=first - len(later))
         view = CacheView(keys, values, first, viewmats.device, pending=chunk, tokens=rows * columns, later=after)
@@ -132,7 +132,7 @@ class KVCache:
         if not frames:
             return None, None
         keys, values = (torch.stack([getattr(f, name) for f in frames], dim=2) for name in ("keys", "values"))
-        index = torch.tensor([f.index if self.absolute else start + i for i, f in enumerate(frames)], device=keys.device)
+        index = self._places(frames, start, keys.device)
         cos, sin = (t.unsqueeze(2).to(keys.dtype) for t in rope_table(index, rows, columns, keys.shape[-1] // self.heads))
 
         def split(x: Tensor) -> Tensor:
@@ -144,6 +144,14 @@ class KVCache:
             rotated.append(split(prope.apply(inverse, keys)))
             carried.append(split(prope.apply(inverse, values)))
         return tuple(torch.cat(x, dim=-2).flatten(2, 3).transpose(2, 3) for x in (rotated, carried))
+
+    def _places(self, frames: list[FrameMemory], start: int, device: torch.device) -> Tensor:
+        """Rotary positions of `frames`, made on the device: a list of numbers would have to be waited for."""
+        if not self.absolute:
+            return torch.arange(start, start + len(frames), device=device)
+        sinks = sum(f.index < self.sinks for f in frames)
+        runs = [run for run in (frames[:sinks], frames[sinks:]) if run]  # each without gaps
+        return torch.cat([torch.arange(run[0].index, run[-1].index + 1, device=device) for run in runs])
 
     @staticmethod
     def _inverse_cameras(frames: list[FrameMemory], reference: Tensor) -> Tensor:

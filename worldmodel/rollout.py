@@ -112,7 +112,7 @@ class Rollout:
         context = x0.detach()
         if self.config.context_sigma:
             context_noise = self._draw(shape, generator) if context_noise is None else context_noise
-            context = add_noise(context, context_noise, torch.tensor(self.config.context_sigma, device=self.device))
+            context = add_noise(context, context_noise, torch.full((), self.config.context_sigma, device=self.device))
         if not grad and (self.config.merge_clean or not settle):
             self.pending = context, viewmats, intrinsics
         else:
