@@ -29,7 +29,7 @@ from worldmodel.controls import Envelope
 from worldmodel.rollout import RolloutConfig, with_steps
 from worldmodel.text import PromptBook
 from worldmodel.transformer import CausalWanTransformer
-from worldmodel.world import PromptConfig, World, WorldConfig, open_autoencoder, replace_folder, save_world
+from worldmodel.world import SHARD_SIZE, PromptConfig, World, WorldConfig, open_autoencoder, replace_folder, save_world
 
 LIMIT = 60e6  # bytes of weights and pictures
 START_SEED = 7001  # of the towns and places of the start images
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         save_world(draft, config, *networks, prompts, pictures, readme)
         for name, network in kept.items():
-            network.save_pretrained(draft / "stages" / name, max_shard_size="16MB")
+            network.save_pretrained(draft / "stages" / name, max_shard_size=SHARD_SIZE)
         World.from_pretrained(draft)  # what does not open does not replace what does
         replace_folder(draft, args.output)
     finally:

@@ -3,14 +3,35 @@
 import json
 import os
 import pickle
+import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from worldmodel.checkpoint import CheckpointError, inspect_state, load_transformer, main, read_state, to_diffusers_names
+from worldmodel.autoencoder import TinyAutoencoder
+from worldmodel.checkpoint import (
+    CheckpointError,
+    find_weights,
+    inspect,
+    inspect_state,
+    load_transformer,
+    main,
+    read_state,
+    to_diffusers_names,
+)
+from worldmodel.client.options import PUBLISHED, find_world
+from worldmodel.client.paths import tour
+from worldmodel.controls import MOTIONS
+from worldmodel.convert import Conversion, PublishedWorld, convert, open_vae
+from worldmodel.session import Session
+from worldmodel.text import PromptBook
+from worldmodel.world import World
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = json.loads((GOLDEN / "state_dict_names.json").read_text())
@@ -182,18 +203,348 @@ def test_broken_files_are_refused(weights, tmp_path):
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match="damaged or incomplete"):
         read_state(path)
-    path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    for left in (b"version https://git-lfs.github.com/spec/v1", b"", b"\x10\x00"):  # git without lfs; a download that hardly began
+        path.write_bytes(left)
+        with pytest.raises(CheckpointError, match=f"stands for a file that was not fetched, it holds {len(left)} bytes"):
+            read_state(path)
+    path.write_bytes(b"<!DOCTYPE html><html>")
     with pytest.raises(CheckpointError, match="neither"):
         read_state(path)
     with pytest.raises(FileNotFoundError, match="no weights file"):
         read_state(tmp_path / "absent")
 
 
+def shards(state, folder, count=2):
+    """The state as sharded safetensors with an index; returns the index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table, names = {}, sorted(state)
+    for number in range(count):
+        file = f"diffusion_pytorch_model-{number + 1:05}-of-{count:05}.safetensors"
+        part = names[number::count]
+        save_file({name: state[name].contiguous() for name in part}, folder / file)
+        table |= dict.fromkeys(part, file)
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    return index
+
+
+def training(state, folder, stage="dmd", **networks):
+    """A checkpoint folder as our training leaves it."""
+    folder.mkdir(parents=True)
+    for name, tensors in {"student": state, **networks}.items():
+        save_file(tensors, folder / f"{name}.safetensors")
+    save_file({"0.step": torch.zeros(1)}, folder / "optimizer-student.safetensors")
+    config = {"data": {}, "optimiser": {}, stage: {"lr": 1e-3}, "model": {"head_dim": HEAD_DIM}, "run": {}}
+    (folder / "state.json").write_text(json.dumps({"step": 12, "drawn": 96, "config": config}))
+    return folder
+
+
+def test_sharded_weights(weights, tmp_path):
+    index = shards(weights, tmp_path / "wan")
+    read = read_state(index)
+    assert read.keys() == weights.keys() and all(torch.equal(read[name], weights[name]) for name in weights)
+    assert read_state(tmp_path / "wan").keys() == weights.keys()
+    second = index.with_name("diffusion_pytorch_model-00002-of-00002.safetensors")
+    tensors = load_file(second)
+    name = next(iter(tensors))
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, second)
+    with pytest.raises(CheckpointError, match=rf"00002-of-00002.safetensors lacks {name}:"):
+        read_state(index)
+    save_file({**tensors, "stray": torch.zeros(1)}, second)
+    with pytest.raises(CheckpointError, match="holds beside what the index names stray:"):
+        read_state(index)
+    second.write_bytes(second.read_bytes()[:500])
+    with pytest.raises(CheckpointError, match=r"00002-of-00002.safetensors is damaged or incomplete"):
+        read_state(index)
+    second.unlink()
+    with pytest.raises(CheckpointError, match=r"00002-of-00002.safetensors is missing, which diffusion_pytorch_model"):
+        read_state(index)
+    index.write_text(index.read_text()[:100])
+    with pytest.raises(ValueError, match="is no index of weights files"):
+        read_state(index)
+
+
+def test_folders(weights, tmp_path):
+    (wan := tmp_path / "wan").mkdir()
+    with pytest.raises(CheckpointError, match="wan holds no transformer's weights: name the file"):
+        read_state(wan)
+    torch.save({"encoder.conv1.weight": torch.zeros(1)}, wan / "vae.pth")
+    save_file({"shared.weight": torch.zeros(1)}, wan / "a_text_encoder.safetensors")
+    save_file(weights, wan / "zz.safetensors")  # neither its name nor its place says it
+    assert find_weights(wan).name == "zz.safetensors" and inspect(wan).head_dim is None
+    (wan / "config.json").write_text(json.dumps({"_class_name": "WanModel", "dim": 96, "num_heads": 4}))
+    assert inspect(wan).head_dim == HEAD_DIM and load_transformer(str(wan)).config.num_attention_heads == 4
+    (wan / "config.json").write_text(json.dumps({"_class_name": "UMT5", "dim": 96, "num_heads": 4}))
+    assert inspect(wan).head_dim is None
+    save_file(weights, wan / "another.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds 2 transformers, another.safetensors, zz.safetensors: name the file"):
+        read_state(wan)
+
+
+def test_our_training(weights, tmp_path):
+    average = {name: tensor + 1 for name, tensor in weights.items()}
+    folder = training(to_diffusers_names(weights), tmp_path / "step-12", average=to_diffusers_names(average), critic={"x": torch.zeros(1)})
+    info = inspect(folder)
+    assert (info.part, info.other_parts, info.stage, info.head_dim) == ("average", ("critic", "student"), "dmd, step 12", HEAD_DIM)
+    assert torch.equal(load_transformer(folder).proj_out.bias, average["head.head.bias"])
+    assert torch.equal(load_transformer(folder, part="student").proj_out.bias, weights["head.head.bias"])
+    (folder / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match="state.json is damaged or of another program"):
+        inspect(folder)
+    (coder := tmp_path / "step-3").mkdir()
+    (coder / "state.json").write_text(json.dumps({"step": 3, "config": {"autoencoder": {}}}))
+    with pytest.raises(CheckpointError, match="holds no transformer's weights: name the checkpoint of a stage"):
+        inspect(coder)
+
+
+def test_half_precision_keeps_what_diffusers_keeps(weights):
+    model = load_transformer(weights, attention_head_dim=HEAD_DIM, dtype=torch.bfloat16)
+    precise = {name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32}
+    assert precise == {
+        name for name in model.state_dict() if any(part in name for part in ("time_embedder", "scale_shift_table", "norm2"))
+    }
+
+
 def test_inspect_command(weights, tmp_path, capsys):
     path = tmp_path / "any.name"
-    save_file(prefixed(weights, "model."), path)
+    torch.save({"generator": prefixed(weights, "model."), "critic": {}, "step": 600}, path)
     assert main(["inspect", str(path)]) == 0
-    assert "wan, prefix 'model.'" in (text := capsys.readouterr().out) and "PRoPE" in text and "96" in text
-    path.write_bytes(b"nothing")
-    assert main(["inspect", str(path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    said = capsys.readouterr().out
+    assert all(words in said for words in ("wan, prefix 'model.'", "PRoPE", "96", "step 600", "critic", "not told: give their width"))
+    assert main(["inspect", str(training(to_diffusers_names(weights), tmp_path / "s"))]) == 0
+    assert "4 of 24, as said beside the weights" in (said := capsys.readouterr().out) and "dmd, step 12" in said
+    for source, reason in ((tmp_path / "absent", "no file or folder"), ("no where", "no file or folder"), (path, "neither")):
+        path.write_bytes(b"nothing at all")
+        assert main(["inspect", str(source)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("inspect: ") and reason in said and said.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------ worlds of published weights
+
+SIZE = "height: 32\nwidth: 48\n"
+YAML = """
+title: Noise of others
+source: {source}
+autoencoder: {autoencoder}
+licence: Apache-2.0.
+prompt: a street of noise
+""" + SIZE + """
+envelope: {{forward: 0.08, strafe: 0.08, yaw: 3.0, pitch: 3.0, style: fly}}
+rollout: {{steps: [1000, 500], first_steps: [1000, 750], window: 6, chunk: {chunk}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A folder: `vae/` and `prompts.safetensors` to go with the weights returned beside it."""
+    folder = tmp_path_factory.mktemp("published")
+    torch.manual_seed(3)
+    AutoencoderKLWan(base_dim=8, z_dim=16, num_res_blocks=1).save_pretrained(folder / "vae")
+    PromptBook({"default": torch.randn(4, 24), "other": torch.randn(4, 24)}, {"default": "noise"}).save(folder / "prompts.safetensors")
+    return folder, load_file(GOLDEN / "weights_cd_teacher.safetensors")
+
+
+def recipe(folder, published, chunk=1, source="no/where/x.pt"):
+    path = folder / "mine.yaml"
+    path.write_text(YAML.format(source=source, autoencoder=published[0] / "vae", chunk=chunk))
+    return path
+
+
+def original(state, folder):
+    """Wan-AI/Wan2.1-T2V-14B: the original names in shards."""
+    shards(without_camera(state), folder)
+    (folder / "config.json").write_text(json.dumps({"_class_name": "WanModel", "dim": 48, "num_heads": 2}))
+    return folder, {}
+
+
+def diffusers(state, folder):
+    """Wan-AI/Wan2.1-T2V-1.3B-Diffusers."""
+    load_transformer(without_camera(state), attention_head_dim=HEAD_DIM).save_pretrained(folder / "transformer")
+    return folder, {}
+
+
+def minwm(state, folder):
+    """MIN-Lab/minWM: a trainer's file with camera weights."""
+    torch.save({"generator": prefixed(state, FSDP), "step": 9}, folder / "model.pt")
+    return folder / "model.pt", {"--head-dim": HEAD_DIM}
+
+
+def forcing(state, folder):
+    """zhuhz22/Causal-Forcing, gdhe17/Self-Forcing: the average beside the generator, no camera."""
+    wrong = {name: tensor + 1 for name, tensor in without_camera(state).items()}
+    torch.save({"generator": prefixed(wrong, "model."), "generator_ema": prefixed(without_camera(state), FSDP)}, folder / "dmd.pt")
+    return folder / "dmd.pt", {"--head-dim": HEAD_DIM}
+
+
+def ours(state, folder):
+    """runs/X/dmd/checkpoints/step-12."""
+    wrong = {name: tensor + 1 for name, tensor in to_diffusers_names(state).items()}
+    return training(wrong, folder / "step-12", average=to_diffusers_names(state)), {}
+
+
+@pytest.mark.parametrize(
+    ("form", "camera", "chunk"),
+    [(original, False, 1), (diffusers, False, 1), (minwm, True, 1), (forcing, False, 3), (ours, True, 1)],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_every_published_form_is_played(published, tmp_path, form, camera, chunk, capsys):
+    (tmp_path / "in").mkdir()
+    source, options = form(published[1], tmp_path / "in")
+    output = tmp_path / "worlds" / "theirs"
+    command = ["convert", source, "--world", recipe(tmp_path, published, chunk), "--output", output]
+    command += ["--prompts", published[0] / "prompts.safetensors", *(word for pair in options.items() for word in pair)]
+    assert main([str(word) for word in command]) == 0, capsys.readouterr().err
+    world = World.from_pretrained(output, dtype=torch.float32)
+    assert torch.equal(world.transformer.proj_out.weight, published[1]["head.head.weight"].bfloat16().float())
+    assert (world.config.name, world.prompts.names, world.transformer.config.camera) == ("theirs", ("default", "other"), camera)
+    assert set(world.config.envelope.locked) == ({"rise", "sink", "run"} if camera else set(MOTIONS))
+    readme = (output / "README.md").read_text()
+    assert str(source) in world.config.licence and str(source) in readme and "Apache-2.0" in world.config.licence
+    assert ("cannot be steered" in world.config.title) == ("every motion key is locked" in readme) == (not camera)
+    session = Session(world)
+    walk = tour(world.config.envelope)[:chunk]  # of a world that cannot be steered: standing still
+    frames = [session.step(walk).frames for _ in range(2)]
+    assert [len(group) for group in frames] == [4 * chunk - 3, 4 * chunk] and frames[1].std() > 0
+    session.rewind(chunk)
+    assert np.array_equal(session.step(walk).frames, frames[1])
+
+
+def test_worlds_are_converted_too(tiny_bundle, tmp_path):
+    """A bundle gives both networks; another number type, another size of steps."""
+    book = tmp_path / "prompts.safetensors"
+    PromptBook({"grey": torch.randn(3, 8)}).save(book)
+    path = tmp_path / "again.yaml"
+    path.write_text(YAML.format(source=tiny_bundle, autoencoder=tiny_bundle, chunk=1))
+    world = convert(PublishedWorld.read(path), tmp_path / "again", Conversion(prompts=book, dtype="float32"))
+    opened = World.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    stored = load_file(tiny_bundle / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in opened.transformer.state_dict().items())
+    assert opened.config == world.config and opened.config.prompts.default == "grey" and not opened.config.text_encoder
+
+
+def test_a_repository_on_the_hub(published, tmp_path, monkeypatch):
+    """One diffusers repository gives transformer, autoencoder and the text encoder's name, from the hub library's cache alone."""
+    root = tmp_path / "hub/models--Wan-AI--Wan2.1-T2V-1.3B-Diffusers"
+    snapshot = root / "snapshots/0123456789abcdef0123456789abcdef01234567"
+    diffusers(published[1], snapshot)
+    shutil.copytree(published[0] / "vae", snapshot / "vae")
+    (root / "refs").mkdir()
+    (root / "refs/main").write_text(snapshot.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    asked = []
+
+    def embed(text, place, shape, device, dtype, tell):
+        asked.append((text, place, shape))
+        return torch.zeros(shape)
+
+    monkeypatch.setattr("worldmodel.convert.embed_text", embed)
+    monkeypatch.setattr("worldmodel.client.options.PUBLISHED", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    repository = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    text = YAML.format(source=repository, autoencoder=repository, chunk=1) + f"text_encoder: {repository}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    folder = find_world("mine")
+    assert folder == tmp_path / "user/worldmodel/worlds/mine" and asked == [("a street of noise", repository, (512, 24))]
+    world = World.from_pretrained(folder, dtype=torch.float32)
+    assert world.prompts.text("default") == "a street of noise" and world.config.text_encoder == repository
+    assert Session(world).step(np.eye(4)).frames.shape == (1, 32, 48, 3)
+    shutil.rmtree(root)
+    assert find_world("mine") == folder and len(asked) == 1  # made once
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match=rf"mine could not be made: transformer/.* of {repository} cannot be had: HF_HUB_OFFLINE"):
+        find_world("mine")
+    assert not folder.exists()
+    with pytest.raises(ValueError, match="no world 'min'.*those of published weights, fetched on first use, are mine"):
+        find_world("min")
+
+
+def test_the_worlds_of_this_repository(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    expected = {
+        "minwm-4step": (4, 1, 20, 0.08), "causal-forcing-2step": (2, 1, 21, None), "causal-forcing-1step": (1, 1, 21, None),
+        "causal-forcing-chunk-4step": (4, 3, 21, None), "self-forcing-chunk-4step": (4, 3, 21, None),
+    }  # fmt: skip
+    assert {path.stem for path in PUBLISHED.glob("*.yaml")} == expected.keys()
+    for name, (steps, chunk, window, speed) in expected.items():
+        world = PublishedWorld.read(PUBLISHED / f"{name}.yaml")
+        assert (len(world.rollout.steps), world.rollout.chunk, world.rollout.window) == (steps, chunk, window)
+        assert (world.height, world.width, world.fps, world.rollout.shift, len(world.rollout.first_steps)) == (480, 832, 16.0, 5.0, 4)
+        assert speed is None or (world.envelope.forward, world.envelope.yaw) == (speed, 3.0)
+        with pytest.raises(ValueError, match=rf"The world {name} could not be made: .* cannot be had: HF_HUB_OFFLINE is set.* --output"):
+            find_world(name)
+
+
+def test_tiny_autoencoders(tmp_path):
+    tiny = TinyAutoencoder()
+    torch.save(tiny.state_dict(), tmp_path / "taew2_1.pth")
+    for path in (tmp_path, tmp_path / "taew2_1.pth"):
+        opened = open_vae(path, torch.bfloat16)
+        assert torch.equal(opened.decoder[1].weight, tiny.decoder[1].weight.bfloat16())
+    video = torch.rand(1, 3, 1, 16, 16)
+    assert torch.equal(open_vae(path).encode(video), tiny.encode(video))
+    torch.save({"encoder.conv1.weight": torch.zeros(1)}, tmp_path / "Wan2.1_VAE.pth")
+    with pytest.raises(ValueError, match=r"Wan2.1_VAE.pth is no tiny autoencoder.*missing: encoder.0.weight.*give vae/"):
+        open_vae(tmp_path / "Wan2.1_VAE.pth")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no autoencoder"):
+        open_vae(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"--world": "absent.yaml"}, r"absent.yaml cannot be read as a published world \(No such file or directory\)"),
+        ({"--world": "mine.yaml", "text": "title: x\nsauce: y"}, "mine.yaml: unknown key 'sauce'; did you mean 'source'"),
+        ({"--world": "mine.yaml", "text": "title: x"}, "the key 'source' is missing"),
+        ({"--output": "full"}, "expected the output as a new name or an older world"),
+        ({"--prompts": "absent.safetensors"}, "absent.safetensors cannot be read"),
+        ({"--prompts": None}, "A world needs a stored prompt: give --prompts"),
+        ({"--prompts": "wide.safetensors"}, "prompts have 25 features, the transformer reads 24"),
+        ({"--autoencoder": "full"}, "full holds no autoencoder"),
+        ({"--autoencoder": "nowhere.pth"}, "there is no file or folder 'nowhere.pth'"),
+        ({"--head-dim": "20"}, "do not make the width 48"),
+        ({"--part": "critic"}, "has no part critic"),
+        ({"--dtype": "int8"}, "invalid choice: 'int8'"),
+        ({"source": "half.pt"}, r"half.pt is damaged or incomplete"),
+        ({"source": "code.pt"}, "could run code, so it was not loaded"),
+        ({"source": "full"}, "full holds no transformer's weights"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(value),
+)
+def test_conversions_that_cannot_be(published, tmp_path, monkeypatch, capsys, change, reason):
+    monkeypatch.chdir(tmp_path)
+    source, _ = minwm(published[1], tmp_path)
+    recipe(tmp_path, published)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").write_text("mine")
+    (tmp_path / "half.pt").write_bytes(source.read_bytes()[:9000])
+    torch.save({"generator": Payload(tmp_path / "executed")}, tmp_path / "code.pt")
+    PromptBook({"default": torch.zeros(2, 25)}).save(tmp_path / "wide.safetensors")
+    if "text" in change:
+        (tmp_path / "mine.yaml").write_text(change["text"])
+    before = sorted(path.name for path in tmp_path.iterdir())
+    given = {"--world": "mine.yaml", "--output": "theirs", "--prompts": str(published[0] / "prompts.safetensors"), "--head-dim": "24"}
+    given |= {key: value for key, value in change.items() if key.startswith("--")}
+    words = [word for key, value in given.items() if value is not None for word in (key, value)]
+    assert main(["convert", change.get("source", str(source)), *words]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("convert: ") and re.search(reason, said), said
+    assert sorted(path.name for path in tmp_path.iterdir()) == before and (tmp_path / "full/notes.txt").is_file()
+
+
+def test_an_older_world_stays_until_the_new_one_is_there(published, tmp_path):
+    source, _ = minwm(published[1], tmp_path)
+    world = PublishedWorld.read(recipe(tmp_path, published))
+    good = Conversion(source=str(source), prompts=published[0] / "prompts.safetensors", head_dim=HEAD_DIM)
+    convert(world, tmp_path / "theirs", good)
+    before = (tmp_path / "theirs/world.yaml").read_text()
+    with pytest.raises(CheckpointError):
+        convert(world, tmp_path / "theirs", replace(good, head_dim=7))
+    assert (tmp_path / "theirs/world.yaml").read_text() == before
+    convert(replace(world, title="Anew"), tmp_path / "theirs", good)
+    assert World.from_pretrained(tmp_path / "theirs").config.title == "Anew"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.yaml", "model.pt", "theirs"]

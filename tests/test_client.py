@@ -234,7 +234,7 @@ def test_a_change_of_mood_keeps_the_place():
     (session,) = machine.scenes.sessions
     ((name, latents),) = session.changes
     assert name == session.prompt == "snow" and 8 < latents < len(session.poses) - 4
-    assert "The mood turns to snow" in machine.loop.notices
+    assert "The mood turns to snow" in machine.loop.notices and machine.loop.status.scene.prompt == "snow"
     assert np.diff([pose[2, 3] for pose in session.poses])[latents - 2 : latents + 3].min() > 0  # the walk goes on
 
 

@@ -13,9 +13,10 @@ ROOT = Path(__file__).parent.parent
 ROOMS = [
     "worldmodel.command_line", "worldmodel.options",
     "worldmodel.camera", "worldmodel.controls", "worldmodel.schedule", "worldmodel.rope", "worldmodel.prope", "worldmodel.attention",
-    "worldmodel.kv_cache", "worldmodel.transformer", "worldmodel.autoencoder", "worldmodel.text", "worldmodel.checkpoint",
+    "worldmodel.kv_cache", "worldmodel.transformer", "worldmodel.autoencoder", "worldmodel.text", "worldmodel.text_encoder",
+    "worldmodel.sources", "worldmodel.checkpoint",
     "worldmodel.rollout", "worldmodel.as_published",
-    "worldmodel.world", "worldmodel.session", "worldmodel.recording", "worldmodel.benchmark", "worldmodel.client",
+    "worldmodel.world", "worldmodel.convert", "worldmodel.session", "worldmodel.recording", "worldmodel.benchmark", "worldmodel.client",
     "play", "distill",
 ]  # fmt: skip
 SOURCES = [*ROOT.glob("worldmodel/**/*.py"), *ROOT.glob("distill/**/*.py"), ROOT / "play.py"]

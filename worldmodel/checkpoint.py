@@ -1,12 +1,17 @@
 """Reads published transformer weights: strictly (every tensor accounted for) and safely (no code in a file ever runs).
 
-Understood: safetensors files and `torch.save` files that hold plain tensors, with the parameter names of the original
-Wan2.1 code (Wan2.1, minWM, Self-Forcing, Causal-Forcing) or of diffusers, bare or inside a trainer's checkpoint.
+Understood: safetensors files, single or sharded, and `torch.save` files that hold plain tensors, with the parameter names of the
+original Wan2.1 code (Wan2.1, minWM, Self-Forcing, Causal-Forcing) or of diffusers, bare or inside a trainer's checkpoint; folders with
+one of these, worlds, and the checkpoints that our own training leaves; all of them here or on the hub (`worldmodel.sources`).
 What a file is, is read from its content, never from its name.
 
-    python -m worldmodel.checkpoint inspect FILE
+    python -m worldmodel.checkpoint inspect SOURCE
+    python -m worldmodel.checkpoint convert SOURCE --world configs/worlds/NAME.yaml --output FOLDER
 """
 
+import errno
+import importlib
+import json
 import pickle
 import sys
 from collections.abc import Iterable, Mapping
@@ -15,16 +20,19 @@ from inspect import signature
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from worldmodel.command_line import Parser, run
+from worldmodel.sources import fetch, read_index, weights_among
 
 State = Mapping[str, torch.Tensor]
 
 WAN_HEAD_DIM = 128  # width of one attention head in every published Wan model; the shapes do not tell it
 # Trainers save {part: state dict}; of several parts the first of these is taken, as the reference's inference does.
-PARTS = ("generator_ema", "generator", "model")
+PARTS = ("generator_ema", "generator", "model", "average", "student")  # the last two: our own training's
+_STEP_NAMES = ("step", "global_step", "iteration")  # how trainers call the number of steps taken
+_RECIPE_SECTIONS = frozenset({"data", "optimiser", "model", "run"})  # of our state.json; the one besides them is named after its stage
+_NETWORKS = ("CausalWanTransformer", "WanTransformer3DModel", "WanModel", "CausalWanModel")  # `_class_name` in the config.json of a Wan
 # Path segments that training puts into names: FSDP, checkpointing and torch.compile anywhere, the others in front.
 _WRAPPER_SEGMENTS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
 _LEADING_SEGMENTS = frozenset({"model", "diffusion_model", "module"})
@@ -82,18 +90,20 @@ class CheckpointInfo:
     freq_dim: int  # features of the sinusoidal clock
     camera: bool  # has the PRoPE output layers
     cross_attn_norm: bool  # layer norm with weights before cross attention
+    head_dim: int | None  # width of an attention head where a file beside the weights says it; the tensors do not tell
+    stage: str  # what the trainer says of it, "" where it says nothing: "dmd, step 500"
     dtypes: tuple[str, ...]  # number types of the tensors
     parameters: int  # numbers in all tensors
 
     def config(self, **overrides) -> dict:
         """Configuration for `CausalWanTransformer`; `overrides` replace or complete what the shapes tell.
 
-        The number of heads is width / `attention_head_dim` (default 128, as in every public Wan).
+        The number of heads is width / `attention_head_dim` (default: what stands beside the weights, or 128, as in every public Wan).
         Errors: CheckpointError where the heads do not make the width.
         """
         if "num_attention_heads" in overrides and "attention_head_dim" not in overrides:
             overrides["attention_head_dim"] = self.width // max(1, overrides["num_attention_heads"])
-        head_dim = overrides.setdefault("attention_head_dim", WAN_HEAD_DIM)
+        head_dim = overrides.setdefault("attention_head_dim", self.head_dim or WAN_HEAD_DIM)
         heads = overrides.setdefault("num_attention_heads", self.width // max(1, head_dim))
         if heads * head_dim != self.width or heads < 1:
             raise CheckpointError(
@@ -115,17 +125,20 @@ class CheckpointInfo:
 
 
 def read_state(path: str | Path) -> dict:
-    """The content of a weights file: {name: tensor}, or a trainer's {part: {name: tensor}}.
+    """The content of weights here: {name: tensor}, or a trainer's {part: {name: tensor}}.
 
-    Tensors are mapped from the file, not read, where the format allows.
+    path: a file, an index of sharded files, or a folder (see `find_weights`). Tensors are mapped from the file, not read, where the
+    format allows.
     Errors: FileNotFoundError; CheckpointError for other formats, damaged files, and pickles that hold anything besides
-    plain data (nothing in them runs).
+    plain data (nothing in them runs); SourceError for a damaged index.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights file at {path}")
+    path = find_weights(path)
+    if path.is_dir():
+        return _read_training(path)
     with path.open("rb") as file:
         start = file.read(9)
+    if start[:1] == b"{":
+        return _read_shards(path)
     try:
         if start[8:9] == b"{":  # eight bytes of header length, then JSON
             return load_file(path)
@@ -138,10 +151,43 @@ def read_state(path: str | Path) -> dict:
             f"{path} holds Python objects besides tensors and could run code, so it was not loaded: "
             "ask for a safetensors file, or save the tensors alone."
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that one: the reader seeks to before a short file's start
+            raise
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path} is damaged or incomplete ({reason}): fetch it again.") from error
+    if len(start) < 9 or start == b"version h":  # an empty file, or what git leaves where git-lfs is not installed
+        raise CheckpointError(f"{path} stands for a file that was not fetched, it holds {path.stat().st_size} bytes: fetch it again.")
     raise CheckpointError(f"{path} is neither a safetensors file nor a torch.save file: expected transformer weights.")
+
+
+def find_weights(path: str | Path) -> Path:
+    """What `read_state` reads of a path: a file itself; of a folder its one transformer, in `transformer/` or in the folder.
+
+    A checkpoint folder of our training stays a folder. Of several weights files, the one with the tensors of a transformer is taken.
+    Errors: FileNotFoundError for an absent path; CheckpointError for a folder with none or several.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no weights file at {path}")
+    if not path.is_dir() or _is_training(path):
+        return path
+    files = [*path.iterdir(), *(path / "transformer").glob("*")]
+    found = weights_among([file.relative_to(path).as_posix() for file in files if file.is_file()])
+    if len(found) > 1:
+        found = [name for name in found if _holds_transformer(path / name)]
+    if len(found) != 1:
+        what = f"{len(found)} transformers, {_listing(found)}" if found else "no transformer's weights"
+        raise CheckpointError(f"{path} holds {what}: name the file that is meant.")
+    return path / found[0]
+
+
+def inspect(source: str | Path, part: str | None = None) -> CheckpointInfo:
+    """Says what a file, folder or place on the hub holds, as `inspect_state`; what stands beside the weights is read too.
+
+    Errors: CheckpointError, SourceError, FileNotFoundError, as `read_state` and `worldmodel.sources.fetch`.
+    """
+    return _inspect(*_select(*_open(source), part))
 
 
 def inspect_state(state: Mapping, part: str | None = None) -> CheckpointInfo:
@@ -149,7 +195,7 @@ def inspect_state(state: Mapping, part: str | None = None) -> CheckpointInfo:
 
     Errors: CheckpointError where it is not a Wan transformer for text and camera, naming what is missing or foreign.
     """
-    return _inspect(*_select(state, part))
+    return _inspect(*_select(state, None, part))
 
 
 def to_diffusers_names(state: Mapping, part: str | None = None) -> dict[str, torch.Tensor]:
@@ -158,7 +204,7 @@ def to_diffusers_names(state: Mapping, part: str | None = None) -> dict[str, tor
     The reference's `self_attn.prope_o` becomes `attn1.prope_out`. `state` is not changed and shares its tensors.
     Errors: CheckpointError naming a tensor that no Wan transformer has.
     """
-    bare = _bare_names(_select(state, part)[0])
+    bare = _bare_names(_select(state, None, part)[0])
     if _family(bare) == "diffusers":
         return bare
     renamed = {name: _diffusers_name(name) for name in bare}
@@ -173,24 +219,25 @@ def to_diffusers_names(state: Mapping, part: str | None = None) -> dict[str, tor
 def load_transformer(
     source: str | Path | Mapping, *, part: str | None = None, dtype: torch.dtype | None = None, **overrides
 ):
-    """Builds the `CausalWanTransformer` that a weights file or state dict describes; the model owns its memory.
+    """Builds the `CausalWanTransformer` that weights describe; the model owns its memory.
 
     Args:
-        source: file, or what `read_state` returned.
+        source: file, folder or place on the hub (`worldmodel.sources`), or what `read_state` returned.
         part: which part of a trainer's checkpoint; default: the EMA if there is one.
-        dtype: number type of the weights; default: the file's.
-        overrides: configuration values that shapes do not tell or that are to differ: `attention_head_dim` (default
-            128); `camera=True` adds the camera path (zero, so the output does not change) to a model without one,
-            `camera=False` leaves it out.
+        dtype: number type of the weights, except those that diffusers keeps in float32; default: the file's.
+        overrides: configuration values that shapes do not tell or that are to differ: `attention_head_dim` (default: what a
+            config.json beside the weights says, or 128); `camera=True` adds the camera path (zero, so the output does not change) to
+            a model without one, `camera=False` leaves it out.
 
-    Errors: CheckpointError naming missing, foreign and misshapen tensors, or an unknown configuration key.
+    Errors: CheckpointError naming missing, foreign and misshapen tensors, or an unknown configuration key; for a source also those of
+    `read_state` and `worldmodel.sources.fetch`.
     """
     from accelerate import init_empty_weights  # both imports are slow, and reading names needs neither
 
     from worldmodel.transformer import CausalWanTransformer
 
-    state = source if isinstance(source, Mapping) else read_state(source)
-    info = inspect_state(state, part)
+    state, beside = (source, None) if isinstance(source, Mapping) else _open(source)
+    info = _inspect(*_select(state, beside, part))
     config = info.config(**overrides)
     known = signature(CausalWanTransformer.__init__).parameters
     unknown = [key for key in config if key not in known]
@@ -200,13 +247,14 @@ def load_transformer(
         )
     with init_empty_weights(include_buffers=False):
         model = CausalWanTransformer(**config)
-    tensors = to_diffusers_names(state, part)
+    tensors = dict(to_diffusers_names(state, part))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tensors = _match_camera(tensors, expected, info.camera, config["camera"])
     check_tensors(tensors, expected)
-    model.load_state_dict(
-        {name: tensor.to(dtype or tensor.dtype, copy=True) for name, tensor in tensors.items()}, assign=True
-    )
+    for name in list(tensors):  # one by one: a file is mapped, and only the copy lies in memory
+        precise = dtype and not set(name.split(".")).isdisjoint(model._keep_in_fp32_modules)
+        tensors[name] = tensors[name].to(torch.float32 if precise else dtype or tensors[name].dtype, copy=True)
+    model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 
@@ -231,8 +279,90 @@ def check_tensors(state: State, expected: Mapping[str, tuple[int, ...]]) -> None
         )
 
 
-def _select(state: Mapping, part: str | None) -> tuple[State, str, tuple[str, ...]]:
-    """-> (state dict, name of the part or "", names of the other parts)."""
+@dataclass(frozen=True)
+class _Told:
+    """What is known of a state dict besides its tensors."""
+
+    part: str = ""
+    other_parts: tuple[str, ...] = ()
+    head_dim: int | None = None
+    stage: str = ""
+
+
+def _open(source: str | Path) -> tuple[dict, int | None]:
+    """Weights of any source -> (content, width of a head that a file beside them tells)."""
+    path = find_weights(fetch(source))
+    return read_state(path), _told_head_dim(path)
+
+
+def _told_head_dim(path: Path) -> int | None:
+    """From the config.json of a Wan (diffusers' or the original) beside the weights, or our training's state.json."""
+    file = path / "state.json" if path.is_dir() else path.with_name("config.json")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if path.is_dir():
+            return int(values["config"]["model"]["head_dim"])
+        if values["_class_name"] not in _NETWORKS:
+            return None
+        return int(values["attention_head_dim"]) if "attention_head_dim" in values else values["dim"] // values["num_heads"]
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return None  # nothing told: the usual width is tried, and has to fit
+
+
+def _is_training(folder: Path) -> bool:
+    return (folder / "state.json").is_file()
+
+
+def _read_training(folder: Path) -> dict:
+    """`runs/X/STAGE/checkpoints/step-N` -> {network: {name: tensor}, "stage": its name, "step": steps taken}."""
+    try:
+        told = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        stages = [name for name in told["config"] if name not in _RECIPE_SECTIONS]
+        step = int(told["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{folder / 'state.json'} is damaged or of another program: name a weights file.") from None
+    files = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("optimizer-"))
+    if not any(file.stem in PARTS for file in files):
+        raise CheckpointError(f"{folder} holds no transformer's weights: name the checkpoint of a stage that trains one.")
+    return {file.stem: read_state(file) for file in files} | {"stage": ", ".join(stages), "step": step}
+
+
+def _read_shards(index: Path) -> dict[str, torch.Tensor]:
+    """The tensors that an index names, out of the files it names; each file holds exactly its own."""
+    table, state = read_index(index), {}
+    for file in sorted(set(table.values())):
+        if not (index.parent / file).is_file():
+            raise CheckpointError(f"{index.parent / file} is missing, which {index.name} names: fetch it too.")
+        held = read_state(index.parent / file)
+        named = {name for name in table if table[name] == file}
+        for names, fault in ((named - set(held), "lacks"), (set(held) - named, "holds beside what the index names")):
+            if names:
+                raise CheckpointError(f"{index.parent / file} {fault} {_listing(sorted(map(str, names)))}: fetch index and files again.")
+        state |= held
+    return state
+
+
+def _holds_transformer(path: Path) -> bool:
+    """Whether a file has the tensors of a Wan transformer, bare or in a part; of safetensors, only the names are read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _is_transformer(file.keys())
+    except (SafetensorError, OSError):
+        pass
+    try:
+        state = read_state(path)
+        parts = [state, *(value for value in state.values() if isinstance(value, Mapping))]
+        return any(_is_transformer(part) for part in parts)
+    except (ValueError, AttributeError):
+        return False
+
+
+def _is_transformer(names: Iterable) -> bool:
+    return not {_bare(str(name)) for name in names}.isdisjoint(_FAMILY_MARKS.values())
+
+
+def _select(state: Mapping, head_dim: int | None, part: str | None) -> tuple[State, _Told]:
+    """-> (state dict, what is known besides)."""
     if not isinstance(state, Mapping) or not state:
         raise CheckpointError(
             f"expected a dict with the weights of a transformer, found {type(state).__name__} with nothing in it."
@@ -252,7 +382,16 @@ def _select(state: Mapping, part: str | None) -> tuple[State, str, tuple[str, ..
         raise CheckpointError(
             f"expected a dict with the weights of a transformer, found other things: {_listing(map(str, wrong))}."
         )
-    return chosen, name, tuple(str(key) for key in state if name and key != name)
+    if not name:
+        return chosen, _Told(head_dim=head_dim)
+    stage = [state[key] for key in ("stage",) if isinstance(state.get(key), str)]
+    steps = [f"step {int(state[key])}" for key in _STEP_NAMES if _is_count(state.get(key))]
+    others = tuple(str(key) for key in state if key not in (name, "stage", *_STEP_NAMES))
+    return chosen, _Told(name, others, head_dim, ", ".join(stage + steps[:1]))
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) or (isinstance(value, torch.Tensor) and value.numel() == 1)
 
 
 def _bare(name: str) -> str:
@@ -292,7 +431,7 @@ def _diffusers_name(name: str) -> str | None:
     return f"{block}{names[module]}.{leaf}" if module in names else None
 
 
-def _inspect(state: State, part: str, other_parts: tuple[str, ...]) -> CheckpointInfo:
+def _inspect(state: State, told: _Told) -> CheckpointInfo:
     bare = _bare_names(state)
     family = _family(bare)
     mark = _FAMILY_MARKS[family]
@@ -310,8 +449,8 @@ def _inspect(state: State, part: str, other_parts: tuple[str, ...]) -> Checkpoin
     cells = patch[0] * patch[1] * patch[2]
     return CheckpointInfo(
         family=family,
-        part=part,
-        other_parts=other_parts,
+        part=told.part,
+        other_parts=told.other_parts,
         prefix=next(name for name in state if _bare(name) == mark).removesuffix(mark),
         layers=len(numbers),
         width=width,
@@ -323,6 +462,8 @@ def _inspect(state: State, part: str, other_parts: tuple[str, ...]) -> Checkpoin
         freq_dim=shape("condition_embedder.time_embedder.linear_1.weight", 2)[1],
         camera=any(".attn1.prope_out." in name for name in named),
         cross_attn_norm="blocks.0.norm2.weight" in named,
+        head_dim=told.head_dim,
+        stage=told.stage,
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in named.values()})),
         parameters=sum(tensor.numel() for tensor in named.values()),
     )
@@ -345,37 +486,10 @@ def _listing(names: Iterable[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _describe(info: CheckpointInfo) -> str:
-    rows = {
-        "names": f"{info.family}, prefix {info.prefix!r}",
-        "part": info.part or "the whole file",
-        "not read": ", ".join(info.other_parts) or "nothing",
-        "layers": info.layers,
-        "width": f"{info.width} (feed-forward {info.ffn_width})",
-        "heads": f"{info.width // WAN_HEAD_DIM} if {WAN_HEAD_DIM} wide"
-        if info.width % WAN_HEAD_DIM == 0
-        else "say attention_head_dim when loading",
-        "latent": f"{info.in_channels} -> {info.out_channels} channels, patch {'x'.join(map(str, info.patch_size))}",
-        "text": f"{info.text_dim} features",
-        "camera": "PRoPE" if info.camera else "none",
-        "numbers": f"{info.parameters / 1e6:.1f} M, {', '.join(info.dtypes)}",
-    }
-    return "\n".join(f"{name:9} {value}" for name, value in rows.items())
-
-
 def main(argv: list[str] | None = None) -> int:
-    """`inspect FILE` prints what a weights file holds; returns the exit status (2 for a file that cannot be used)."""
-    return run("inspect", lambda: _inspect_file(sys.argv[1:] if argv is None else argv))
-
-
-def _inspect_file(argv: list[str]) -> None:
-    parser = Parser(prog="python -m worldmodel.checkpoint", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    inspect = commands.add_parser("inspect", help="print what a weights file holds")
-    inspect.add_argument("file", help="safetensors or torch.save file")
-    inspect.add_argument("--part", help="part of a trainer's checkpoint, for example generator")
-    args = parser.parse_args(argv)
-    print(_describe(inspect_state(read_state(args.file), args.part)))
+    """The command line, `inspect` and `convert`; returns the exit status (2 for weights that cannot be used)."""
+    # It makes worlds, which are made of this room: it lives further down, in worldmodel/convert.py, and is found by name.
+    return importlib.import_module("worldmodel.convert").main(sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

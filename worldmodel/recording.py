@@ -5,7 +5,7 @@ A recording is one unbroken take, and a training clip:
     video.mp4      fragmented H.264, readable at any moment; 4F-3 frames for F latents
     session.jsonl  a header, one line a latent, and an end line when it was closed properly
     poses.json     WorldPlay's format, one camera a latent
-    meta.yaml      caption (the prompt's name), fps, source "play:<world>", licence
+    meta.yaml      caption (the prompt), fps, source "play:<world>", licence
     start.png      the start image, if the session had one
     start/         the session's state, if recording began in the middle
 
@@ -61,6 +61,11 @@ class Log:
     @property
     def c2w(self) -> np.ndarray:
         return np.array([line["c2w"] for line in self.lines], np.float64).reshape(-1, 4, 4)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts it was dreamed with, in the order of their first use."""
+        return tuple(dict.fromkeys([self.header["prompt"], *(line["prompt"] for line in self.lines)]))
 
 
 class Recorder:
@@ -310,6 +315,8 @@ def replay(folder, world: World) -> Iterator[FrameChunk]:
             f"{folder} was recorded in the world {header['world']!r} ({header['fingerprint']}), not in {world.config.name!r} "
             f"({world.fingerprint}); open the same version of the same world."
         )
+    for prompt in log.prompts:  # a text that cannot be embedded is reported before anything is dreamed
+        world.prompt_encoder.embed(prompt)
     if header["middle"]:
         session = Session.load(folder / STATE, world)
     else:

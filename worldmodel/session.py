@@ -42,8 +42,9 @@ class FrameChunk:
 class Session:
     """One player's dream of a world.
 
-    world: an opened bundle. prompt: name, None = the world's default. image: what latent 0 shows: a start image's name,
-    a picture file or uint8 [H,W,3] (resized and cropped to fit); None = the first chunk is dreamed too.
+    world: an opened bundle. prompt: a stored name, or any text in a world with a text encoder; None = the world's default.
+    image: what latent 0 shows: a start image's name, a picture file or uint8 [H,W,3] (resized and cropped to fit); None = the
+    first chunk is dreamed too.
     seed: 0 <= seed < 2^63; same seed, poses and prompt = same frames, whatever the timing and however often rewound.
     steps: denoising steps of later chunks, None = the world's. history: latents that `rewind` can take back at most.
     """
@@ -62,7 +63,7 @@ class Session:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"seed must be a whole number from 0 to 2^63 - 1, got {seed!r}.")
         prompt = self.world.config.prompts.default if prompt is None else prompt
-        embedding = self.world.prompts[prompt]
+        embedding = self.world.prompt_encoder.embed(prompt)
         picture = None if image is None else _picture(self.world, image)
         rows, columns = self.world.latent_size
         self.rollout = Rollout(
@@ -113,12 +114,12 @@ class Session:
         if not self.config.merge_clean:
             self.rollout.settle()
 
-    def set_prompt(self, name: str) -> None:
-        """The prompt from the next chunk on."""
-        embedding = self.world.prompts[name]
+    def set_prompt(self, prompt: str) -> None:
+        """The prompt (as in the constructor) from the next chunk on."""
+        embedding = self.world.prompt_encoder.embed(prompt)
         with torch.no_grad():
             self.rollout.set_text(embedding[None])
-        self.prompt = name
+        self.prompt = prompt
 
     def rewind(self, latents: int) -> None:
         """Takes back the last `latents` latents (whole chunks). ValueError, and nothing changes, when that is too many."""

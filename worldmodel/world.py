@@ -26,12 +26,13 @@ from worldmodel.controls import Envelope
 from worldmodel.options import as_dict, build
 from worldmodel.rollout import RolloutConfig
 from worldmodel.text import PromptBook
+from worldmodel.text_encoder import PromptEncoder
 from worldmodel.transformer import CausalWanTransformer
 
 FORMAT = 1
 _AGAIN = "fetch the world or make the export again"
 _MOST_PIXELS, _MOST_FPS = 4096, 240
-SHARD_SIZE = "16MB"
+SHARD_SIZE = "16MB"  # of a small world, whose files live in a repository
 _EVERYTHING = ("world.yaml", "transformer/config.json", "autoencoder/config.json", "prompts.safetensors")
 
 
@@ -123,6 +124,11 @@ class World:
         )
         check_fit(world)
         return world
+
+    @cached_property
+    def prompt_encoder(self) -> PromptEncoder:
+        """Embeds stored prompts and, where world.yaml names a text encoder, any text."""
+        return PromptEncoder(self.prompts, self.config.text_encoder, self.folder, self.device, self.dtype)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -341,11 +347,12 @@ def save_world(
     prompts: PromptBook,
     images: Mapping[str, list[np.ndarray]],
     readme: str = "",
+    shard_size: str = SHARD_SIZE,
 ) -> None:
     """Writes a bundle that `World.from_pretrained` opens; an older one of that name is replaced only by a complete one.
 
     images: prompt -> uint8 [H,W,3] start images, stored as images/<prompt>-<n>.png (they replace `config.images`).
-    readme: README.md of the bundle. The networks are stored in the type they have, in files of at most 16 MB.
+    readme: README.md of the bundle. The networks are stored in the type they have, in files of at most `shard_size`.
     """
     folder = Path(folder)
     names = {prompt: tuple(f"{prompt}-{n}.png" for n in range(len(group))) for prompt, group in images.items()}
@@ -357,7 +364,7 @@ def save_world(
     try:
         (temporary / "images").mkdir(parents=True)
         for name, network in (("transformer", transformer), ("autoencoder", autoencoder)):
-            network.save_pretrained(temporary / name, safe_serialization=True, max_shard_size=SHARD_SIZE)
+            network.save_pretrained(temporary / name, safe_serialization=True, max_shard_size=shard_size)
         prompts.save(temporary / "prompts.safetensors")
         for prompt, group in images.items():
             for file, picture in zip(names[prompt], group, strict=True):

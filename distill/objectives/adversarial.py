@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
 BLUR = 7  # pixels
+GAIN = 8.0  # of the detail: flat pictures have little of it, and spectral norms let no layer make up for that
 
 
 class PatchDiscriminator(nn.Module):
@@ -36,7 +37,7 @@ class PatchDiscriminator(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         """video [B,3,T,H,W] in [-1, 1], T >= 2, H and W even -> scores [B*(T-1),1,H/4,W/4]."""
         detail = video - functional.avg_pool3d(video, (1, BLUR, BLUR), 1, (0, BLUR // 2, BLUR // 2), count_include_pad=False)
-        frames = functional.pixel_unshuffle(detail.transpose(1, 2), 2)
+        frames = functional.pixel_unshuffle(GAIN * detail.transpose(1, 2), 2)
         x = torch.cat([frames[:, :-1], frames[:, 1:]], 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         for layer in self.layers[:-1]:
             x = functional.leaky_relu(layer(x), 0.2)

@@ -137,7 +137,7 @@ def build_autoencoder(config: AutoencoderConfig) -> TinyAutoencoder:
     if config.freeze_encoder and not config.start:
         raise ValueError("expected `start` with freeze_encoder: an untrained encoder cannot be kept; name a trained folder")
     names = ("latent_channels", "encoder_widths", "encoder_blocks", "decoder_widths", "decoder_blocks", "strides", "patch_size")
-    sizes = {name: list(value) if isinstance(value := getattr(config, name), tuple) else value for name in names}
+    sizes = {name: list(value) if isinstance(value := vars(config)[name], tuple) else value for name in names}
     network = TinyAutoencoder(**sizes)
     if not config.start:
         return network

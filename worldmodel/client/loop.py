@@ -269,9 +269,10 @@ class Loop:
         if self._session is None:
             self.notices.append("A replay keeps its moods")
             return
-        scene = self._scenes.next_mood(Scene(self._session.prompt))
-        self._session.set_prompt(scene.prompt)
-        self.notices.append(f"The mood turns to {scene.prompt}")
+        prompt = self._scenes.next_mood(self.status.scene).prompt
+        self._session.set_prompt(prompt)
+        self._tell(scene=replace(self.status.scene, prompt=prompt))
+        self.notices.append(f"The mood turns to {prompt}")
 
     def _pause(self) -> None:
         if self._film is None and self._session is None:

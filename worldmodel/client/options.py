@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from worldmodel.camera import parse_trajectory
 from worldmodel.command_line import Parser, positive, threads
 
 WORLDS = Path(__file__).resolve().parents[2] / "assets" / "worlds"
+PUBLISHED = Path(__file__).resolve().parents[2] / "configs" / "worlds"  # NAME.yaml: worlds that are made of published weights
 KEYS_HELP = (
     "keys: W A S D move, arrows and mouse look (a click captures the mouse), Shift run, R restart, N next mood, T new town, "
     "M another mood in this place, P pause, F9 record, F12 screenshot, F1 figures, Esc releases the mouse, then quits"
@@ -23,7 +25,7 @@ class PlayOptions:
     """What the player asked for. None means: as the world has it."""
 
     world: Path = WORLDS / "blocks"  # bundle folder
-    prompt: str | None = None  # a mood of the world
+    prompt: str | None = None  # a mood of the world, or any text where it has a text encoder
     image: str | None = None  # name of a start image of the world, or a picture file
     seed: int = 0
     steps: int | None = None  # denoising steps a chunk
@@ -40,7 +42,7 @@ def parse_options(arguments: list[str]) -> PlayOptions:
     """Command line -> PlayOptions; ValueError with one sentence for anything that cannot be honoured."""
     parser = Parser(prog="python play.py", description="Walk through a dreamed world.", epilog=KEYS_HELP)
     parser.add_argument("--world", metavar="NAME|FOLDER", help="world to enter (default: blocks, or the recorded one)")
-    parser.add_argument("--prompt", metavar="MOOD", help="mood to start in (default: the world's first)")
+    parser.add_argument("--prompt", metavar="MOOD", help="mood to start in, or your own words where there is a text encoder")
     parser.add_argument("--image", metavar="NAME|FILE", help="start picture: one of the world's, or a file of yours")
     parser.add_argument("--seed", type=int, default=0, help="seed of the dream (default: 0)")
     parser.add_argument("--steps", type=positive, help="denoising steps a chunk (default: the world's)")
@@ -90,13 +92,41 @@ def _check_together(options: PlayOptions) -> None:
 
 
 def find_world(name: str) -> Path:
-    """A bundle's folder, or the name of one under assets/worlds -> folder; ValueError when there is none."""
+    """A bundle's folder, the name of one under assets/worlds, or of a published world (configs/worlds) -> folder.
+
+    A published world is fetched and made on first use, into the user's cache. ValueError when there is none of that name, or it cannot
+    be made.
+    """
     for folder in (WORLDS / name, Path(name)):
         if (folder / "world.yaml").is_file():
             return folder
+    if (PUBLISHED / f"{name}.yaml").is_file() and Path(name).name == name:
+        return _published_world(name)
     known = sorted(path.parent.name for path in WORLDS.glob("*/world.yaml"))
     listed = f"the worlds here are {', '.join(known)}" if known else f"there is none in {WORLDS} yet"
+    published = sorted(path.stem for path in PUBLISHED.glob("*.yaml"))
+    listed += f"; those of published weights, fetched on first use, are {', '.join(published)}" if published else ""
     raise ValueError(f"There is no world {name!r} (a name or a folder with a world.yaml); {listed}.")
+
+
+def _published_world(name: str) -> Path:
+    """The world in the user's cache, made there first where it is not there yet."""
+    from worldmodel.sources import world_cache
+
+    folder = world_cache(name)
+    if (folder / "world.yaml").is_file():
+        return folder
+    print(f"{name} is played for the first time: its weights are fetched and made into {folder}", file=sys.stderr)
+    from worldmodel.convert import PublishedWorld, convert  # torch: only when there is something to make
+
+    try:
+        convert(PublishedWorld.read(PUBLISHED / f"{name}.yaml"), folder)
+    except ValueError as error:
+        raise ValueError(
+            f"The world {name} could not be made: {error} With weights of your own: python -m worldmodel.checkpoint convert SOURCE "
+            f"--world {PUBLISHED / name}.yaml --output {folder}"
+        ) from None
+    return folder
 
 
 def recorded_world(folder: Path) -> str:
@@ -111,9 +141,17 @@ def recorded_world(folder: Path) -> str:
 def _check_scene(options: PlayOptions) -> None:
     """Prompt and picture exist, as far as can be said without torch; the world itself checks everything again."""
     if options.prompt is not None:
-        _known("mood", options.prompt, prompt_names(options.world))
+        _check_prompt(options.prompt, options.world)
     if options.image is not None and not Path(options.image).is_file():
         _known("start picture", options.image, [Path(name).stem for name in image_files(options.world)])
+
+
+def _check_prompt(prompt: str, world: Path) -> None:
+    """A mood of the world, or any text in one with a text encoder."""
+    if not prompt.strip():
+        raise ValueError("--prompt is empty; name a mood of the world, or leave it away for the world's first.")
+    if not world_values(world).get("text_encoder"):
+        _known("mood", prompt, prompt_names(world))
 
 
 def _known(what: str, name: str, names: list[str]) -> None:
@@ -136,10 +174,19 @@ def prompt_names(folder: Path) -> list[str]:
 
 def image_files(folder: Path, prompt: str | None = None) -> list[str]:
     """File names in `images/` of a bundle, those of `prompt` (default: of the usual one) first."""
+    values = world_values(folder)
     try:
-        values = yaml.safe_load((folder / "world.yaml").read_text(encoding="utf-8"))
         groups = dict(values.get("images") or {})
         usual = prompt or (values.get("prompts") or {}).get("default")
         return [*groups.pop(usual, ()), *(name for group in groups.values() for name in group)]
-    except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError):
-        return []  # a faulty world.yaml is reported in full when the world is opened
+    except (ValueError, AttributeError, TypeError):
+        return []
+
+
+def world_values(folder: Path) -> dict:
+    """What a bundle's world.yaml says; empty for a faulty one, which is reported in full when the world is opened."""
+    try:
+        values = yaml.safe_load((folder / "world.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}

@@ -1,6 +1,6 @@
 """Which mood, which start picture, which seed: the player's choices, and a session for each of them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # torch is imported by the generator's thread, long after the
 class Scene:
     """Where a session starts. None: as the world has it."""
 
-    prompt: str | None = None
+    prompt: str | None = None  # a stored name, or any text in a world with a text encoder
     image: str | None = None  # name of a start picture of the world, or a picture file
     seed: int = 0
 
@@ -33,16 +33,19 @@ def open_scenes(folder: Path, threads: int, steps: int | None, tell: Callable[[s
     from worldmodel.world import World
 
     world = World.from_pretrained(folder, device="cuda" if torch.cuda.is_available() else "cpu")
-    return Scenes(world, steps)
+    return Scenes(world, steps, tell)
 
 
 class Scenes:
-    """The sessions that a world can start: moods in the order of its menu, start pictures in the order of its list."""
+    """The sessions that a world can start: moods in the order of its menu, start pictures in the order of its list.
 
-    def __init__(self, world: "World", steps: int | None = None):
+    tell: hears of what takes long, as in `open_scenes`.
+    """
+
+    def __init__(self, world: "World", steps: int | None = None, tell: Callable[[str, float], None] | None = None):
         from worldmodel.autoencoder import FRAMES_PER_LATENT
 
-        self.world, self._steps = world, steps
+        self.world, self._steps, self._tell = world, steps, tell or (lambda stage, progress: None)
         self.name, self.envelope, self.fps = world.config.name, world.config.envelope, world.config.fps
         self.chunk, self.window = world.config.rollout.chunk, world.config.rollout.window
         self.frames_per_latent, self.device = FRAMES_PER_LATENT, world.device
@@ -57,18 +60,30 @@ class Scenes:
         prompt = scene.prompt
         if prompt is None:
             prompt = self._owner(scene.image) or self.world.config.prompts.default
-        pictures = self.world.images(prompt)
+        pictures = self._pictures(prompt)
         return replace(scene, prompt=prompt, image=scene.image or (pictures[0] if pictures else None))
 
     def _owner(self, image: str | None) -> str | None:
         """The mood that a start picture belongs to."""
         return next((mood for mood in self.moods if image in self.world.images(mood)), None)
 
+    def _pictures(self, prompt: str) -> tuple[str, ...]:
+        """Start pictures of a prompt; one in the player's own words has none."""
+        return self.world.images(prompt) if prompt in self.world.prompts else ()
+
+    def _read(self, prompts: Iterable[str]) -> None:
+        """Embed what the player wrote before a session asks for it, which would be silent."""
+        for prompt in prompts:
+            if prompt not in self.world.prompt_encoder:
+                self.world.prompt_encoder.embed(prompt, lambda stage: self._tell(stage, 0.98))
+                self._tell("Dreaming the first picture", 0.98)
+
     def open(self, scene: Scene) -> tuple["Session", Scene]:
         """A session at the start of `scene`, and the scene with nothing left open."""
         from worldmodel.session import Session
 
         scene = self.resolve(scene)
+        self._read([scene.prompt])
         return Session(self.world, prompt=scene.prompt, image=scene.image, seed=scene.seed, steps=self._steps), scene
 
     def record(self, folder: Path, session: "Session") -> "Recorder":
@@ -82,6 +97,8 @@ class Scenes:
         from worldmodel.recording import IMAGE, read_log, replay
 
         log = read_log(folder)
+        if log.header["fingerprint"] == self.world.fingerprint:  # `replay` has a sentence for another world
+            self._read(log.prompts)
         image = str(folder / IMAGE) if log.header["image"] else None
         return _with_poses(replay(folder, self.world), log.c2w), Scene(log.header["prompt"], image, log.header["seed"])
 
@@ -93,7 +110,7 @@ class Scenes:
 
     def new_town(self, scene: Scene) -> Scene:
         """Another place of the same mood: the next start picture and the next seed."""
-        pictures = self.world.images(scene.prompt)
+        pictures = self._pictures(scene.prompt)
         after = pictures.index(scene.image) + 1 if scene.image in pictures else 0
         image = pictures[after % len(pictures)] if pictures else None
         return Scene(scene.prompt, image, scene.seed + 1)

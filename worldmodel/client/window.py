@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+import textwrap
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -285,6 +286,7 @@ class Window:
         yaw, pitch = math.degrees(math.atan2(ahead[0], ahead[2])), -math.degrees(math.asin(np.clip(ahead[1], -1, 1)))
         parts = "  ".join(f"{name} {value:.0f}" for name, value in status.timings)
         slow = status.speed < 0.99
+        prompt = textwrap.shorten(status.scene.prompt or "", 40, placeholder=" ...")
         return [
             Figure("frames per second", f"{pacer.fps(now):.1f}", ACCENT if slow else GREEN),
             Figure("speed", f"{status.speed:.2f} of real time", ACCENT if slow else WHITE),
@@ -299,10 +301,7 @@ class Window:
             Figure("looking", f"yaw {yaw:+.1f}   pitch {pitch:+.1f}"),
             Figure("memory", f"{status.memory} of {status.window} latents, {status.latent} since the start"),
             Figure("late / dropped", f"{pacer.late} chunks / {pacer.dropped} frames", RED if pacer.dropped else WHITE),
-            Figure(
-                "scene",
-                f"{status.scene.prompt}, {Path(status.scene.image or 'no picture').stem}, seed {status.scene.seed}",
-            ),
+            Figure("scene", f"{prompt}, {Path(status.scene.image or 'no picture').stem}, seed {status.scene.seed}"),
         ]
 
     def _load_backdrop(self) -> pygame.Surface | None:
