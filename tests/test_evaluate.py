@@ -184,7 +184,7 @@ def test_gain_is_over_the_away_baseline():
 
 
 def test_scores_tell_truth_blur_and_frozen_apart():
-    cases = protocol.fidelity_cases(4, 8, seed=0)
+    cases = protocol.fidelity_cases(10, 8, seed=0)  # some of the free walks stand still for a while
     true = protocol.truth(cases, LENS, 48, 80, every=FRAMES_PER_LATENT)
     blurred = np.stack([np.stack([cv2.GaussianBlur(frame, (0, 0), 1.5) for frame in film]) for film in true])
     films = {"truth": true, "blurred": blurred, "frozen": np.repeat(true[:, :1], 9, 1)}
@@ -307,6 +307,5 @@ def test_the_embedded_world_follows_the_camera(embedded_flow):
 
 
 @pytest.mark.weights
-@pytest.mark.xfail(reason="the first weights do not shrink the picture when walking backwards (docs/results)", strict=True)
 def test_the_embedded_world_walks_backwards(embedded_flow):
     assert embedded_flow["back"] >= 0.75

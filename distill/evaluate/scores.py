@@ -146,7 +146,7 @@ def bars(rows: list[dict], baseline: str, reference: str | None) -> list[dict]:
         latent = max((h for h in scores if int(h) <= RETRIEVAL_LATENT), key=int)
         retrieval = scores[latent]["retrieval"]
         if retrieval["clips"]:
-            near = retrieval["right"] + retrieval["neighbour"]
+            near = round(retrieval["right"] + retrieval["neighbour"], 6)  # 0.1 + 0.7 is below 0.8
             found.append(
                 _bar(
                     row,
