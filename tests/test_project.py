@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 ROOMS = [
     "worldmodel.command_line", "worldmodel.options",
     "worldmodel.camera", "worldmodel.controls", "worldmodel.schedule", "worldmodel.rope", "worldmodel.prope", "worldmodel.attention",
-    "worldmodel.kv_cache", "worldmodel.transformer", "worldmodel.autoencoder", "worldmodel.text", "worldmodel.text_encoder",
-    "worldmodel.sources", "worldmodel.checkpoint",
+    "worldmodel.kv_cache", "worldmodel.transformer", "worldmodel.autoencoder", "worldmodel.text",
+    "worldmodel.sources", "worldmodel.text_encoder", "worldmodel.checkpoint",
     "worldmodel.rollout", "worldmodel.as_published",
     "worldmodel.world", "worldmodel.convert", "worldmodel.session", "worldmodel.recording", "worldmodel.benchmark", "worldmodel.client",
     "play", "distill",

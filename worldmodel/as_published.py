@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worldmodel import prope
-from worldmodel.rollout import Rollout, RolloutConfig
+from worldmodel.rollout import Rollout, RolloutConfig, a_frame
 from worldmodel.rope import THETA, band_widths
 from worldmodel.schedule import add_noise, to_x0
 from worldmodel.transformer import CausalWanTransformer, TextContext, WanBlock, modulated_norm
@@ -106,8 +106,8 @@ class PublishedLoop(Rollout):
         embedding, modulation = model.condition_embedder.embed_time(sigma.expand(self.batch, frames))
         cameras = None
         if model.config.camera:
-            lenses = intrinsics[:, None].expand(-1, frames, -1) if intrinsics.ndim == 2 else intrinsics
-            cameras = prope.camera_matrices(prope.projection(viewmats.double(), lenses.double()).float(), dtype)
+            matrices = prope.projection(viewmats.double(), a_frame(intrinsics, viewmats).double())
+            cameras = prope.camera_matrices(matrices.float(), dtype)
         for block, text, caches in zip(model.blocks, self.text.layers, self.caches, strict=True):
             x = self._block(block, x, modulation, text, cameras, caches)
         return model._to_latents(x, embedding, self.grid)

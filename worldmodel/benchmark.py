@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from worldmodel.as_published import PublishedLoop
 from worldmodel.autoencoder import FRAMES_PER_LATENT, TinyAutoencoder
 from worldmodel.camera import MotionStep, parse_trajectory
 from worldmodel.controls import Envelope
-from worldmodel.options import build
+from worldmodel.options import as_dict, build
 from worldmodel.rollout import RolloutConfig, with_steps
 from worldmodel.session import Session
 from worldmodel.text import PromptBook
@@ -99,7 +99,7 @@ def random_world(shape: Shape, height: int, width: int, device: torch.device, dt
 
 def apply_settings(world: World, settings: list[str]) -> World:
     """`world` with other rollout options, each `key=value` in YAML; `steps` may be a number of steps or a list."""
-    rollout = asdict(world.config.rollout)
+    rollout = as_dict(world.config.rollout)
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
@@ -164,7 +164,7 @@ class Walk:
         period = frames / self.world.config.fps * 1e3
         return {
             "settings": self.settings,
-            "rollout": json.loads(json.dumps(asdict(self.rollout))),
+            "rollout": as_dict(self.rollout),
             "chunks": len(totals),
             "ms_per_latent": {
                 part: spread(np.array([times[part] for times in self.times]) / chunk) for part in ("total", *PARTS)

@@ -58,6 +58,11 @@ def run(program: str, work: Callable[[], int | None]) -> int:
     return status
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, to be put into a sentence; the error's name when it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 def _of_the_system(error: OSError) -> str:
     if error.strerror is None:
         return str(error)

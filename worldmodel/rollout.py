@@ -91,7 +91,7 @@ class Rollout:
             self.settle()
         sigmas = self.first_sigmas if self.frames == 0 else self.sigmas
         last = len(sigmas) - 1 if exit_step is None else exit_step
-        intrinsics = _a_frame(intrinsics, viewmats)
+        intrinsics = a_frame(intrinsics, viewmats)
         shape = (self.batch, self.model.config.in_channels, viewmats.shape[1], *self.cells)
         x = self._draw(shape, generator) if noise is None else noise
         started = time.perf_counter()
@@ -129,7 +129,7 @@ class Rollout:
     def commit(self, latents: Tensor, viewmats: Tensor, intrinsics: Tensor) -> None:
         """Takes given clean latents (a start image, a recorded past) as the next chunk."""
         self.settle()
-        intrinsics = _a_frame(intrinsics, viewmats)
+        intrinsics = a_frame(intrinsics, viewmats)
         self._clean_pass(latents, viewmats, intrinsics, *self._view(viewmats, intrinsics))
 
     def rewind(self, frames: int) -> None:
@@ -191,7 +191,7 @@ class Rollout:
         return velocity[:, :, count:], view, projection
 
 
-def _a_frame(intrinsics: Tensor, viewmats: Tensor) -> Tensor:
+def a_frame(intrinsics: Tensor, viewmats: Tensor) -> Tensor:
     """Intrinsics `[B, 4]` or `[B, F, 4]` -> `[B, F, 4]`."""
     return intrinsics[:, None].expand(-1, viewmats.shape[1], -1) if intrinsics.ndim == 2 else intrinsics
 

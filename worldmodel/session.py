@@ -1,12 +1,11 @@
 """A walk through a world: poses in, frames out; it can be rewound, forked, saved and continued exactly."""
 
 import copy
-import json
 import os
 import shutil
 import time
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -20,6 +19,7 @@ from torch import Tensor
 from worldmodel.autoencoder import StreamState
 from worldmodel.camera import check_poses, invert
 from worldmodel.kv_cache import FrameMemory
+from worldmodel.options import as_dict
 from worldmodel.rollout import Rollout, with_steps
 from worldmodel.world import World, read_image, replace_folder
 
@@ -289,5 +289,5 @@ def engine(session: Session) -> dict:
         "device": session.world.device.type,
         "dtype": str(session.world.dtype),
         "threads": torch.get_num_threads(),
-        "rollout": json.loads(json.dumps(asdict(session.config))),
+        "rollout": as_dict(session.config),
     }

@@ -16,6 +16,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from worldmodel.command_line import first_line
+
 INDEX = ".safetensors.index.json"
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _PLACE = re.compile(r"(?:hf:)?(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<path>.+?))?/?")
@@ -102,11 +104,16 @@ def read_index(index: Path) -> dict[str, str]:
         raise SourceError(f"{index} is no index of weights files, or only half of one: fetch it again.") from None
 
 
-def world_cache(name: str) -> Path:
-    """The user's folder for the world `name` that is made from published weights: `~/.cache/worldmodel/worlds/<name>` on Linux."""
+def user_cache() -> Path:
+    """This program's folder in the user's cache: `~/.cache/worldmodel` on Linux."""
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    root = given if given.is_absolute() else Path.home() / ".cache"  # a relative one is to be ignored, says XDG
-    return root / "worldmodel" / "worlds" / name
+    root = given if given.is_absolute() else Path(os.path.expanduser("~/.cache"))  # a relative one is to be ignored, says XDG
+    return root / "worldmodel"
+
+
+def world_cache(name: str) -> Path:
+    """Where the world `name` is kept that was made from published weights."""
+    return user_cache() / "worlds" / name
 
 
 # ------------------------------------------------------------------------------------------------ inside
@@ -133,7 +140,7 @@ def _listing(place: HubPlace) -> tuple[dict[str, int], str]:
             "the name, or log in first (`hf auth login`) if it is private or gated."
         ) from None
     except (OSError, *HfHubHTTPError.__bases__) as error:  # the bases: errors of the transport, another library in each version
-        return _cached(place), f"the hub cannot be reached ({_first_line(error)})"
+        return _cached(place), f"the hub cannot be reached ({first_line(error)})"
     return {file.rfilename: file.size or 0 for file in found or ()}, ""
 
 
@@ -193,14 +200,14 @@ def _download(place: HubPlace, names: list[str], sizes: dict[str, int], reason: 
         try:
             paths.append(hf_hub_download(filename=name, local_files_only=bool(reason), **place_of))
         except EntryNotFoundError as error:
-            lost = reason or (isinstance(error, FileNotFoundError) and f"the hub cannot be reached ({_first_line(error)})")
+            lost = reason or (isinstance(error, FileNotFoundError) and f"the hub cannot be reached ({first_line(error)})")
             why = f"{lost} and the cache {_cache_folder()} does not hold it" if lost else "the repository has no such file"
             raise SourceError(f"{name} of {place.repository} cannot be had: {why}; connect once, or name another file.") from None
         except (OSError, *HfHubHTTPError.__bases__) as error:
             if isinstance(error, OSError) and error.errno and not isinstance(error, (ConnectionError, TimeoutError)):
                 raise  # the disk's, not the hub's
             raise SourceError(
-                f"the download of {name} from {place.repository} broke off ({_first_line(error)}): start again, it goes on from there."
+                f"the download of {name} from {place.repository} broke off ({first_line(error)}): start again, it goes on from there."
             ) from None
     return Path(paths[0])
 
@@ -209,7 +216,3 @@ def _cache_folder() -> str:
     from huggingface_hub import constants
 
     return constants.HF_HUB_CACHE
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

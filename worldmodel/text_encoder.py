@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from worldmodel.command_line import first_line
+from worldmodel.sources import user_cache
 from worldmodel.text import PromptBook
 
 ENCODER, TOKENIZER = "text_encoder", "tokenizer"  # sub-folders of diffusers' layout
@@ -78,7 +80,8 @@ def embed_text(
         try:
             _write(path, key, _version(place), *kept)
         except (OSError, SafetensorError) as error:
-            print(f"The prompt's embedding cannot be kept in {path.parent} ({_reason(error)}); it is made anew next time.", file=sys.stderr)
+            reason = first_line(error)
+            print(f"The prompt's embedding cannot be kept in {path.parent} ({reason}); it is made anew next time.", file=sys.stderr)
     rows, tokens = kept
     if tokens > length:
         print(f"The prompt has {tokens} tokens and this world reads {length}; the rest of it was left out.", file=sys.stderr)
@@ -174,7 +177,7 @@ def _load(kind, place: Place, part: str, tell: Callable[[str], object], **option
         raise
     except Exception as error:  # a foreign file can break anything
         todo = "fetch it again" if isinstance(place, Path) else "fetch it while online, or name its folder as text_encoder in world.yaml"
-        raise ValueError(f"The {part.replace('_', ' ')} of {place} cannot be loaded ({_reason(error)}); {todo}.") from None
+        raise ValueError(f"The {part.replace('_', ' ')} of {place} cannot be loaded ({first_line(error)}); {todo}.") from None
 
 
 def _folder(place: Place) -> Path:
@@ -200,19 +203,12 @@ def _libraries() -> tuple:
     return transformers, ftfy
 
 
-def _reason(error: Exception) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
 # --------------------------------------------------------------------------------------------------- cache
 
 
 def cache_folder() -> Path:
-    """Where embeddings are kept: `worldmodel/prompts` in the user's cache folder."""
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    root = given if given.is_absolute() else Path(os.path.expanduser("~/.cache"))  # a relative one is to be ignored, says XDG
-    return root / "worldmodel" / "prompts"
+    """Where embeddings are kept."""
+    return user_cache() / "prompts"
 
 
 def _version(place: Place) -> str:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from worldmodel.autoencoder import Autoencoder, TinyAutoencoder, WanAutoencoder
 from worldmodel.checkpoint import check_tensors
+from worldmodel.command_line import first_line
 from worldmodel.controls import Envelope
 from worldmodel.options import as_dict, build
 from worldmodel.rollout import RolloutConfig
@@ -238,7 +239,7 @@ def load_network(kind: type[ModelMixin], folder, device="cpu", dtype: torch.dtyp
         with init_empty_weights(include_buffers=False), warnings.catch_warnings(action="ignore"):
             network = kind(**config)
     except Exception as error:  # a foreign value can break anything
-        raise ValueError(f"{folder / 'config.json'} describes no {kind.__name__} ({_reason(error)}); {_AGAIN}.") from None
+        raise ValueError(f"{folder / 'config.json'} describes no {kind.__name__} ({first_line(error)}); {_AGAIN}.") from None
     try:
         check_tensors(stored, {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()})
     except ValueError as error:
@@ -246,7 +247,7 @@ def load_network(kind: type[ModelMixin], folder, device="cpu", dtype: torch.dtyp
     try:
         network = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{folder} cannot be loaded ({_reason(error)}); {_AGAIN}.") from None
+        raise ValueError(f"{folder} cannot be loaded ({first_line(error)}); {_AGAIN}.") from None
     return network.to(device)
 
 
@@ -304,11 +305,6 @@ def _stored_weights(folder: Path) -> dict[str, torch.Tensor]:
         except (SafetensorError, OSError):
             raise ValueError(f"{folder / name} is cut off or damaged; {_AGAIN}.") from None
     return stored
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def check_fit(world: World) -> None:

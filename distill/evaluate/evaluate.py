@@ -17,6 +17,7 @@ from distill.evaluate import protocol, scores
 from distill.evaluate.dreams import Variant, dream, load_transformer, parse_variant, reconstruct
 from distill.evaluate.report import contact_sheet, markdown, write_file, write_picture
 from worldmodel.benchmark import describe_commit, describe_machine
+from worldmodel.options import as_dict
 from worldmodel.world import World, check_fit
 
 FROZEN, CEILING, TRUTH = "first frame frozen", "autoencoder of the true frame", "truth"
@@ -229,7 +230,7 @@ def _about(world: World, variants: list[Variant], options: EvaluateOptions) -> d
             {
                 "name": variant.name,
                 "transformer": str(variant.transformer),
-                "rollout": json.loads(json.dumps(asdict(variant.rollout))),
+                "rollout": as_dict(variant.rollout),
             }
             for variant in variants
         ],

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from distill.config import AutoencoderConfig
 from distill.data.clips import list_clips, read_clip
 from distill.ema import MovingAverage
+from distill.evaluate.metrics import sharpness
 from distill.objectives.adversarial import PatchDiscriminator, adversarial_term, hinge_loss
 from distill.stages.stage import Loss, Stage
 from worldmodel.autoencoder import ENCODING_KEYS, FRAMES_PER_LATENT, TinyAutoencoder
@@ -102,7 +103,8 @@ class AutoencoderStage(Stage):
             loss = loss + adversarial_term(self.discriminator, decoded, loss, self.config.adversarial * rise)
         loss = loss + self.config.latent_weight * norm
         metrics = {"l1": pixel, "edge": edge, "latent_norm": norm, "psnr": psnr(decoded.clamp(-1, 1), video)}
-        metrics["sharpness"] = laplacian_energy(decoded) / laplacian_energy(video).clamp(min=1e-9)
+        energy, truth = (sharpness(film.detach().transpose(1, 2).flatten(0, 1)).mean() for film in (decoded, video))
+        metrics["sharpness"] = energy / truth.clamp(min=1e-9)
         yield "autoencoder", loss, {name: value.detach() for name, value in metrics.items()}
         if judged:
             real, fake = self.discriminator(video), self.discriminator(decoded.detach())
@@ -170,12 +172,6 @@ def reconstruction_terms(decoded: Tensor, video: Tensor) -> tuple[Tensor, Tensor
 def psnr(decoded: Tensor, video: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of video in [-1, 1], over all elements."""
     return -10 * torch.log10((decoded - video).square().mean() / 4)
-
-
-def laplacian_energy(video: Tensor) -> Tensor:
-    """Mean square of the discrete Laplacian of video [B,3,T,H,W]: a blur has little."""
-    across, down = video.diff(n=2, dim=-1)[..., 1:-1, :], video.diff(n=2, dim=-2)[..., :, 1:-1]
-    return (across + down).square().mean()
 
 
 @torch.no_grad()

@@ -89,11 +89,11 @@ class DmdStage(TransformerStage):
         if given:
             rollout.commit(latents[:, :, :given], windows.viewmats[:, :given], windows.intrinsics[:, :given])
         parts = [latents[:, :, :given]]
-        for begin, end, last in ((given, start, (steps - 1, first_steps - 1)), (max(given, start), start + frames, exits)):
+        before, judged = (given, start, (steps - 1, first_steps - 1), False), (max(given, start), start + frames, exits, grad)
+        for begin, end, last, learns in (before, judged):
             if begin < end:
                 part = windows.cut(slice(begin, end))
                 draws = RolloutDraws(noise[:, :, begin:end], *last)
-                learns = grad and begin >= start
                 parts.append(self_rollout(rollout, part.viewmats, part.intrinsics, draws, grad=learns, generator=generator))
         return torch.cat(parts, dim=2)[:, :, start:], windows.cut(slice(start, None))
 
