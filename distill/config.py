@@ -161,19 +161,16 @@ class AutoencoderConfig(StageConfig):
     strides: tuple[int, ...] = (1, 2, 2)  # of the encoder's levels
     patch_size: Count = 2  # pixels of a side folded into channels
     latent_channels: Count = 16
-    start: str = ""  # folder of a trained autoencoder to go on from; empty = random weights
+    start: str = ""  # folder of a trained autoencoder to go on from, of these sizes or smaller; empty = random weights
     freeze_encoder: bool = False  # train the decoder alone: latents that were made stay valid
     window: Count = 3  # latents (4 * window - 3 frames) of a training clip
     crop: tuple[Count, ...] = ()  # height and width in pixels of the part of a frame that is trained on; empty = the whole frame
     edge_weight: Amount = 0.5  # of the L1 between neighbouring-pixel differences: crisp edges
+    detail_weight: Amount = 0.0  # of the distance between local edge energies: crisp even where the exact place of an edge is unknown
     square_weight: Amount = 2.0  # of the mean square error: leaves the grey picture quickly at the start
     coarse_weight: Amount = 0.5  # of the L1 between pictures reduced 4x: right colours of large areas
     latent_weight: Amount = 1e-3  # of the latents' mean square: keeps them bounded against the noise
     latent_noise: Amount = 0.05  # added to the latents, as a share of each channel's deviation: smooth space, forgiving decoder
-    adversarial: Amount = 0.0  # length of a patch discriminator's gradient, as a share of the other terms'; 0 = no discriminator
-    adversarial_from: Whole = 0  # step at which the discriminator and its influence begin
-    discriminator_width: Count = 48  # channels of its first layer
-    discriminator_lr: Positive = 4e-4
 
 
 @dataclass(frozen=True)

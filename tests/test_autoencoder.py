@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from distill.__main__ import main
 from distill.data.clips import LATENTS, write_clip
 from distill.data.encode import encode_clips, encoder_fingerprint, latents_encoder
-from distill.stages.autoencoder import AutoencoderConfig, AutoencoderStage, VideoWindows
+from distill.stages.autoencoder import AutoencoderConfig, AutoencoderStage, VideoWindows, detail_term
 from worldmodel.autoencoder import TinyAutoencoder, WanAutoencoder
 from worldmodel.world import open_autoencoder
 
@@ -197,7 +197,34 @@ def test_stage_learns_and_exports_normalised_latents(tmp_path):
     assert list(wider.autoencoder.config.decoder_blocks) == [1, 1, 2]
     assert encoder_fingerprint(wider.autoencoder) == encoder_fingerprint(trained)
     with pytest.raises(ValueError, match=r"an autoencoder with encoder_widths .* set autoencoder.encoder_widths"):
-        small_stage(tmp_path / "clips", start=str(tmp_path / "trained"), encoder_widths=(8, 8, 8, 16))
+        small_stage(tmp_path / "clips", start=str(tmp_path / "trained"), freeze_encoder=True, encoder_widths=(8, 8, 8, 16))
+
+
+def test_a_grown_autoencoder_does_what_the_small_one_did_and_learns_more(tmp_path):
+    torch.manual_seed(0)
+    clip(tmp_path / "clips", "clip")
+    small = small_stage(tmp_path / "clips")
+    small.export(tmp_path / "small")
+    old = TinyAutoencoder.from_pretrained(tmp_path / "small")
+    sizes = {"encoder_widths": (8, 16, 16, 24), "encoder_blocks": (2, 1, 3), "decoder_widths": (24, 16, 16, 8), "decoder_blocks": (2, 3, 2)}
+    stage = small_stage(tmp_path / "clips", start=str(tmp_path / "small"), **sizes)
+    new, video = stage.autoencoder, torch.rand(2, 3, 9, 16, 24) * 2 - 1
+    latents = old.encode(video)
+    torch.testing.assert_close(new.encode(video), latents)
+    torch.testing.assert_close(new.decode(latents), old.decode(latents))
+    train(stage, 3)  # what was silent at first takes part
+    assert all(weight.grad.any() for name, weight in new.named_parameters() if name.endswith("weight"))
+    with pytest.raises(ValueError, match=r"an autoencoder with decoder_widths .* cannot shrink"):
+        small_stage(tmp_path / "clips", start=str(tmp_path / "small"), decoder_widths=(8, 8, 8, 4))
+
+
+def test_the_detail_term_asks_how_crisp_a_place_is_and_not_where_its_edges_run():
+    video = torch.zeros(1, 3, 2, 16, 24)
+    video[..., 12:] = 1.0
+    blurred = torch.nn.functional.avg_pool3d(video, (1, 1, 5), 1, (0, 0, 2), count_include_pad=False)
+    assert detail_term(video, video) == 0
+    assert detail_term(blurred, video) > 2 * detail_term(video.roll(1, -1)[..., 2:], video[..., 2:])
+    assert (blurred - video).abs().mean() < 1.5 * (video.roll(1, -1) - video)[..., 2:].abs().mean()  # as wrong, point by point
 
 
 def test_crops_are_parts_of_the_window_and_repeat(tmp_path):

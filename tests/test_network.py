@@ -56,10 +56,12 @@ def test_prope_matches_reference(case):
         return x.flatten(1, 2).unflatten(-1, (heads, -1)).transpose(1, 2)
 
     for kind, focal in (("frame", lenses(data[f"{case}.Ks"])), ("noK", torch.ones(4))):
-        matrices = prope.camera_matrices(prope.projection(data[f"{case}.viewmats"], focal), torch.float32)
-        for name, matrix in (("q", matrices.query), ("k", matrices.key), ("o", matrices.result)):
-            ours = by_head(prope.apply(matrix, by_frame(data[f"{case}.{name}"])))
-            torch.testing.assert_close(ours, data[f"{case}.{kind}.{name}_out"], atol=2e-5, rtol=1e-5)
+        for width in (4, 8):  # as they are, and repeated along a diagonal
+            matrices = prope.camera_matrices(prope.projection(data[f"{case}.viewmats"], focal), torch.float32, width)
+            assert matrices.key.shape[-1] == width
+            for name, matrix in (("q", matrices.query), ("k", matrices.key), ("o", matrices.result)):
+                ours = by_head(prope.apply(matrix, by_frame(data[f"{case}.{name}"])))
+                torch.testing.assert_close(ours, data[f"{case}.{kind}.{name}_out"], atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -254,6 +256,36 @@ def test_merged_clean_pass_equals_separate(network, config):
     separate, _ = dream(network, config)
     merged, _ = dream(network, replace(config, merge_clean=True))
     torch.testing.assert_close(merged, separate, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("positions", ["window", "absolute"])
+def test_a_window_made_ahead_and_one_with_gradients_give_the_same_dream(network, positions):
+    config = RolloutConfig(window=4, sinks=1, positions=positions)
+    plain, _ = dream(network, config)
+    viewmats, lens = walk(10)
+    ahead, graded = (Rollout(network, torch.ones(1, 5, network.config.text_dim), config, height=4, width=4) for _ in range(2))
+    draws = [torch.Generator().manual_seed(1) for _ in range(2)]
+    for i in range(10):
+        with torch.no_grad():
+            latents = ahead.step(viewmats[:, i : i + 1], lens, generator=draws[0], settle=False)
+            ahead.settle()  # makes the next window before its camera is known
+        torch.testing.assert_close(latents, plain[:, :, i : i + 1], atol=2e-5, rtol=0)
+        latents = graded.step(viewmats[:, i : i + 1], lens, generator=draws[1], grad=True)
+        torch.testing.assert_close(latents.detach(), plain[:, :, i : i + 1], atol=2e-5, rtol=0)
+
+
+def test_a_pass_without_velocity_leaves_the_same_memory(network):
+    rollout = dream(network, RolloutConfig(window=4))[1]
+    latents, text = torch.randn(1, network.config.in_channels, 1, 4, 4), rollout.text
+    viewmats, lens = walk(1)
+    views = [rollout.cache.view(viewmats, lens[:, None], 2, 2) for _ in range(2)]
+    with torch.no_grad():
+        for (view, projection), velocity in zip(views, (True, False)):
+            result = network(latents, torch.zeros(1), text, projection, mode="cached", view=view, velocity=velocity)
+            assert (result is None) != velocity
+    (full, _), (short, _) = views
+    assert full.fresh.keys() == short.fresh.keys() and len(full.fresh) == network.config.num_layers
+    assert all(torch.equal(a, b) for layer in full.fresh for a, b in zip(full.fresh[layer], short.fresh[layer]))
 
 
 class NoWaiting(TorchDispatchMode):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distill.objectives.adversarial import PatchDiscriminator, adversarial_term, hinge_loss
 from distill.objectives.consistency import consistency_loss, draw_pair, predict_x0, teacher_step
 from distill.objectives.distribution_matching import (
     RolloutDraws,
@@ -215,31 +214,3 @@ def test_first_chunk_has_its_own_steps_as_in_the_reference(name, steps, first_ex
     close(samples, latents(case["output"]))
     (samples * latents(case["loss_w"])).mean().backward()
     check_gradients(model, case, "grad.")
-
-
-def test_the_adversarial_term_pulls_with_its_share_towards_higher_scores():
-    torch.manual_seed(0)
-    discriminator, video = PatchDiscriminator(8), torch.rand(2, 3, 3, 16, 24) * 2 - 1
-    assert discriminator(video).shape == (4, 1, 4, 6)
-    decoded = torch.zeros_like(video).requires_grad_()
-    other = (decoded - video).square().sum()
-    (given,) = torch.autograd.grad(other, decoded, retain_graph=True)
-    (wish,) = torch.autograd.grad(adversarial_term(discriminator, decoded, other, 0.3), decoded)
-    assert torch.allclose(wish.norm(), 0.3 * given.norm(), rtol=1e-4)
-    assert all(parameter.grad is None for parameter in discriminator.parameters())
-    discriminator.eval()  # the same spectral norms before and after the step
-    assert discriminator(decoded.detach() - 1e-2 * wish).mean() > discriminator(decoded.detach()).mean()
-
-
-def test_the_discriminator_learns_to_tell_blurred_from_crisp():
-    torch.manual_seed(0)
-    discriminator = PatchDiscriminator(8)
-    optimizer = torch.optim.AdamW(discriminator.parameters(), lr=4e-3)
-    for _ in range(60):
-        crisp = torch.rand(4, 3, 2, 16, 16).round() * 2 - 1
-        blurred = torch.nn.functional.avg_pool3d(crisp, (1, 3, 3), 1, (0, 1, 1))
-        loss = hinge_loss(discriminator(crisp), discriminator(blurred))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.5

@@ -32,9 +32,7 @@ SMALL_AUTOENCODER = {
     "decoder_widths": "[8, 8, 8, 8]",
     "decoder_blocks": "[1, 1, 1]",
     "window": "2",
-    "adversarial": "0.5",
-    "adversarial_from": "1",
-    "discriminator_width": "8",
+    "detail_weight": "0.5",
     "steps": "4",
     "batch": "2",
 }

@@ -27,22 +27,40 @@ class FrameMemory:
 
 
 @dataclass
+class Window:
+    """Keys and values of the committed frames a chunk sees, rotated and projected, `[layers, B, heads or 2 heads, M + room, head_dim]`.
+
+    The last `room` places are for the tokens of a pass, so that no pass copies the window to stand beside it.
+    """
+
+    keys: Tensor
+    values: Tensor
+    room: int
+
+    def joined(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The window of a layer with `room` keys and values of a pass behind it; valid until the next pass."""
+        if torch.is_grad_enabled():  # what a backward pass needs may not be overwritten
+            return tuple(torch.cat([past[layer][:, :, : -self.room], own], dim=2) for past, own in ((self.keys, k), (self.values, v)))
+        self.keys[layer][:, :, -self.room :] = k
+        self.values[layer][:, :, -self.room :] = v
+        return self.keys[layer], self.values[layer]
+
+
+@dataclass
 class CacheView:
-    """The window as one chunk sees it: keys and values `[layers, B, heads or 2 heads, M, head_dim]`, or None when nothing is committed.
+    """What one chunk sees: the window, or None when nothing is committed.
 
     `first` is the rotary position of the chunk's first frame. A pass leaves its own keys and values in `fresh`, one pair a layer.
-    When the clean pass of the chunk before is merged in, the pass holds both chunks: `pending` frames come first, and the chunk behind
+    When the clean pass of the chunk before is merged in, the pass holds both chunks: `pending` tokens come first, and the chunk behind
     them reads `later`, the window as it will be once they are committed.
     """
 
-    keys: Tensor | None
-    values: Tensor | None
+    window: Window | None
     first: int
     device: torch.device
     fresh: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     pending: int = 0
-    tokens: int = 0  # tokens a frame, needed when frames are pending
-    later: tuple[Tensor | None, Tensor | None] = (None, None)
+    later: Window | None = None
 
     def positions(self, frames: int) -> Tensor:
         """Rotary positions `[frames]` of the frames of a pass."""
@@ -55,17 +73,14 @@ class CacheView:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Queries of the chunk `[B, H, F N, D]` over the window and the chunk itself."""
         if not self.pending:
-            return attention.attend(q, *self._with_window(layer, self.keys, self.values, k, v))
-        split = self.pending * self.tokens
-        before = attention.attend(q[:, :, :split], *self._with_window(layer, self.keys, self.values, k[:, :, :split], v[:, :, :split]))
-        after = attention.attend(q[:, :, split:], *self._with_window(layer, *self.later, k, v))
-        return torch.cat([before, after], dim=2)
+            return _attend(self.window, layer, q, k, v)
+        split = self.pending
+        before = _attend(self.window, layer, q[:, :, :split], k[:, :, :split], v[:, :, :split])
+        return torch.cat([before, _attend(self.later, layer, q[:, :, split:], k, v)], dim=2)
 
-    @staticmethod
-    def _with_window(layer: int, keys: Tensor | None, values: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if keys is None:
-            return k, v
-        return torch.cat([keys[layer], k], dim=2), torch.cat([values[layer], v], dim=2)
+
+def _attend(window: Window | None, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attention.attend(q, *(window.joined(layer, k, v) if window else (k, v)))
 
 
 class KVCache:
@@ -84,6 +99,7 @@ class KVCache:
         self.camera = camera
         self.frames: list[FrameMemory] = []
         self.committed = 0
+        self._ahead: tuple[int, Window | None] | None = None  # chunk length and window of `prepare`, while they are true
 
     def commit(self, fresh: dict[int, tuple[Tensor, Tensor]], viewmats: Tensor, intrinsics: Tensor) -> None:
         """Remembers a chunk: `fresh` of its clean pass, `viewmats` `[B, F, 4, 4]`, `intrinsics` `[B, F, 4]`."""
@@ -93,6 +109,7 @@ class KVCache:
             self.frames.append(FrameMemory(self.committed, *stored))
             self.committed += 1
         self.frames = [f for f in self.frames if f.index < self.sinks or f.index >= self.committed - self.window - self.history]
+        self._ahead = None
 
     def visible(self, chunk: int) -> list[FrameMemory]:
         """The frames that a chunk of `chunk` new frames sees: sinks, then the most recent ones."""
@@ -102,14 +119,22 @@ class KVCache:
     def view(self, viewmats: Tensor, intrinsics: Tensor, rows: int, columns: int) -> tuple[CacheView, Tensor]:
         """The window for a chunk with cameras `viewmats` `[B, F, 4, 4]` and `intrinsics` `[B, F, 4]`.
 
-        Returns it with the chunk's projections `[B, F, 4, 4]`, relative to the chunk's first camera.
+        Returns it with the chunk's projections `[B, F, 4, 4]`, relative to the last committed camera, as the window is.
         """
-        frames = self.visible(viewmats.shape[1])
-        first = self.committed if self.absolute else len(frames)
-        reference = torch.linalg.inv_ex(viewmats[:, :1].double()).inverse  # inv would wait for its error flag
-        keys, values = self._rotate(frames, reference, rows, columns, start=first - len(frames))
-        view = CacheView(keys, values, first, viewmats.device)
+        chunk = viewmats.shape[1]
+        frames = self.visible(chunk)
+        if self._ahead is None or self._ahead[0] != chunk or torch.is_grad_enabled():
+            self.prepare(chunk, rows, columns)
+        view = CacheView(self._ahead[1], self.committed if self.absolute else len(frames), viewmats.device)
+        reference = _inverse(frames[-1].viewmats[:, None] if frames else viewmats[:, :1])
         return view, prope.projection(viewmats.double() @ reference, intrinsics.double()).float()
+
+    def prepare(self, chunk: int, rows: int, columns: int) -> None:
+        """Makes the window of the next chunk, of `chunk` frames, before its cameras are known."""
+        frames = self.visible(chunk)
+        reference = _inverse(frames[-1].viewmats[:, None]) if frames else None
+        start = self.committed - len(frames) if self.absolute else 0
+        self._ahead = chunk, self._window(frames, reference, rows, columns, start, room=chunk)
 
     def pair_view(self, viewmats: Tensor, chunk: int, intrinsics: Tensor, rows: int, columns: int) -> tuple[CacheView, Tensor]:
         """The view of two chunks in one pass, `viewmats` `[B, 2 chunk, 4, 4]`: the first is about to be committed, the second follows.
@@ -119,31 +144,36 @@ class KVCache:
         frames, now = self.visible(chunk), self.committed
         later = [f for f in frames if f.index < self.sinks or f.index >= now - (self.window - 2 * chunk - self.sinks)]
         first = now if self.absolute else len(frames)
-        reference = torch.linalg.inv_ex(viewmats[:, :1].double()).inverse  # inv would wait for its error flag
-        keys, values = self._rotate(frames, reference, rows, columns, start=first - len(frames))
-        after = self._rotate(later, reference, rows, columns, start=first - len(later))
-        view = CacheView(keys, values, first, viewmats.device, pending=chunk, tokens=rows * columns, later=after)
+        reference = _inverse(viewmats[:, :1])
+        before = self._window(frames, reference, rows, columns, start=first - len(frames), room=chunk)
+        after = self._window(later, reference, rows, columns, start=first - len(later), room=2 * chunk)
+        view = CacheView(before, first, viewmats.device, pending=chunk * rows * columns, later=after)
         return view, prope.projection(viewmats.double() @ reference, intrinsics.double()).float()
 
-    def _rotate(
-        self, frames: list[FrameMemory], reference: Tensor, rows: int, columns: int, start: int
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Keys and values of `frames` in the rotary and the camera path, `[layers, B, 2 heads, M, head_dim]`."""
+    def _window(
+        self, frames: list[FrameMemory], reference: Tensor, rows: int, columns: int, start: int, room: int
+    ) -> Window | None:
+        """`frames` in the rotary and the camera path, first of them at rotary position `start`, with room for `room` more.
+
+        Layer by layer, so that what comes in between stays small.
+        """
         if not frames:
-            return None, None
-        keys, values = (torch.stack([getattr(f, name) for f in frames], dim=2) for name in ("keys", "values"))
-        index = self._places(frames, start, keys.device)
-        cos, sin = (t.unsqueeze(2).to(keys.dtype) for t in rope_table(index, rows, columns, keys.shape[-1] // self.heads))
-
-        def split(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (self.heads, -1))
-
-        rotated, carried = [rotate(split(keys), cos, sin)], [split(values)]
-        if self.camera:
-            inverse = self._inverse_cameras(frames, reference).to(keys.dtype)
-            rotated.append(split(prope.apply(inverse, keys)))
-            carried.append(split(prope.apply(inverse, values)))
-        return tuple(torch.cat(x, dim=-2).flatten(2, 3).transpose(2, 3) for x in (rotated, carried))
+            return None
+        layers, batch, tokens, width = frames[0].keys.shape
+        places, paths = len(frames) * tokens, 2 if self.camera else 1
+        shape = layers, batch, paths, self.heads, places + room * tokens, width // self.heads
+        keys, values = frames[0].keys.new_empty(shape), frames[0].values.new_empty(shape)
+        cos, sin = (t.unsqueeze(2).to(keys.dtype) for t in rope_table(self._places(frames, start, keys.device), rows, columns, shape[-1]))
+        inverse = self._inverse_cameras(frames, reference, width).to(keys.dtype) if self.camera else None
+        for layer in range(layers):
+            k, v = (torch.stack([getattr(f, name)[layer] for f in frames], dim=1) for name in ("keys", "values"))  # [B, F, N, width]
+            seen = [(rotate(k.unflatten(-1, (self.heads, -1)), cos, sin), v)]
+            if self.camera:
+                seen.append((prope.apply(inverse, k), prope.apply(inverse, v)))
+            for path, pair in enumerate(seen):
+                for joined, x in zip((keys, values), pair, strict=True):
+                    joined[layer, :, path, :, :places] = x.reshape(batch, places, self.heads, -1).transpose(1, 2)
+        return Window(keys.flatten(2, 3), values.flatten(2, 3), room * tokens)
 
     def _places(self, frames: list[FrameMemory], start: int, device: torch.device) -> Tensor:
         """Rotary positions of `frames`, made on the device: a list of numbers would have to be waited for."""
@@ -154,11 +184,11 @@ class KVCache:
         return torch.cat([torch.arange(run[0].index, run[-1].index + 1, device=device) for run in runs])
 
     @staticmethod
-    def _inverse_cameras(frames: list[FrameMemory], reference: Tensor) -> Tensor:
-        """P^-1 of every frame, relative to the reference camera `[B, 1, 4, 4]`: `[B, F, 4, 4]` float32."""
+    def _inverse_cameras(frames: list[FrameMemory], reference: Tensor, width: int) -> Tensor:
+        """P^-1 of every frame, relative to the reference camera `[B, 1, 4, 4]`: `[B, F, m, m]` float32, see `prope.camera_matrices`."""
         viewmats = torch.stack([f.viewmats for f in frames], dim=1) @ reference
         cameras = prope.projection(viewmats, torch.stack([f.intrinsics for f in frames], dim=1))
-        return prope.camera_matrices(cameras.float(), torch.float32).key
+        return prope.camera_matrices(cameras.float(), torch.float32, width).key
 
     def truncate(self, committed: int) -> None:
         """Forgets every frame from number `committed` on; ValueError when that reaches back beyond what is kept."""
@@ -167,10 +197,15 @@ class KVCache:
         missing = set(wanted) - {f.index for f in kept}
         if missing or not 0 <= committed <= self.committed:
             raise ValueError(f"can rewind to latent {min(missing, default=0)} no more, got {committed} of {self.committed}: rewind less")
-        self.frames, self.committed = kept, committed
+        self.frames, self.committed, self._ahead = kept, committed, None
 
     def fork(self) -> "KVCache":
         """An independent cache with the same past; the frames are shared, since they are never written again."""
         twin = KVCache(self.heads, self.window, self.sinks, self.absolute, self.history, self.camera)
         twin.frames, twin.committed = list(self.frames), self.committed
         return twin
+
+
+def _inverse(viewmats: Tensor) -> Tensor:
+    """c2w of w2c `[..., 4, 4]` in float64; torch.linalg.inv would wait for its error flag."""
+    return torch.linalg.inv_ex(viewmats.double()).inverse

@@ -6,6 +6,7 @@ camera j looks from camera i and on nothing else, so any common change of the wo
 Source: PRoPE (arXiv 2507.10496) as in minWM `wan/modules/prope.py`; the principal point is dropped, as the released checkpoints do.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CameraMatrices:
-    """What attention multiplies with, one 4x4 matrix a frame, `[B, F, 4, 4]`: for queries P^T, keys and values P^-1, results P."""
+    """What attention multiplies with, one matrix a frame, `[B, F, m, m]`: for queries P^T, keys and values P^-1, results P."""
 
     query: Tensor
     key: Tensor
@@ -32,13 +33,24 @@ def projection(viewmats: Tensor, intrinsics: Tensor) -> Tensor:
     return focal[..., :, None] * viewmats
 
 
-def camera_matrices(projections: Tensor, dtype: torch.dtype) -> CameraMatrices:
-    """Inverts projections `[B, F, 4, 4]` once for a whole forward pass; computed in their own type, returned in `dtype`."""
-    inverse = torch.linalg.inv_ex(projections).inverse
-    return CameraMatrices(projections.transpose(-1, -2).to(dtype), inverse.to(dtype), projections.to(dtype))
+def camera_matrices(projections: Tensor, dtype: torch.dtype, width: int = 4) -> CameraMatrices:
+    """Inverts projections `[B, F, 4, 4]` once for a whole forward pass; computed in their own type, returned in `dtype`.
+
+    For features of `width` channels the matrices come several times along a diagonal, up to 64x64: the product is the same, and
+    processors that multiply tiles do it several times faster than many products with 4x4.
+    """
+    inverse, times = torch.linalg.inv_ex(projections).inverse, math.gcd(width, 64) // 4
+    return CameraMatrices(*(_repeat(matrix, times).to(dtype) for matrix in (projections.transpose(-1, -2), inverse, projections)))
+
+
+def _repeat(matrix: Tensor, times: int) -> Tensor:
+    """`[..., 4, 4]` -> `[..., 4 times, 4 times]`, zero off the diagonal blocks."""
+    places = torch.eye(times, dtype=matrix.dtype, device=matrix.device)
+    return (places[:, None, :, None] * matrix[..., None, :, None, :]).flatten(-2).flatten(-3, -2)
 
 
 def apply(matrix: Tensor, x: Tensor) -> Tensor:
-    """Multiplies every group of four features of `x` `[..., F, N, width]` (N tokens a frame) by its frame's `matrix` `[..., F, 4, 4]`."""
-    groups = x.unflatten(-1, (-1, 4)).flatten(-3, -2)
+    """Multiplies every group of m neighbouring features of `x` `[..., F, N, width]` (N tokens a frame) by its frame's `matrix`
+    `[..., F, m, m]`, m = 4 or what `camera_matrices` made of it."""
+    groups = x.unflatten(-1, (-1, matrix.shape[-1])).flatten(-3, -2)
     return (groups @ matrix.transpose(-1, -2)).reshape(x.shape)

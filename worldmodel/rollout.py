@@ -8,6 +8,7 @@ Source: Self-Forcing / minWM `CausalInferencePipeline`. Differs: window-relative
 
 import time
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +47,16 @@ class RolloutConfig:
             warp_steps(steps, self.shift)
 
 
+class Pending(NamedTuple):
+    """A dreamed or given chunk before its clean pass, with the view of the past that it was dreamed from."""
+
+    latents: Tensor
+    viewmats: Tensor
+    intrinsics: Tensor
+    view: CacheView
+    projection: Tensor
+
+
 class Rollout:
     """A dream in progress: the model, its prompt, and what it remembers.
 
@@ -61,14 +72,14 @@ class Rollout:
         self.first_sigmas = warp_steps(config.first_steps, config.shift).to(self.device)
         self.cache = KVCache(model.config.num_attention_heads, config.window, config.sinks, config.positions == "absolute",
                              config.history, model.config.camera)
-        self.pending: tuple[Tensor, Tensor, Tensor] | None = None  # latents, viewmats, intrinsics whose clean pass is still to come
+        self.pending: Pending | None = None  # the chunk whose clean pass is still to come
         self.timings = {"network": 0.0, "clean": 0.0}  # milliseconds: "network" of the last step, "clean" of the last clean pass
         self.set_text(text)
 
     @property
     def frames(self) -> int:
         """Latent frames dreamed or given so far."""
-        return self.cache.committed + (self.pending[0].shape[2] if self.pending else 0)
+        return self.cache.committed + (self.pending.latents.shape[2] if self.pending else 0)
 
     def set_text(self, text: Tensor | TextContext) -> None:
         """Changes the prompt from the next chunk on; what is already remembered stays."""
@@ -114,23 +125,27 @@ class Rollout:
             context_noise = self._draw(shape, generator) if context_noise is None else context_noise
             context = add_noise(context, context_noise, torch.full((), self.config.context_sigma, device=self.device))
         if not grad and (self.config.merge_clean or not settle):
-            self.pending = context, viewmats, intrinsics
+            self.pending = Pending(context, viewmats, intrinsics, view, projection)
         else:
-            self._clean_pass(context, viewmats, intrinsics, view, projection, fresh if grad else None)
+            self._clean_pass(Pending(context, viewmats, intrinsics, view, projection), fresh if grad else None)
         return x0
 
     def settle(self) -> None:
         """Runs a clean pass that was put off, if there is one."""
         if self.pending is not None:
             pending, self.pending = self.pending, None
-            with torch.no_grad():
-                self._clean_pass(*pending, *self._view(*pending[1:]))
+            self._clean_pass(pending, ahead=not self.config.merge_clean)
 
     def commit(self, latents: Tensor, viewmats: Tensor, intrinsics: Tensor) -> None:
         """Takes given clean latents (a start image, a recorded past) as the next chunk."""
+        self.put_off(latents, viewmats, intrinsics)
+        self.settle()
+
+    def put_off(self, latents: Tensor, viewmats: Tensor, intrinsics: Tensor) -> None:
+        """As `commit`, but the clean pass is left to `settle()` or to the next step."""
         self.settle()
         intrinsics = a_frame(intrinsics, viewmats)
-        self._clean_pass(latents, viewmats, intrinsics, *self._view(viewmats, intrinsics))
+        self.pending = Pending(latents, viewmats, intrinsics, *self._view(viewmats, intrinsics))
 
     def rewind(self, frames: int) -> None:
         """Forgets all but the first `frames` latents; ValueError when the cache no longer holds what the window then needs."""
@@ -147,45 +162,53 @@ class Rollout:
         return torch.randn(shape, generator=generator, device=generator.device if generator else self.device).to(self.device)
 
     def _view(self, viewmats: Tensor, intrinsics: Tensor) -> tuple[CacheView, Tensor]:
-        _, patch_h, patch_w = self.model.config.patch_size
-        return self.cache.view(viewmats, intrinsics, self.cells[0] // patch_h, self.cells[1] // patch_w)
+        return self.cache.view(viewmats, intrinsics, *self._grid())
 
-    def _velocity(self, x: Tensor, sigma: Tensor, view: CacheView, projection: Tensor) -> Tensor:
+    def _grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        _, patch_h, patch_w = self.model.config.patch_size
+        return self.cells[0] // patch_h, self.cells[1] // patch_w
+
+    def _velocity(self, x: Tensor, sigma: Tensor, view: CacheView, projection: Tensor, wanted: bool = True) -> Tensor | None:
         sigma = sigma.expand(self.batch, x.shape[2]) if sigma.ndim == 0 else sigma
-        return self.model(x, sigma, self.text, projection, mode="cached", view=view)
+        return self.model(x, sigma, self.text, projection, mode="cached", view=view, velocity=wanted)
 
     def _next_level(self, x, x0, velocity, sigma, next_sigma, noise, generator) -> Tensor:
         if self.config.sampler == "euler":
             return x + (next_sigma - sigma) * velocity
         return add_noise(x0.detach(), self._draw(x0.shape, generator) if noise is None else noise, next_sigma)
 
-    def _clean_pass(self, latents, viewmats, intrinsics, view: CacheView, projection: Tensor, noisy=None) -> None:
-        """The pass at sigma 0. With `noisy` (keys and values of the pass that had gradients) its gradient flows on, its values do not."""
+    def _clean_pass(self, chunk: Pending, noisy=None, ahead: bool = False) -> None:
+        """The pass at sigma 0. With `noisy` (keys and values of the pass that had gradients) its gradient flows on, its values do not.
+
+        With `ahead` the next chunk's window is made at once: in play nobody waits for it now, and its cameras are not needed.
+        """
         started = time.perf_counter()
         with torch.no_grad():
-            self._velocity(latents, torch.zeros((), device=self.device), view, projection)
-        self.timings["clean"] = (time.perf_counter() - started) * 1e3
-        fresh = view.fresh
+            self._velocity(chunk.latents, torch.zeros((), device=self.device), chunk.view, chunk.projection, wanted=False)
+        fresh = chunk.view.fresh
         if noisy is not None and self.config.cache_gradient == "straight_through":
             fresh = {layer: tuple(c + (n - n.detach()) for c, n in zip(fresh[layer], noisy[layer], strict=True)) for layer in fresh}
-        self.cache.commit(fresh, viewmats.double(), intrinsics.double())
+        self.cache.commit(fresh, chunk.viewmats.double(), chunk.intrinsics.double())
+        if ahead:
+            with torch.no_grad():
+                self.cache.prepare(self.config.chunk, *self._grid())
+        self.timings["clean"] = (time.perf_counter() - started) * 1e3
 
     def _first_pass_with_pending(self, x: Tensor, sigma: Tensor, viewmats: Tensor, intrinsics: Tensor):
         """The clean pass of the chunk before and the first step of this one in a single forward pass; both see their own window."""
-        latents, past_viewmats, past_intrinsics = self.pending
-        self.pending = None
-        if viewmats.shape[1] != past_viewmats.shape[1]:
+        past, self.pending = self.pending, None
+        if viewmats.shape[1] != past.viewmats.shape[1]:
             raise ValueError("a merged clean pass needs chunks of one length: set merge_clean to false")
         count = viewmats.shape[1]
-        both = torch.cat([past_viewmats.double(), viewmats.double()], dim=1)
-        lenses = torch.cat([past_intrinsics, intrinsics], dim=1)
-        _, patch_h, patch_w = self.model.config.patch_size
-        view, projection = self.cache.pair_view(both, count, lenses, self.cells[0] // patch_h, self.cells[1] // patch_w)
+        both = torch.cat([past.viewmats.double(), viewmats.double()], dim=1)
+        lenses = torch.cat([past.intrinsics, intrinsics], dim=1)
+        view, projection = self.cache.pair_view(both, count, lenses, *self._grid())
         levels = torch.cat([torch.zeros(self.batch, count, device=self.device), sigma.expand(self.batch, count)], dim=1)
-        velocity = self._velocity(torch.cat([latents, x], dim=2), levels, view, projection)
+        velocity = self._velocity(torch.cat([past.latents, x], dim=2), levels, view, projection)
         clean = {layer: (k[:, :count], v[:, :count]) for layer, (k, v) in view.fresh.items()}
         own = {layer: (k[:, count:], v[:, count:]) for layer, (k, v) in view.fresh.items()}
-        self.cache.commit(clean, past_viewmats.double(), past_intrinsics.double())
+        self.cache.commit(clean, past.viewmats.double(), past.intrinsics.double())
         view, projection = self._view(viewmats, intrinsics)
         view.fresh.update(own)
         return velocity[:, :, count:], view, projection

@@ -41,4 +41,4 @@ def rope_table(frames: Tensor, rows: int, columns: int, head_dim: int) -> tuple[
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns features `[..., head_dim]` by a table of `rope_table` that broadcasts against them."""
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return x * cos + swapped * sin
+    return torch.addcmul(x * cos, swapped, sin)

@@ -197,7 +197,7 @@ class Session:
         for memory in self.rollout.cache.visible(1):
             for name in ("keys", "values", "viewmats", "intrinsics"):
                 tensors[f"frame.{memory.index}.{name}"] = getattr(memory, name)
-        for position, tensor in enumerate(self.rollout.pending or ()):
+        for position, tensor in enumerate((self.rollout.pending or ())[:3]):
             tensors[f"pending.{position}"] = tensor
         state = self._decoder.state()
         tensors |= {f"decoder.{i}": memory for i, memory in enumerate(state.memories) if memory is not None}
@@ -209,9 +209,9 @@ class Session:
         indices = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("frame.")})
         cache, parts = self.rollout.cache, ("keys", "values", "viewmats", "intrinsics")
         cache.frames = [FrameMemory(i, *(tensors[f"frame.{i}.{part}"] for part in parts)) for i in indices]
-        if "pending.0" in tensors:
-            self.rollout.pending = tuple(tensors[f"pending.{position}"] for position in range(3))
         cache.committed = values["frames"] - (tensors["pending.0"].shape[2] if "pending.0" in tensors else 0)
+        if "pending.0" in tensors:
+            self.rollout.put_off(*(tensors[f"pending.{position}"] for position in range(3)))
         self.image = tensors["image"].cpu().numpy() if "image" in tensors else None
         self._poses = list(tensors["poses"].cpu().numpy())
         memories = tuple(tensors.get(f"decoder.{i}") for i in range(values["decoder"]["memories"]))

@@ -109,16 +109,23 @@ class Attention(nn.Module):
 
     def self_attention(self, x: Tensor, positions: FramePositions, layer: int) -> Tensor:
         """x `[B, F, N, width]` -> the same shape. Rotary and camera path are ONE attention over twice the heads."""
-        frames, heads, x = x.shape[1], self.heads, x.to(self.to_q.weight.dtype)
-        q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(x)), self.to_v(x)
-        if positions.view is not None:
-            positions.view.keep(layer, k, v)
+        frames, heads = x.shape[1], self.heads
+        x, k, v = self.remember(x, positions, layer)
+        q = self.norm_q(self.to_q(x))
         out = _pattern(positions, layer)(*two_paths(q, k, v, positions, heads))
         out = out.transpose(1, 2).unflatten(1, (frames, -1))  # [B, F, N, heads or 2 heads, head_dim]
         result = self.to_out[0](out[..., :heads, :].flatten(-2))
         if positions.cameras is not None:
             result = result + self.prope_out(prope.apply(positions.cameras.result, out[..., heads:, :].flatten(-2)))
         return result
+
+    def remember(self, x: Tensor, positions: FramePositions, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """x `[B, F, N, width]` in the weights' type, its un-rotated keys and its values, which the view keeps when there is one."""
+        x = x.to(self.to_q.weight.dtype)
+        k, v = self.norm_k(self.to_k(x)), self.to_v(x)
+        if positions.view is not None:
+            positions.view.keep(layer, k, v)
+        return x, k, v
 
     def text_keys(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Embedded prompt `[B, L, width]` -> keys and values `[B, heads, L, head_dim]`."""
@@ -187,6 +194,11 @@ class WanBlock(nn.Module):
         x = x + self.attn2.cross_attention(self.norm2(x), text)
         return x + ffn_gate * self.ffn(modulated_norm(x, ffn_scale, ffn_shift, self.eps))
 
+    def remember(self, x: Tensor, modulation: Tensor, positions: FramePositions, layer: int) -> None:
+        """Leaves the keys and values of this block in the view, as `forward` does, and computes nothing else."""
+        shift, scale = (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)[:2]
+        self.attn1.remember(modulated_norm(x, scale, shift, self.eps), positions, layer)
+
 
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """Layer norm without weights, then the time's scale and shift, `[B, F, 1, width]` each."""
@@ -254,13 +266,15 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
         clean: Tensor | None = None,
         clean_sigma: Tensor | None = None,
         view: CacheView | None = None,
-    ) -> Tensor:
+        velocity: bool = True,
+    ) -> Tensor | None:
         """Predicts the velocity `eps - x0` of noisy latents.
 
         `latents` `[B, C, F, H, W]` (H and W multiples of the patch), `sigma` in [0, 1] `[B]` or `[B, F]`, `text` an embedding
         `[B, L, text_dim]` or what `encode_text` made of it, `projection` `[B, F, 4, 4]` from `prope.projection` or None (no camera path).
         teacher_forcing: `clean` latents of the same shape, their `clean_sigma` `[B, F]` (None: 0), `chunk` frames denoised together.
-        cached: `view` of the committed frames; its reference camera is the one `projection` is relative to.
+        cached: `view` of the committed frames; its reference camera is the one `projection` is relative to. With `velocity` false the
+        pass ends where the last layer's keys and values are known, and returns None.
         Returns `[B, C, F, H, W]` in float32.
         """
         self._check_inputs(latents, projection, mode, chunk, clean, view)
@@ -280,6 +294,8 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
         embedding, modulation = self.condition_embedder.embed_time(sigma)
         positions = self._positions(index, grid, projection, mode, chunk, view, dtype)
         for layer, block in enumerate(self.blocks):
+            if not velocity and layer == len(self.blocks) - 1:
+                return block.remember(x, modulation, positions, layer)
             arguments = (x, modulation, text.layers[layer], positions, layer)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False)
@@ -294,7 +310,7 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
         cos, sin = (table.unsqueeze(2).to(dtype) for table in (cos, sin))
         cameras = None
         if projection is not None and self.config.camera:
-            cameras = prope.camera_matrices(projection, dtype)
+            cameras = prope.camera_matrices(projection, dtype, self.config.num_attention_heads * self.config.attention_head_dim)
         return FramePositions(cos, sin, cameras, mode, chunk, view)
 
     def _to_latents(self, x: Tensor, embedding: Tensor, grid: tuple[int, int]) -> Tensor:

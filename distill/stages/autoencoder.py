@@ -15,12 +15,10 @@ from distill.config import AutoencoderConfig
 from distill.data.clips import list_clips, read_clip
 from distill.ema import MovingAverage
 from distill.evaluate.metrics import sharpness
-from distill.objectives.adversarial import PatchDiscriminator, adversarial_term, hinge_loss
 from distill.stages.stage import Loss, Stage
-from worldmodel.autoencoder import ENCODING_KEYS, FRAMES_PER_LATENT, TinyAutoencoder
+from distill.growth import grow_autoencoder
+from worldmodel.autoencoder import FRAMES_PER_LATENT, TinyAutoencoder
 from worldmodel.world import load_network
-
-ADVERSARIAL_RISE = 100  # steps in which the discriminator, which knows nothing at first, comes to its full influence
 
 
 class VideoWindows(Dataset):
@@ -59,7 +57,7 @@ class VideoWindows(Dataset):
 
 
 class AutoencoderStage(Stage):
-    """The stage `autoencoder`: one network, whose `average` follows it and is exported; with `adversarial` a discriminator beside it."""
+    """The stage `autoencoder`: one network, whose `average` follows it and is exported."""
 
     def __init__(self, config: AutoencoderConfig, clips: Path, device: torch.device | str = "cpu"):
         self.config, self.clips, self.device = config, Path(clips), torch.device(device)
@@ -71,12 +69,6 @@ class AutoencoderStage(Stage):
         options = {"lr": config.lr, "betas": (0.9, 0.99), "weight_decay": config.weight_decay, "fused": True}
         self.optimizers = {"autoencoder": torch.optim.AdamW(trained, **options)}
         self.averages = {"autoencoder": MovingAverage(self.autoencoder, self.average, config.ema, config.ema_start)}
-        if config.adversarial:
-            self.discriminator = PatchDiscriminator(config.discriminator_width).to(self.device)
-            self.modules["discriminator"] = self.discriminator
-            self.optimizers["discriminator"] = torch.optim.AdamW(
-                self.discriminator.parameters(), lr=config.discriminator_lr, betas=(0.0, 0.99), weight_decay=0.0, fused=True
-            )
         self._windows: VideoWindows | None = None
 
     def dataset(self) -> VideoWindows:
@@ -86,7 +78,7 @@ class AutoencoderStage(Stage):
         return self._windows
 
     def losses(self, batch: dict, step: int, generator: torch.Generator) -> Iterator[Loss]:
-        """The reconstruction of a batch {"video": uint8 [B,3,T,H,W]}, then the discriminator's verdict on it."""
+        """The reconstruction of a batch {"video": uint8 [B,3,T,H,W]}."""
         video = to_unit_range(batch["video"].to(self.device))
         latents = self.autoencoder.encode(video).float()
         _, std = self.autoencoder.latent_statistics()
@@ -96,19 +88,14 @@ class AutoencoderStage(Stage):
         pixel, edge, coarse = reconstruction_terms(decoded, video)
         norm = (latents * std).square().mean()
         square = (decoded - video).square().mean()
-        loss = pixel + self.config.edge_weight * edge + self.config.coarse_weight * coarse + self.config.square_weight * square
-        judged = bool(self.config.adversarial) and step >= self.config.adversarial_from
-        if judged:
-            rise = min(1.0, (step - self.config.adversarial_from) / ADVERSARIAL_RISE)
-            loss = loss + adversarial_term(self.discriminator, decoded, loss, self.config.adversarial * rise)
-        loss = loss + self.config.latent_weight * norm
-        metrics = {"l1": pixel, "edge": edge, "latent_norm": norm, "psnr": psnr(decoded.clamp(-1, 1), video)}
+        detail = detail_term(decoded, video)
+        weights = self.config
+        loss = pixel + weights.edge_weight * edge + weights.coarse_weight * coarse + weights.square_weight * square
+        loss = loss + weights.detail_weight * detail + weights.latent_weight * norm
+        metrics = {"l1": pixel, "edge": edge, "detail": detail, "latent_norm": norm, "psnr": psnr(decoded.clamp(-1, 1), video)}
         energy, truth = (sharpness(film.detach().transpose(1, 2).flatten(0, 1)).mean() for film in (decoded, video))
         metrics["sharpness"] = energy / truth.clamp(min=1e-9)
         yield "autoencoder", loss, {name: value.detach() for name, value in metrics.items()}
-        if judged:
-            real, fake = self.discriminator(video), self.discriminator(decoded.detach())
-            yield "discriminator", hinge_loss(real, fake), {"real": real.mean().detach(), "decoded": fake.mean().detach()}
 
     @torch.no_grad()
     def sample(self, generator: torch.Generator) -> np.ndarray:
@@ -132,28 +119,14 @@ class AutoencoderStage(Stage):
 
 
 def build_autoencoder(config: AutoencoderConfig) -> TinyAutoencoder:
-    """A new network of the config's sizes, with the encoder of the trained one in `config.start`, and its decoder if that has our sizes.
-
-    So a decoder of another size can learn to read latents that were made before. ValueError when `start` has another encoder.
-    """
+    """A network of the config's sizes; with `start` it goes on from the trained one there, which may be smaller (see `distill.growth`)."""
     if config.freeze_encoder and not config.start:
         raise ValueError("expected `start` with freeze_encoder: an untrained encoder cannot be kept; name a trained folder")
     names = ("latent_channels", "encoder_widths", "encoder_blocks", "decoder_widths", "decoder_blocks", "strides", "patch_size")
-    sizes = {name: list(value) if isinstance(value := vars(config)[name], tuple) else value for name in names}
-    network = TinyAutoencoder(**sizes)
-    if not config.start:
-        return network
-    trained = load_network(TinyAutoencoder, config.start)
-    for name in ENCODING_KEYS:
-        if network.config[name] != trained.config[name]:
-            raise ValueError(
-                f"{config.start}: an autoencoder with {name} {trained.config[name]}, the recipe says {network.config[name]}: "
-                "its encoder does not fit; set autoencoder." + name + ", or leave autoencoder.start empty"
-            )
-    network.encoder.load_state_dict(trained.encoder.state_dict())
-    network.set_latent_statistics(*(values.flatten() for values in trained.latent_statistics()))
-    if all(network.config[name] == trained.config[name] for name in ("decoder_widths", "decoder_blocks")):
-        network.decoder.load_state_dict(trained.decoder.state_dict())
+    network = TinyAutoencoder(**{name: vars(config)[name] for name in names})
+    if config.start:
+        trained = load_network(TinyAutoencoder, config.start)
+        grow_autoencoder(network, trained, config.start, same_encoder=config.freeze_encoder)
     return network
 
 
@@ -167,6 +140,26 @@ def reconstruction_terms(decoded: Tensor, video: Tensor) -> tuple[Tensor, Tensor
     error = decoded - video
     edge = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return error.abs().mean(), edge, functional.avg_pool2d(error.flatten(0, 2), 4).abs().mean()
+
+
+def detail_term(decoded: Tensor, video: Tensor) -> Tensor:
+    """How far the local edge energy of `decoded` [B,3,T,H,W] is from that of `video`, at least 0.
+
+    The energies are means of squared differences over 5x5 pixels; their distance is Poisson's deviance, whose optimum is the expected
+    energy. So what the latents leave open is drawn as crisp as the truth is, somewhere near, where pointwise terms average it away.
+    Source: local filter energies as in texture models (Portilla and Simoncelli 2000; DISTS, arXiv 2004.07728).
+    """
+    pairs = zip(_edge_energies(decoded), _edge_energies(video), strict=True)
+    return sum((true * (true / ours).log() - true + ours).mean() for ours, true in pairs)
+
+
+def _edge_energies(video: Tensor) -> Iterator[Tensor]:
+    """Local energy of first and second differences along both axes, [B*T,1,H',W'] each, above 0."""
+    frames = video.transpose(1, 2).flatten(0, 1)
+    for dim in (-1, -2):
+        for order in (1, 2):
+            square = frames.diff(n=order, dim=dim).square().sum(1, keepdim=True)
+            yield functional.avg_pool2d(square, 5, 2) + 1e-3
 
 
 def psnr(decoded: Tensor, video: Tensor) -> Tensor:
