@@ -29,7 +29,8 @@ def grow_autoencoder(network: TinyAutoencoder, trained: TinyAutoencoder, name: s
             )
     for key in ("encoder_widths", "encoder_blocks", "decoder_widths", "decoder_blocks"):
         if any(old > new for new, old in zip(network.config[key], trained.config[key], strict=True)):
-            raise ValueError(f"{name}: an autoencoder with {key} {trained.config[key]} cannot shrink to {network.config[key]}: raise autoencoder.{key}")
+            sizes = f"{key} {trained.config[key]} cannot shrink to {network.config[key]}"
+            raise ValueError(f"{name}: an autoencoder with {sizes}: raise autoencoder.{key}")
     for layers, old_layers in ((network.encoder, trained.encoder), (network.decoder, trained.decoder)):
         old_places = dict(_places(old_layers))
         for place, layer in _places(layers):

@@ -14,9 +14,9 @@ from tqdm import tqdm
 from distill.config import AutoencoderConfig
 from distill.data.clips import list_clips, read_clip
 from distill.ema import MovingAverage
-from distill.evaluate.metrics import sharpness
-from distill.stages.stage import Loss, Stage
+from distill.evaluate.metrics import luma, sharpness
 from distill.growth import grow_autoencoder
+from distill.stages.stage import Loss, Stage
 from worldmodel.autoencoder import FRAMES_PER_LATENT, TinyAutoencoder
 from worldmodel.world import load_network
 
@@ -145,8 +145,9 @@ def reconstruction_terms(decoded: Tensor, video: Tensor) -> tuple[Tensor, Tensor
 def detail_term(decoded: Tensor, video: Tensor) -> Tensor:
     """How far the local edge energy of `decoded` [B,3,T,H,W] is from that of `video`, at least 0.
 
-    The energies are means of squared differences over 5x5 pixels; their distance is Poisson's deviance, whose optimum is the expected
-    energy. So what the latents leave open is drawn as crisp as the truth is, somewhere near, where pointwise terms average it away.
+    The energies are means of squares over 5x5 pixels; their distance is Poisson's deviance, whose optimum is the expected energy. So what
+    the latents leave open is drawn as crisp as the truth is, somewhere near, where pointwise terms average it away. Of the luma, since
+    the energies of three colours can be matched with coloured noise.
     Source: local filter energies as in texture models (Portilla and Simoncelli 2000; DISTS, arXiv 2004.07728).
     """
     pairs = zip(_edge_energies(decoded), _edge_energies(video), strict=True)
@@ -154,12 +155,11 @@ def detail_term(decoded: Tensor, video: Tensor) -> Tensor:
 
 
 def _edge_energies(video: Tensor) -> Iterator[Tensor]:
-    """Local energy of first and second differences along both axes, [B*T,1,H',W'] each, above 0."""
-    frames = video.transpose(1, 2).flatten(0, 1)
-    for dim in (-1, -2):
-        for order in (1, 2):
-            square = frames.diff(n=order, dim=dim).square().sum(1, keepdim=True)
-            yield functional.avg_pool2d(square, 5, 2) + 1e-3
+    """Local energy [B*T,1,H',W'] of the luma's first and second differences along both axes and of its Laplacian, above 0."""
+    grey = luma(video.transpose(1, 2).flatten(0, 1))
+    across, down = grey.diff(n=2, dim=-1)[..., 1:-1, :], grey.diff(n=2, dim=-2)[..., 1:-1]
+    for edges in (grey.diff(dim=-1), grey.diff(dim=-2), across, down, across + down):
+        yield functional.avg_pool2d(edges.square(), 5, 2) + 3e-4
 
 
 def psnr(decoded: Tensor, video: Tensor) -> Tensor:

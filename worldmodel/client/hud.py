@@ -10,6 +10,9 @@ ACCENT, RED, GREEN = (255, 199, 96), (240, 76, 76), (120, 214, 150)
 PANEL, CAP, CAP_DOWN = (12, 15, 22, 176), (255, 255, 255, 34), (255, 199, 96, 255)
 NIGHT = (13, 16, 24)
 
+LOOKS = frozenset(("turn_left", "turn_right", "look_up", "look_down"))
+MOUSE = "mouse"  # stands for all of LOOKS
+
 # rows of the help panel: caps (label, motion that lights it up) and what they do
 HELP = (
     (
@@ -18,11 +21,12 @@ HELP = (
         ((("<", "turn_left"), (">", "turn_right")), "turn"),
         ((("^", "look_up"), ("v", "look_down")), "look"),
         ((("Shift", "run"),), "run"),
-        ((("click", ""),), "mouse look"),
+        ((("click", MOUSE),), "mouse look"),
     ),
     (
         ((("R", ""),), "restart"),
-        ((("N", ""),), "mood"),
+        ((("N", ""),), "next mood"),
+        ((("M", ""),), "mood here"),
         ((("T", ""),), "town"),
         ((("P", ""),), "pause"),
         ((("F9", ""),), "record"),
@@ -71,6 +75,7 @@ class Hud:
 
     def help(self, held: frozenset[str], locked: frozenset[str], opacity: float) -> None:
         """The two rows of keys at the bottom; held keys are lit, what the world does not know wears a padlock."""
+        locked |= {MOUSE} if locked >= LOOKS else frozenset()
         rows = [[self._entry(caps, label, held, locked) for caps, label in row] for row in HELP]
         gap, pad, line = self.px(18), self.px(12), self.px(30)
         widths = [sum(entry.get_width() for entry in row) + gap * (len(row) - 1) for row in rows]

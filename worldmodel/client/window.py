@@ -13,7 +13,7 @@ import numpy as np
 import pygame
 
 from worldmodel.client.bindings import Bindings
-from worldmodel.client.hud import ACCENT, GREEN, NIGHT, RED, WHITE, Figure, Hud
+from worldmodel.client.hud import ACCENT, GREEN, LOOKS, NIGHT, RED, WHITE, Figure, Hud
 from worldmodel.client.loop import Loop
 from worldmodel.controls import MOTIONS
 
@@ -174,7 +174,9 @@ class Window:
         self._held.clear()
 
     def _capture(self, on: bool) -> None:
-        if on != self._captured:
+        if on and self.loop.status.locked >= LOOKS:
+            self._notice(LOCKED.format("Looking around"))
+        elif on != self._captured:
             pygame.event.set_grab(on)
             pygame.mouse.set_relative_mode(on)
             self._captured = on
