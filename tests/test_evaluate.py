@@ -217,6 +217,18 @@ def test_drift_is_relative_to_the_start():
     )
 
 
+def test_lateness_is_what_late_frames_have_of_early_ones():
+    rng = np.random.default_rng(0)
+    early = np.tile(rng.integers(0, 256, (2, 1, 48, 64, 3)), (1, 4, 1, 1, 1)).astype(np.uint8)
+    moving = np.stack([np.roll(early[:, 0], shift, 2) for shift in range(4)], 1)
+    grey = np.repeat(moving.mean(-1, keepdims=True).astype(np.uint8), 3, -1)
+    same = scores.lateness(moving, moving)
+    assert same == {"sharpness": 1.0, "saturation": 1.0, "flow": 1.0}
+    late = scores.lateness(moving, grey // 2)
+    assert late["saturation"] == 0 and 0.1 < late["sharpness"] < 0.5
+    assert scores.lateness(moving, early)["flow"] < 0.01
+
+
 def test_variants_are_read_from_text(town_bundle):
     folder, rollout = town_bundle / "transformer", RolloutConfig()
     (own,) = parse_variant(str(folder), rollout)
@@ -253,7 +265,7 @@ def test_the_command_writes_tables_and_sheets(town_bundle, tmp_path, capsys):
     output = tmp_path / "results" / "town.json"
     command = ["evaluate", "--world", str(town_bundle), "--output", str(output)]
     command += ["--transformer", f"a={town_bundle / 'transformer'}@2e,1", "--reference", "a, 1 step"]
-    sizes = "--cases 5 --latents 4 --returns 1 --flows 1 --drift-cases 1 --drift-latents 6 --batch 3 --workers 1"
+    sizes = "--cases 5 --latents 4 --returns 1 --flows 1 --drift-cases 1 --drift-latents 6 --batch 3 --workers 1 --windows 4 4+1 --late 20"
     assert main(command + sizes.split()) == 0
     results = json.loads(output.read_text())
     assert [row["name"] for row in results["rows"]] == [
@@ -264,6 +276,7 @@ def test_the_command_writes_tables_and_sheets(town_bundle, tmp_path, capsys):
     ]
     assert set(results["rows"][0]["horizons"]) == {"1", "4"} and results["about"]["seed"] == 0
     assert {row["name"] for row in results["flow"]} == {"truth", "a, 2 steps (Euler)", "a, 1 step"}
+    assert [row["name"] for row in results["windows"]] == ["truth", "4", "4+1"]
     assert len(results["drift"]) == 2 and len(results["returns"]) == 9 and results["bars"]
     page = output.with_suffix(".md").read_text()
     assert page in capsys.readouterr().out and "a, 2 steps (Euler)" in page
@@ -281,6 +294,7 @@ def test_bad_input_is_one_sentence(town_bundle, tiny_bundle, tmp_path, capsys):
         ["--world", town_bundle, "--output", tmp_path / "x.txt"],
         ["--world", town_bundle, "--output", output, "--cases", 0],
         ["--world", town_bundle, "--output", output, "--reference", "nobody"],
+        ["--world", town_bundle, "--output", output, "--windows", "4+x"],
         ["--world", tmp_path / "nowhere", "--output", output],
     ):
         assert main(["evaluate", *map(str, words)]) == 2

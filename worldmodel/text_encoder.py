@@ -64,8 +64,8 @@ def embed_text(
 ) -> Tensor:  # fmt: skip
     """Any text -> [L, D] = `shape` float32 on the CPU: from the cache, or from the encoder at `place` and then into the cache.
 
-    device, dtype: where the encoder computes, and in what. tell: hears what is being waited for. A text that is too long loses
-    its end, which stderr is told. Errors: ValueError for an empty text, and for an encoder that is absent, damaged or of
+    device, dtype: where the encoder computes, and in what. tell: hears what is being waited for (default: stderr). A text that is too
+    long loses its end, which stderr is told. Errors: ValueError for an empty text, and for an encoder that is absent, damaged or of
     another width.
     """
     text, (length, width) = clean(prompt), shape
@@ -73,7 +73,7 @@ def embed_text(
     path = cache_folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
     kept = _read(path, key, _version(place))
     if kept is None:
-        kept = encode(place, text, length, width, device, dtype, tell or (lambda stage: None))
+        kept = encode(place, text, length, width, device, dtype, tell or _say)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -222,6 +222,10 @@ def _version(place: Place) -> str:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     except OSError:
         return ""
+
+
+def _say(stage: str) -> None:
+    print(stage, file=sys.stderr)
 
 
 def _read(path: Path, key: dict, version: str) -> tuple[Tensor, int] | None:

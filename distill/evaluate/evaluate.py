@@ -5,7 +5,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ HELP = {  # of the numbers in EvaluateOptions
     "flows": "cases of each direction of motion",
     "drift_cases": "long walks",
     "drift_latents": "their length, 0 = none",
+    "late": "latent whose picture is compared with that of a tenth of the way, for --windows",
     "batch": "cases dreamed at once",
     "workers": "processes that render the truth",
     "seed": "of towns, paths and noise",
@@ -46,13 +47,14 @@ class EvaluateOptions:
     flows: int = 4  # cases of each direction
     drift_cases: int = 4
     drift_latents: int = 240  # 60 s at 16 frames a second; 0 = no drift
+    late: int = 200  # for --windows
     batch: int = 24  # cases dreamed at once
     workers: int = 2  # processes that render the truth
     seed: int = 0
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            least = 0 if name in ("drift_latents", "seed") else 1
+            least = {"drift_latents": 0, "seed": 0, "late": 20}.get(name, 1)
             if value < least:
                 raise ValueError(f"expected {name} of at least {least}, got {value}")
 
@@ -69,6 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]FOLDER[@STEPS,...]",
         help="transformers to compare, each with counts of steps; e behind a count means the Euler solver (diffusion): "
         "'stage 1=runs/blocks/teacher_forcing/export@16e,2' (default: the world's own)",
+    )
+    parser.add_argument(
+        "--windows",
+        nargs="+",
+        default=[],
+        metavar="WINDOW[+SINKS]",
+        help="also dream long walks with the last transformer's first row under these windows (latents), for example 12 12+1 6: "
+        "what the picture at latent --late has of the one at a tenth of it",
     )
     parser.add_argument("--output", type=Path, required=True, help="file.json; file.md and file-*.png go beside it")
     parser.add_argument("--reference", help="row that every other one must beat, for example 'stage 1, 2 steps'")
@@ -92,8 +102,10 @@ def run(args: argparse.Namespace) -> None:
     variants = [variant for text in texts for variant in parse_variant(text, world.config.rollout)]
     for variant in variants:
         check_fit(replace(world, transformer=load_transformer(variant.transformer, world.device, world.dtype)))
+    last = [variant for variant in variants if variant.transformer == variants[-1].transformer][0]
+    windows = [parse_window(text, last) for text in args.windows]
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    results, sheets = evaluate(world, variants, options, args.reference)
+    results, sheets = evaluate(world, variants, options, args.reference, windows)
     page = markdown(results)
     print(page)
     for name, sheet in sheets.items():
@@ -102,10 +114,22 @@ def run(args: argparse.Namespace) -> None:
     write_file(args.output, (json.dumps(results, indent=1) + "\n").encode())
 
 
+def parse_window(text: str, variant: Variant) -> Variant:
+    """`WINDOW[+SINKS]` -> the variant under that window, named by the text."""
+    window, _, sinks = text.partition("+")
+    if not window.isdecimal() or not (sinks or "0").isdecimal():
+        raise ValueError(f"expected --windows like 12 or 12+1 (latents, sinks among them), got {text!r}")
+    return replace(variant, name=text, rollout=replace(variant.rollout, window=int(window), sinks=int(sinks or 0)))
+
+
 def evaluate(
-    world: World, variants: list[Variant], options: EvaluateOptions, reference: str | None = None
+    world: World,
+    variants: list[Variant],
+    options: EvaluateOptions,
+    reference: str | None = None,
+    windows: Sequence[Variant] = (),
 ) -> tuple[dict, dict[str, np.ndarray]]:
-    """All questions to all variants -> (results for JSON, contact sheets by name).
+    """All questions to all variants, and long walks under `windows` -> (results for JSON, contact sheets by name).
 
     Raises ValueError for a world that is no town, variants of one name, or a reference that is no variant.
     """
@@ -123,6 +147,7 @@ def evaluate(
         results["returns"], sheets["returns"] = _returns(studio, variants)
         results["flow"] = _flow(studio, variants)
         results["drift"] = _drift(studio, variants) if options.drift_latents else []
+        results["windows"] = _windows(studio, windows) if windows else []
     results["bars"] = scores.bars(results["rows"], FROZEN, reference)
     results["about"]["seconds"] = round(time.monotonic() - started, 1)
     return results, sheets
@@ -215,6 +240,20 @@ def _drift(studio: Studio, variants: list[Variant]) -> list[dict]:
         {"name": variant.name, **scores.drift(studio.dream(variant, cases, true[:, 0]), true, fps)}
         for variant in variants
     ]
+
+
+def _windows(studio: Studio, variants: Sequence[Variant]) -> list[dict]:
+    """What late frames have of early ones, of the truth and under every window; two latents each."""
+    options = studio.options
+    cases = protocol.drift_cases(options.drift_cases, options.late, options.seed)
+    spans = [slice(FRAMES_PER_LATENT * (latent - 2) + 1, FRAMES_PER_LATENT * latent + 1) for latent in (options.late // 10, options.late)]
+    true = [studio.truth([replace(case, c2w=case.c2w[span]) for case in cases]) for span in spans]
+    first = studio.truth([replace(case, c2w=case.c2w[:1]) for case in cases])[:, 0]
+    rows = [{"name": TRUTH, **scores.lateness(*true)}]
+    for variant in variants:
+        film = studio.dream(variant, cases, first, whole=True)
+        rows.append({"name": variant.name, **scores.lateness(*(film[:, span] for span in spans))})
+    return rows
 
 
 def _about(world: World, variants: list[Variant], options: EvaluateOptions) -> dict:

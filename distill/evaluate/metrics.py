@@ -139,19 +139,24 @@ class FlowSigns:
 
 def flow_signs(frames: np.ndarray) -> FlowSigns:
     """Optical flow (Farneback) between neighbouring frames uint8 `[T >= 2, H, W, 3]`, averaged over the film."""
-    if frames.ndim != 4 or len(frames) < 2:
-        raise ValueError(f"optical flow needs at least two frames [T, H, W, 3], got an array of shape {frames.shape}")
-    grey = [cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY) for frame in frames]
-    flow = np.mean(
-        [
-            cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 4, 15, 3, 5, 1.2, 0)
-            for a, b in zip(grey, grey[1:], strict=False)
-        ],
-        0,
-    )
-    height, width = grey[0].shape
+    flow = _flow(frames).mean(0)
+    height, width = flow.shape[:2]
     y, x = np.mgrid[:height, :width]
     arm = np.stack([x - (width - 1) / 2, y - (height - 1) / 2], -1)
     mean = flow.mean((0, 1))
     growth = ((flow - mean) * arm).sum() / (arm**2).sum()
     return FlowSigns(right=float(mean[0]), down=float(mean[1]), growth=float(growth))
+
+
+def flow_magnitude(frames: np.ndarray) -> float:
+    """Mean length of the optical flow, pixels a frame, between neighbouring frames uint8 `[T >= 2, H, W, 3]`."""
+    return float(np.linalg.norm(_flow(frames), axis=-1).mean())
+
+
+def _flow(frames: np.ndarray) -> np.ndarray:
+    """Farneback's flow between neighbouring frames uint8 `[T >= 2, H, W, 3]`: `[T - 1, H, W, 2]`."""
+    if frames.ndim != 4 or len(frames) < 2:
+        raise ValueError(f"optical flow needs at least two frames [T, H, W, 3], got an array of shape {frames.shape}")
+    grey = [cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY) for frame in frames]
+    pairs = zip(grey, grey[1:], strict=False)
+    return np.stack([cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 4, 15, 3, 5, 1.2, 0) for a, b in pairs])

@@ -23,6 +23,7 @@ def markdown(results: dict) -> str:
         flow_table(results["flow"]),
     ]
     parts += [drift_table(results["drift"])] if results["drift"] else []
+    parts += [windows_table(results["windows"], about["late"])] if results["windows"] else []
     parts += [bars_table(results["bars"])] if results["bars"] else []
     return "\n\n".join(parts) + "\n"
 
@@ -106,6 +107,14 @@ def drift_table(rows: list[dict]) -> str:
     return (
         "Drift over a long walk (mean of the span that ends there, relative to the first frame: dream / truth)\n\n"
         + table(head, lines)
+    )
+
+
+def windows_table(rows: list[dict], late: int) -> str:
+    """What is left of the picture late in a long walk, by window."""
+    lines = [[row["name"], *(f"{row[measure]:.2f}" for measure in ("sharpness", "saturation", "flow"))] for row in rows]
+    return f"Long walks by window + sinks (latent {late} / latent {late // 10})\n\n" + table(
+        ["window", "sharpness", "saturation", "optical flow"], lines
     )
 
 

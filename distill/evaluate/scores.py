@@ -7,6 +7,7 @@ from distill.evaluate.metrics import (
     correlation,
     correlation_table,
     distinct_poses,
+    flow_magnitude,
     flow_signs,
     psnr,
     retrieve,
@@ -121,6 +122,16 @@ def drift(dream: np.ndarray, true: np.ndarray, fps: float, spans: int = 6) -> di
             start = values[0].clamp_min(1e-9)
             entry[name + suffix] = [_number(values[a:b].mean() / start) for a, b in zip(edges, edges[1:], strict=False)]
     return entry
+
+
+def lateness(early: np.ndarray, late: np.ndarray) -> dict[str, float]:
+    """What a dream's late frames have of its early ones' sharpness, saturation and motion; both uint8 [B, T, H, W, 3]."""
+    measures = {
+        "sharpness": lambda frames: float(sharpness(to_unit(frames.reshape(-1, *frames.shape[2:]))).mean()),
+        "saturation": lambda frames: float(saturation(to_unit(frames.reshape(-1, *frames.shape[2:]))).mean()),
+        "flow": lambda frames: float(np.mean([flow_magnitude(film) for film in frames])),
+    }
+    return {name: _number(measure(late) / max(measure(early), 1e-9)) for name, measure in measures.items()}
 
 
 def bars(rows: list[dict], baseline: str, reference: str | None) -> list[dict]:

@@ -24,7 +24,7 @@ TOUR = (
     (("back",), 4),
     (("forward",), 8),
 )
-
+LEAST = 24  # latents of the tour; a world that knows few motions, or none, is watched as long
 
 def written_path(text: str, envelope: Envelope) -> np.ndarray:
     """Trajectory text -> c2w [N, 4, 4] of the latents after the first, in the steps of this world.
@@ -41,7 +41,7 @@ def written_path(text: str, envelope: Envelope) -> np.ndarray:
 
 
 def tour(envelope: Envelope) -> np.ndarray:
-    """The scripted walk, c2w [N, 4, 4]: walk, turn away and back, run, strafe, look about; locked motions left out."""
+    """The scripted walk, c2w [N >= 24, 4, 4]: walk, turn away and back, run, strafe, look about; locked motions left out, then standing."""
     controls, poses, now = Controls(envelope, fps=4.0, frames_per_latent=4), [], 0.0
     controls.pose_until(now)
     for motions, amount in TOUR:
@@ -57,4 +57,5 @@ def tour(envelope: Envelope) -> np.ndarray:
             poses.append(controls.pose_until(now))
         for motion in motions:
             controls.release(motion, now)
+    poses += poses[-1:] * (LEAST - len(poses))
     return np.stack(poses)
