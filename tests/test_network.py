@@ -1,6 +1,8 @@
 """Encodings, schedule, the network and the rollout against the public reference implementations, and our fast forms against plain ones."""
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -286,6 +288,21 @@ def test_a_pass_without_velocity_leaves_the_same_memory(network):
     (full, _), (short, _) = views
     assert full.fresh.keys() == short.fresh.keys() and len(full.fresh) == network.config.num_layers
     assert all(torch.equal(a, b) for layer in full.fresh for a, b in zip(full.fresh[layer], short.fresh[layer]))
+
+
+def test_a_window_is_freed_with_its_view(network):
+    rollout = dream(network, RolloutConfig(window=4))[1]
+    viewmats, lens = walk(1)
+    view, projection = rollout.cache.view(viewmats, lens[:, None], 2, 2)
+    with torch.no_grad():
+        network(torch.zeros(1, network.config.in_channels, 1, 4, 4), torch.zeros(1), rollout.text, projection, mode="cached", view=view)
+    gone = weakref.ref(view)
+    gc.disable()  # a cycle would be collected sooner or later, after gigabytes of windows
+    try:
+        del view
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 class NoWaiting(TorchDispatchMode):

@@ -103,14 +103,14 @@ class PublishedLoop(Rollout):
         model, frames = self.model, latents.shape[2]
         x = model.patch_embedding(latents.to(model.patch_embedding.weight.dtype))
         dtype, x = x.dtype, x.float().flatten(3).permute(0, 2, 3, 1)
-        embedding, modulation = model.condition_embedder.embed_time(sigma.expand(self.batch, frames))
+        level = model.encode_time(sigma.expand(self.batch, frames))
         cameras = None
         if model.config.camera:
             matrices = prope.projection(viewmats.double(), a_frame(intrinsics, viewmats).double())
             cameras = prope.camera_matrices(matrices.float(), dtype)
         for block, text, caches in zip(model.blocks, self.text.layers, self.caches, strict=True):
-            x = self._block(block, x, modulation, text, cameras, caches)
-        return model._to_latents(x, embedding, self.grid)
+            x = self._block(block, x, level.modulation, text, cameras, caches)
+        return model._to_latents(x, level.embedding, self.grid)
 
     def _block(self, block: WanBlock, x: Tensor, modulation: Tensor, text, cameras, caches: list[LayerCache]) -> Tensor:
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.scale_shift_table + modulation).unsqueeze(2).unbind(3)

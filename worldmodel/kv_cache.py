@@ -52,7 +52,8 @@ class CacheView:
 
     `first` is the rotary position of the chunk's first frame. A pass leaves its own keys and values in `fresh`, one pair a layer.
     When the clean pass of the chunk before is merged in, the pass holds both chunks: `pending` tokens come first, and the chunk behind
-    them reads `later`, the window as it will be once they are committed.
+    them reads `later`, the window as it will be once they are committed. Nothing in here may hold the view: a cycle would keep whole
+    windows alive until the garbage collector runs.
     """
 
     window: Window | None
@@ -61,6 +62,7 @@ class CacheView:
     fresh: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     pending: int = 0
     later: Window | None = None
+    tables: tuple | None = None  # a projection, with the rotary tables and camera matrices of the passes that come with it
 
     def positions(self, frames: int) -> Tensor:
         """Rotary positions `[frames]` of the frames of a pass."""

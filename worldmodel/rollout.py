@@ -15,7 +15,7 @@ from torch import Tensor
 
 from worldmodel.kv_cache import CacheView, KVCache
 from worldmodel.schedule import add_noise, to_x0, warp_steps
-from worldmodel.transformer import CausalWanTransformer, TextContext
+from worldmodel.transformer import CausalWanTransformer, TextContext, TimeContext
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,10 @@ class Rollout:
                  batch: int = 1, height: int, width: int, device: torch.device | str = "cpu"):
         self.model, self.config, self.batch, self.device = model, config, batch, torch.device(device)
         self.cells = height, width
-        self.sigmas = warp_steps(config.steps, config.shift).to(self.device)
-        self.first_sigmas = warp_steps(config.first_steps, config.shift).to(self.device)
+        self.sigmas = warp_steps(config.steps, config.shift).to(self.device).unbind()
+        self.first_sigmas = warp_steps(config.first_steps, config.shift).to(self.device).unbind()
+        self._clean = torch.zeros((), device=self.device)
+        self._times: dict[tuple[int, int], TimeContext] = {}  # by the sigma's id (they live as long as we do) and the frames of a pass
         self.cache = KVCache(model.config.num_attention_heads, config.window, config.sinks, config.positions == "absolute",
                              config.history, model.config.camera)
         self.pending: Pending | None = None  # the chunk whose clean pass is still to come
@@ -170,8 +172,17 @@ class Rollout:
         return self.cells[0] // patch_h, self.cells[1] // patch_w
 
     def _velocity(self, x: Tensor, sigma: Tensor, view: CacheView, projection: Tensor, wanted: bool = True) -> Tensor | None:
-        sigma = sigma.expand(self.batch, x.shape[2]) if sigma.ndim == 0 else sigma
-        return self.model(x, sigma, self.text, projection, mode="cached", view=view, velocity=wanted)
+        time = self._time(sigma, x.shape[2]) if sigma.ndim == 0 else sigma
+        return self.model(x, time, self.text, projection, mode="cached", view=view, velocity=wanted)
+
+    def _time(self, sigma: Tensor, frames: int) -> Tensor | TimeContext:
+        """One of our own noise levels for a pass; embedded once, unless a gradient shall reach the embedder."""
+        levels, key = sigma.expand(self.batch, frames), (id(sigma), frames)
+        if torch.is_grad_enabled():
+            return levels
+        if key not in self._times:
+            self._times[key] = self.model.encode_time(levels)
+        return self._times[key]
 
     def _next_level(self, x, x0, velocity, sigma, next_sigma, noise, generator) -> Tensor:
         if self.config.sampler == "euler":
@@ -185,7 +196,7 @@ class Rollout:
         """
         started = time.perf_counter()
         with torch.no_grad():
-            self._velocity(chunk.latents, torch.zeros((), device=self.device), chunk.view, chunk.projection, wanted=False)
+            self._velocity(chunk.latents, self._clean, chunk.view, chunk.projection, wanted=False)
         fresh = chunk.view.fresh
         if noisy is not None and self.config.cache_gradient == "straight_through":
             fresh = {layer: tuple(c + (n - n.detach()) for c, n in zip(fresh[layer], noisy[layer], strict=True)) for layer in fresh}

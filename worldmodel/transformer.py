@@ -32,6 +32,14 @@ class TextContext:
 
 
 @dataclass(frozen=True)
+class TimeContext:
+    """A noise level made ready: embedding `[B, F, width]` and the blocks' modulation `[B, F, 6, width]`, float32."""
+
+    embedding: Tensor
+    modulation: Tensor
+
+
+@dataclass(frozen=True)
 class FramePositions:
     """Where the tokens of a pass stand: rotary table `[F, N, 1, head_dim]` twice, camera matrices or None, and who attends to whom."""
 
@@ -85,15 +93,15 @@ class ConditionEmbedder(nn.Module):
         self.time_proj = nn.Linear(width, 6 * width)
         self.text_embedder = TwoLayers(text_dim, width, nn.GELU(approximate="tanh"))
 
-    def embed_time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """sigma `[B, F]` -> embedding `[B, F, width]` and the blocks' modulation `[B, F, 6, width]`, float32 even under autocast."""
+    def embed_time(self, sigma: Tensor) -> TimeContext:
+        """sigma `[B, F]`, float32 even under autocast."""
         half = torch.arange(self.freq_dim // 2, dtype=torch.float64, device=sigma.device)
         angle = (sigma.float() * CLOCK).double()[..., None] * 10000.0 ** (-half / (self.freq_dim // 2))
         wave = torch.cat([angle.cos(), angle.sin()], dim=-1).float()
         with torch.autocast(sigma.device.type, enabled=False):
             embedding = self.time_embedder(wave.to(self.time_embedder.linear_1.weight.dtype))
             modulation = self.time_proj(F.silu(embedding).to(self.time_proj.weight.dtype))
-        return embedding.float(), modulation.float().unflatten(-1, (6, -1))
+        return TimeContext(embedding.float(), modulation.float().unflatten(-1, (6, -1)))
 
 
 class Attention(nn.Module):
@@ -254,10 +262,14 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
         text = self.condition_embedder.text_embedder(text.to(self.patch_embedding.weight.dtype))
         return TextContext(tuple(block.attn2.text_keys(text) for block in self.blocks))
 
+    def encode_time(self, sigma: Tensor) -> TimeContext:
+        """Noise levels `[B, F]` in [0, 1] -> what a pass needs of them, for passes that share them."""
+        return self.condition_embedder.embed_time(sigma)
+
     def forward(
         self,
         latents: Tensor,
-        sigma: Tensor,
+        sigma: Tensor | TimeContext,
         text: Tensor | TextContext,
         projection: Tensor | None = None,
         *,
@@ -270,8 +282,9 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
     ) -> Tensor | None:
         """Predicts the velocity `eps - x0` of noisy latents.
 
-        `latents` `[B, C, F, H, W]` (H and W multiples of the patch), `sigma` in [0, 1] `[B]` or `[B, F]`, `text` an embedding
-        `[B, L, text_dim]` or what `encode_text` made of it, `projection` `[B, F, 4, 4]` from `prope.projection` or None (no camera path).
+        `latents` `[B, C, F, H, W]` (H and W multiples of the patch), `sigma` in [0, 1] `[B]` or `[B, F]` or what `encode_time` made of
+        it, `text` an embedding `[B, L, text_dim]` or what `encode_text` made of it, `projection` `[B, F, 4, 4]` from `prope.projection` or
+        None (no camera path).
         teacher_forcing: `clean` latents of the same shape, their `clean_sigma` `[B, F]` (None: 0), `chunk` frames denoised together.
         cached: `view` of the committed frames; its reference camera is the one `projection` is relative to. With `velocity` false the
         pass ends where the last layer's keys and values are known, and returns None.
@@ -280,37 +293,42 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
         self._check_inputs(latents, projection, mode, chunk, clean, view)
         frames, (_, patch_h, patch_w) = latents.shape[2], self.config.patch_size
         grid = latents.shape[3] // patch_h, latents.shape[4] // patch_w
-        sigma = sigma[:, None].expand(-1, frames) if sigma.ndim == 1 else sigma
-        index = torch.arange(frames, device=latents.device) if view is None else view.positions(frames)
+        if isinstance(sigma, Tensor) and sigma.ndim == 1:
+            sigma = sigma[:, None].expand(-1, frames)
         if mode == "teacher_forcing":
             latents = torch.cat([clean, latents], dim=2)
             sigma = torch.cat([torch.zeros_like(sigma) if clean_sigma is None else clean_sigma, sigma], dim=1)
-            index = index.repeat(2)
             projection = None if projection is None else projection.repeat(1, 2, 1, 1)
         if isinstance(text, Tensor):
             text = self.encode_text(text)
         x = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype))
         dtype, x = x.dtype, x.float().flatten(3).permute(0, 2, 3, 1)
-        embedding, modulation = self.condition_embedder.embed_time(sigma)
-        positions = self._positions(index, grid, projection, mode, chunk, view, dtype)
+        time = self.encode_time(sigma) if isinstance(sigma, Tensor) else sigma
+        positions = self._positions(frames, grid, projection, mode, chunk, view, dtype)
         for layer, block in enumerate(self.blocks):
             if not velocity and layer == len(self.blocks) - 1:
-                return block.remember(x, modulation, positions, layer)
-            arguments = (x, modulation, text.layers[layer], positions, layer)
+                return block.remember(x, time.modulation, positions, layer)
+            arguments = (x, time.modulation, text.layers[layer], positions, layer)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x = block(*arguments)
         if mode == "teacher_forcing":
-            x, embedding = x[:, frames:], embedding[:, frames:]
-        return self._to_latents(x, embedding, grid)
+            return self._to_latents(x[:, frames:], time.embedding[:, frames:], grid)
+        return self._to_latents(x, time.embedding, grid)
 
-    def _positions(self, index, grid, projection, mode, chunk, view, dtype) -> FramePositions:
+    def _positions(self, frames, grid, projection, mode, chunk, view, dtype) -> FramePositions:
+        if view is not None and view.tables is not None and view.tables[0] is projection:
+            return FramePositions(*view.tables[1:], mode, chunk, view)
+        index = torch.arange(frames, device=self.device) if view is None else view.positions(frames)
+        index = index.repeat(2) if mode == "teacher_forcing" else index
         cos, sin = rope_table(index, *grid, self.config.attention_head_dim)
         cos, sin = (table.unsqueeze(2).to(dtype) for table in (cos, sin))
         cameras = None
         if projection is not None and self.config.camera:
             cameras = prope.camera_matrices(projection, dtype, self.config.num_attention_heads * self.config.attention_head_dim)
+        if view is not None:
+            view.tables = projection, cos, sin, cameras
         return FramePositions(cos, sin, cameras, mode, chunk, view)
 
     def _to_latents(self, x: Tensor, embedding: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -26,6 +26,7 @@ TOUR = (
 )
 LEAST = 24  # latents of the tour; a world that knows few motions, or none, is watched as long
 
+
 def written_path(text: str, envelope: Envelope) -> np.ndarray:
     """Trajectory text -> c2w [N, 4, 4] of the latents after the first, in the steps of this world.
 
