@@ -1,9 +1,9 @@
 """What is remembered of committed latent frames, and the view of it that attention reads.
 
-Store once: a frame keeps, for all layers together, its normalised un-rotated keys, its raw values and its camera. View per chunk: before a
-chunk is denoised, the window's keys are rotated and projected once, relative to the window and to the last committed camera, and read by all
-its passes. So positions never run out, the numbers stay small however far the player walks, rewinding is truncation, a fork shares the
-frames (they are never written again), and a sink is a frame that is not dropped.
+Store once: a frame keeps, for all layers together, its normalised un-rotated keys, its raw values and its camera. View per chunk: before
+a chunk is denoised, the window's keys are rotated and projected once, relative to the window and to the last committed camera, and read
+by all its passes. So positions never run out, the numbers stay small however far the player walks, rewinding is truncation, a fork shares
+the frames (they are never written again), and a sink is a frame that is not dropped.
 """
 
 from dataclasses import dataclass, field
