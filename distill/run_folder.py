@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from worldmodel.command_line import first_line
+
 KEEP = 2  # checkpoints
 _STEP = "step-" + 8 * "[0-9]"
 _UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
@@ -140,8 +142,7 @@ def replacing(final: Path) -> Iterator[Path]:
 
 
 def _unreadable(folder: Path, error: Exception) -> ValueError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ValueError(f"the checkpoint {folder} cannot be read ({reason}): remove that folder to go on from the one before")
+    return ValueError(f"the checkpoint {folder} cannot be read ({first_line(error)}): remove that folder to go on from the one before")
 
 
 def _step_of(line: str) -> float:

@@ -437,7 +437,7 @@ def test_a_repository_on_the_hub(published, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     asked = []
 
-    def embed(text, place, shape, device, dtype, tell):
+    def embed(text, place, shape, device, dtype):
         asked.append((text, place, shape))
         return torch.zeros(shape)
 

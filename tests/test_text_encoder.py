@@ -67,7 +67,7 @@ def cache(monkeypatch, tmp_path):
     return tmp_path / "cache" / "worldmodel" / "prompts"
 
 
-def embed(prompt, place, shape=SHAPE, dtype=torch.float32, tell=None):
+def embed(prompt, place, shape=SHAPE, dtype=torch.float32, tell=lambda stage: None):
     return embed_text(prompt, place, shape, torch.device("cpu"), dtype, tell)
 
 

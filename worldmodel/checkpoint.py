@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from worldmodel.command_line import first_line
 from worldmodel.sources import fetch, read_index, weights_among
 
 State = Mapping[str, torch.Tensor]
@@ -154,8 +155,7 @@ def read_state(path: str | Path) -> dict:
     except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that one: the reader seeks to before a short file's start
             raise
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path} is damaged or incomplete ({reason}): fetch it again.") from error
+        raise CheckpointError(f"{path} is damaged or incomplete ({first_line(error)}): fetch it again.") from error
     if len(start) < 9 or start == b"version h":  # an empty file, or what git leaves where git-lfs is not installed
         raise CheckpointError(f"{path} stands for a file that was not fetched, it holds {path.stat().st_size} bytes: fetch it again.")
     raise CheckpointError(f"{path} is neither a safetensors file nor a torch.save file: expected transformer weights.")

@@ -58,6 +58,11 @@ def run(program: str, work: Callable[[], int | None]) -> int:
     return status
 
 
+def tell(sentence: str) -> None:
+    """Says on stderr what is being done, for who waits."""
+    print(sentence, file=sys.stderr)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, to be put into a sentence; the error's name when it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

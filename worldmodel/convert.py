@@ -20,7 +20,7 @@ from diffusers import AutoencoderKLWan
 
 from worldmodel.autoencoder import Autoencoder, TinyAutoencoder
 from worldmodel.checkpoint import WAN_HEAD_DIM, CheckpointInfo, check_tensors, inspect, load_transformer, read_state
-from worldmodel.command_line import Parser, positive, run
+from worldmodel.command_line import Parser, positive, run, tell
 from worldmodel.controls import Envelope
 from worldmodel.options import Count, Positive, build
 from worldmodel.rollout import RolloutConfig
@@ -92,18 +92,18 @@ def convert(published: PublishedWorld, output: Path, asked: Conversion = Convers
     prompts = asked.prompts and PromptBook.load(asked.prompts)
     path, codec_path = fetch(source), fetch(codec, "vae")
     dtype = getattr(torch, asked.dtype)
-    _tell(f"reading the transformer from {source}")
+    tell(f"reading the transformer from {source}")
     overrides = {} if asked.head_dim is None else {"attention_head_dim": asked.head_dim}
     transformer = load_transformer(path, part=asked.part or published.part or None, dtype=dtype, **overrides)
     transformer.requires_grad_(False)
     prompts = prompts or _embedded(published, output, transformer.config.text_dim)
-    _tell(f"reading the autoencoder from {codec}")
+    tell(f"reading the autoencoder from {codec}")
     autoencoder = open_vae(codec_path, dtype).requires_grad_(False)
     config = _world_config(output.name, published, f"{source}, autoencoder {codec}", transformer, prompts)
     world = World(output, config, transformer, autoencoder, prompts, torch.device("cpu"), dtype)
     check_fit(world)
     size = sum(t.numel() * t.element_size() for part in (transformer, autoencoder) for t in part.state_dict().values())
-    _tell(f"writing {output} ({size / 1e6:,.1f} MB)")
+    tell(f"writing {output} ({size / 1e6:,.1f} MB)")
     output.parent.mkdir(parents=True, exist_ok=True)
     readme = _readme(config, source, codec, published, asked)
     save_world(output, config, transformer, autoencoder, prompts, {}, readme, shard_size="4GB")
@@ -158,7 +158,7 @@ def _embedded(published: PublishedWorld, output: Path, width: int) -> PromptBook
         )
     place, device = locate(published.text_encoder, output), open_device("cuda" if torch.cuda.is_available() else "cpu")
     shape = published.text_length, width
-    embedding = embed_text(published.prompt, place, shape, device, torch.bfloat16, _tell)
+    embedding = embed_text(published.prompt, place, shape, device, torch.bfloat16)
     return PromptBook({PROMPT: embedding}, {PROMPT: published.prompt})
 
 
@@ -200,10 +200,6 @@ def _readme(config: WorldConfig, source: str, codec: str, published: PublishedWo
             "Made by `python -m worldmodel.checkpoint convert`; nothing was trained here.",
         ]
     ) + "\n"
-
-
-def _tell(sentence: str) -> None:
-    print(sentence, file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------ command line

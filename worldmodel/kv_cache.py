@@ -199,12 +199,16 @@ class KVCache:
         missing = set(wanted) - {f.index for f in kept}
         if missing or not 0 <= committed <= self.committed:
             raise ValueError(f"can rewind to latent {min(missing, default=0)} no more, got {committed} of {self.committed}: rewind less")
-        self.frames, self.committed, self._ahead = kept, committed, None
+        self.restore(kept, committed)
+
+    def restore(self, frames: list[FrameMemory], committed: int) -> None:
+        """Goes on from `frames`, what is kept of a past of `committed` latent frames."""
+        self.frames, self.committed, self._ahead = list(frames), committed, None
 
     def fork(self) -> "KVCache":
         """An independent cache with the same past; the frames are shared, since they are never written again."""
         twin = KVCache(self.heads, self.window, self.sinks, self.absolute, self.history, self.camera)
-        twin.frames, twin.committed = list(self.frames), self.committed
+        twin.restore(self.frames, self.committed)
         return twin
 
 

@@ -207,9 +207,9 @@ class Session:
 
     def _restore(self, tensors: dict[str, Tensor], values: dict) -> None:
         indices = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("frame.")})
-        cache, parts = self.rollout.cache, ("keys", "values", "viewmats", "intrinsics")
-        cache.frames = [FrameMemory(i, *(tensors[f"frame.{i}.{part}"] for part in parts)) for i in indices]
-        cache.committed = values["frames"] - (tensors["pending.0"].shape[2] if "pending.0" in tensors else 0)
+        parts = ("keys", "values", "viewmats", "intrinsics")
+        memories = [FrameMemory(i, *(tensors[f"frame.{i}.{part}"] for part in parts)) for i in indices]
+        self.rollout.cache.restore(memories, values["frames"] - (tensors["pending.0"].shape[2] if "pending.0" in tensors else 0))
         if "pending.0" in tensors:
             self.rollout.put_off(*(tensors[f"pending.{position}"] for position in range(3)))
         self.image = tensors["image"].cpu().numpy() if "image" in tensors else None

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from worldmodel.command_line import first_line
+from worldmodel.command_line import first_line, tell
 from worldmodel.sources import user_cache
 from worldmodel.text import PromptBook
 
@@ -45,7 +45,7 @@ class PromptEncoder:
         """Whether `embed` answers at once."""
         return prompt in self._book or prompt in self._embedded
 
-    def embed(self, prompt: str, tell: Callable[[str], object] | None = None) -> Tensor:
+    def embed(self, prompt: str, tell: Callable[[str], object] = tell) -> Tensor:
         """A stored name, or any text as `embed_text` does -> [L, D] float32 on the CPU.
 
         Errors: also ValueError for an unknown name in a world without a text encoder.
@@ -60,7 +60,7 @@ class PromptEncoder:
 
 def embed_text(
     prompt: str, place: Place, shape: tuple[int, int], device: torch.device, dtype: torch.dtype,
-    tell: Callable[[str], object] | None = None,
+    tell: Callable[[str], object] = tell,
 ) -> Tensor:  # fmt: skip
     """Any text -> [L, D] = `shape` float32 on the CPU: from the cache, or from the encoder at `place` and then into the cache.
 
@@ -73,7 +73,7 @@ def embed_text(
     path = cache_folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
     kept = _read(path, key, _version(place))
     if kept is None:
-        kept = encode(place, text, length, width, device, dtype, tell or _say)
+        kept = encode(place, text, length, width, device, dtype, tell)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -222,10 +222,6 @@ def _version(place: Place) -> str:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     except OSError:
         return ""
-
-
-def _say(stage: str) -> None:
-    print(stage, file=sys.stderr)
 
 
 def _read(path: Path, key: dict, version: str) -> tuple[Tensor, int] | None:

@@ -80,8 +80,7 @@ class WorldConfig:
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{path} cannot be read as YAML ({reason}); fetch the world again.") from None
+            raise ValueError(f"{path} cannot be read as YAML ({first_line(error)}); fetch the world again.") from None
         found = values.get("format") if isinstance(values, dict) else None
         if found != FORMAT:
             newer = isinstance(found, int) and found > FORMAT

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from worldmodel.camera import check_poses, invert, read_pose_json, relative_to_first, write_pose_json
+from worldmodel.command_line import first_line
 
 VIDEO, POSES, META, LATENTS, INDEX = "video.mp4", "poses.json", "meta.yaml", "latents.safetensors", "index.jsonl"
 
@@ -111,7 +112,7 @@ def read_meta(folder) -> dict:
     try:
         meta = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected YAML, got a file that does not parse ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{path}: expected YAML, got a file that does not parse ({first_line(error)})") from error
     if not isinstance(meta, dict) or not {"caption", "fps"} <= meta.keys():
         raise ValueError(f"{path}: expected entries caption and fps, got {sorted(meta) if isinstance(meta, dict) else meta!r}")
     if not isinstance(meta["caption"], str) or not isinstance(meta["fps"], (int, float)) or not 0 < meta["fps"] < math.inf:

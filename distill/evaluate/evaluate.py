@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     variants = [variant for text in texts for variant in parse_variant(text, world.config.rollout)]
     for variant in variants:
         check_fit(replace(world, transformer=load_transformer(variant.transformer, world.device, world.dtype)))
-    last = [variant for variant in variants if variant.transformer == variants[-1].transformer][0]
+    last = next(variant for variant in variants if variant.transformer == variants[-1].transformer)
     windows = [parse_window(text, last) for text in args.windows]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     results, sheets = evaluate(world, variants, options, args.reference, windows)

@@ -73,9 +73,13 @@ def correlation_table(images: torch.Tensor, truths: torch.Tensor) -> torch.Tenso
 
 def sharpness(image: torch.Tensor) -> torch.Tensor:
     """Laplacian energy: mean square of the 4-neighbour Laplacian of the luma. Compare dream and truth by its ratio."""
-    grey = luma(image)
-    across, down = grey.diff(n=2, dim=-1)[..., 1:-1, :], grey.diff(n=2, dim=-2)[..., 1:-1]
+    across, down = second_differences(luma(image))
     return (across + down).square().flatten(1).mean(1)
+
+
+def second_differences(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of `[..., H, W]` along rows and along columns, `[..., H - 2, W - 2]` each; their sum is the 4-neighbour Laplacian."""
+    return image.diff(n=2, dim=-1)[..., 1:-1, :], image.diff(n=2, dim=-2)[..., 1:-1]
 
 
 def saturation(image: torch.Tensor) -> torch.Tensor:

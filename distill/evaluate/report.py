@@ -23,7 +23,7 @@ def markdown(results: dict) -> str:
         flow_table(results["flow"]),
     ]
     parts += [drift_table(results["drift"])] if results["drift"] else []
-    parts += [windows_table(results["windows"], about["late"])] if results["windows"] else []
+    parts += [windows_table(results["windows"], about["late"])] if results.get("windows") else []
     parts += [bars_table(results["bars"])] if results["bars"] else []
     return "\n\n".join(parts) + "\n"
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from distill.config import AutoencoderConfig
 from distill.data.clips import list_clips, read_clip
 from distill.ema import MovingAverage
-from distill.evaluate.metrics import luma, sharpness
+from distill.evaluate.metrics import luma, second_differences, sharpness
 from distill.growth import grow_autoencoder
 from distill.stages.stage import Loss, Stage
 from worldmodel.autoencoder import FRAMES_PER_LATENT, TinyAutoencoder
@@ -157,7 +157,7 @@ def detail_term(decoded: Tensor, video: Tensor) -> Tensor:
 def _edge_energies(video: Tensor) -> Iterator[Tensor]:
     """Local energy [B*T,1,H',W'] of the luma's first and second differences along both axes and of its Laplacian, above 0."""
     grey = luma(video.transpose(1, 2).flatten(0, 1))
-    across, down = grey.diff(n=2, dim=-1)[..., 1:-1, :], grey.diff(n=2, dim=-2)[..., 1:-1]
+    across, down = second_differences(grey)
     for edges in (grey.diff(dim=-1), grey.diff(dim=-2), across, down, across + down):
         yield functional.avg_pool2d(edges.square(), 5, 2) + 3e-4
 
