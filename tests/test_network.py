@@ -276,6 +276,28 @@ def test_a_window_made_ahead_and_one_with_gradients_give_the_same_dream(network,
         torch.testing.assert_close(latents.detach(), plain[:, :, i : i + 1], atol=2e-5, rtol=0)
 
 
+RINGS = [
+    RolloutConfig(window=5),
+    RolloutConfig(window=6, sinks=2, chunk=2),
+    RolloutConfig(window=7, sinks=1, chunk=3),
+    RolloutConfig(window=7, sinks=2, chunk=2, positions="absolute"),
+    RolloutConfig(window=2, sinks=1),
+    RolloutConfig(window=1),
+]
+
+
+@pytest.mark.parametrize("config", RINGS, ids=lambda config: f"{config.window}-{config.sinks}-{config.chunk}")
+def test_a_ring_that_lives_on_equals_windows_made_anew(network, config):
+    lasting, rollout = dream(network, config, frames=18)
+    viewmats, lens = walk(18)
+    anew, generator = Rollout(network, rollout.text, config, height=4, width=4), torch.Generator().manual_seed(1)
+    for i in range(0, 18, config.chunk):
+        anew.cache.restore(anew.cache.frames, anew.cache.committed)
+        with torch.no_grad():
+            latents = anew.step(viewmats[:, i : i + config.chunk], lens, generator=generator)
+        torch.testing.assert_close(latents, lasting[:, :, i : i + config.chunk], atol=2e-5, rtol=0)
+
+
 def test_a_pass_without_velocity_leaves_the_same_memory(network):
     rollout = dream(network, RolloutConfig(window=4))[1]
     latents, text = torch.randn(1, network.config.in_channels, 1, 4, 4), rollout.text

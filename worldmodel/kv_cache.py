@@ -1,9 +1,11 @@
-"""What is remembered of committed latent frames, and the view of it that attention reads.
+"""What is remembered of committed latent frames, and the window of it that attention reads.
 
-Store once: a frame keeps, for all layers together, its normalised un-rotated keys, its raw values and its camera. View per chunk: before
-a chunk is denoised, the window's keys are rotated and projected once, relative to the window and to the last committed camera, and read
-by all its passes. So positions never run out, the numbers stay small however far the player walks, rewinding is truncation, a fork shares
-the frames (they are never written again), and a sink is a frame that is not dropped.
+Store once: a frame keeps, for all layers together, its normalised un-rotated keys, its raw values and its camera. Turn once: the window
+is a ring in fixed memory; the passes of a chunk write their keys, rotated and projected, to the places of the frames that have just left
+it, and those of the clean pass stay. Attention asks for differences of positions and cameras only, so all of them are relative to
+an anchor, a frame a few latents back; every `KVCache.period` latents there is a new one and the window is made from the store again. So
+positions never run out, the numbers stay small however far the player walks, rewinding is truncation, a fork shares the frames (they
+are never written again), and a sink is a frame that is not dropped.
 """
 
 from dataclasses import dataclass, field
@@ -26,42 +28,77 @@ class FrameMemory:
     intrinsics: Tensor
 
 
-@dataclass
-class Window:
-    """Keys and values of the committed frames a chunk sees, rotated and projected, `[layers, B, heads or 2 heads, M + room, head_dim]`.
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a chunk stand in a window.
 
-    The last `room` places are for the tokens of a pass, so that no pass copies the window to stand beside it.
+    `runs`: pairs of places and of the chunk's tokens; `rest`: the other places in use; `used`: how many are in use, these included.
     """
 
-    keys: Tensor
-    values: Tensor
-    room: int
+    runs: tuple[tuple[slice, slice], ...]
+    rest: tuple[slice, ...]
+    used: int
 
-    def joined(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The window of a layer with `room` keys and values of a pass behind it; valid until the next pass."""
+
+@dataclass
+class Window:
+    """Keys and values, rotated and projected, of the frames that a chunk sees, in a ring of `size` tokens.
+
+    `layers`: a pair `[B, heads or 2 heads, size, head_dim]` each, rotary path first. `anchor`: the camera that all are relative to, c2w
+    `[B, 1, 4, 4]`; `phase`: the frame whose rotary position is 0. `held`: committed frames, the last of which stand here; `oldest`: the
+    first of them, sinks apart, that has not been written over.
+    """
+
+    size: int
+    anchor: Tensor
+    phase: int
+    held: int
+    oldest: int
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def layer(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer; at its first use with room for tokens `like` `[B, H, M, head_dim]`."""
+        if layer not in self.layers:
+            batch, heads, _, width = like.shape
+            self.layers[layer] = tuple(like.new_empty(batch, heads, self.size, width) for _ in range(2))
+        return self.layers[layer]
+
+    def write(self, layer: int, places: Places, k: Tensor, v: Tensor) -> None:
+        """Puts a chunk's keys and values `[B, H, M, head_dim]` to their places."""
+        for joined, x in zip(self.layer(layer, k), (k, v), strict=True):
+            for stand, part in places.runs:
+                joined[:, :, stand] = x[:, :, part]
+
+    def joined(self, layer: int, places: Places, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values that a chunk sees, its own among them; valid until the next pass."""
         if torch.is_grad_enabled():  # what a backward pass needs may not be overwritten
-            return tuple(torch.cat([past[layer][:, :, : -self.room], own], dim=2) for past, own in ((self.keys, k), (self.values, v)))
-        self.keys[layer][:, :, -self.room :] = k
-        self.values[layer][:, :, -self.room :] = v
-        return self.keys[layer], self.values[layer]
+            return tuple(torch.cat([*(x[:, :, rest] for rest in places.rest), own], 2) for x, own in zip(self.layer(layer, k), (k, v)))
+        self.write(layer, places, k, v)
+        return tuple(x[:, :, : places.used] for x in self.layers[layer])
+
+    def put_sinks(self, layer: int, keys: Tensor) -> None:
+        """Replaces the sinks' rotary keys, `[B, heads, M, head_dim]`."""
+        self.layers[layer][0][:, : keys.shape[1], : keys.shape[2]] = keys
 
 
 @dataclass
 class CacheView:
-    """What one chunk sees: the window, or None when nothing is committed.
+    """What one chunk sees: a window, and the places of the chunk in it.
 
     `first` is the rotary position of the chunk's first frame. A pass leaves its own keys and values in `fresh`, one pair a layer.
-    When the clean pass of the chunk before is merged in, the pass holds both chunks: `pending` tokens come first, and the chunk behind
-    them reads `later`, the window as it will be once they are committed. Nothing in here may hold the view: a cycle would keep whole
-    windows alive until the garbage collector runs.
+    When the clean pass of the chunk before is merged in, the pass holds both chunks: `pending` tokens come first, and those behind them
+    go to the places `later`, after the first have read the window; `sinks` are the sinks' rotary keys as those see them, one a
+    layer, or none. Nothing in here may hold the view: a cycle would keep whole windows alive until the garbage collector runs.
     """
 
-    window: Window | None
+    window: Window
+    places: Places
     first: int
     device: torch.device
     fresh: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     pending: int = 0
-    later: Window | None = None
+    later: Places | None = None
+    sinks: list[Tensor] = field(default_factory=list)
     tables: tuple | None = None  # a projection, with the rotary tables and camera matrices of the passes that come with it
 
     def positions(self, frames: int) -> Tensor:
@@ -72,17 +109,20 @@ class CacheView:
         """Called by attention: the pass's own un-rotated keys and raw values, `[B, F, N, width]`."""
         self.fresh[layer] = (keys, values)
 
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Leaves turned keys and values of a pass in the window, for a layer that need not attend."""
+        self.window.write(layer, self.places, k, v)
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Queries of the chunk `[B, H, F N, D]` over the window and the chunk itself."""
         if not self.pending:
-            return _attend(self.window, layer, q, k, v)
+            return attention.attend(q, *self.window.joined(layer, self.places, k, v))
         split = self.pending
-        before = _attend(self.window, layer, q[:, :, :split], k[:, :, :split], v[:, :, :split])
-        return torch.cat([before, _attend(self.later, layer, q[:, :, split:], k, v)], dim=2)
-
-
-def _attend(window: Window | None, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return attention.attend(q, *(window.joined(layer, k, v) if window else (k, v)))
+        before = attention.attend(q[:, :, :split], *self.window.joined(layer, self.places, k[:, :, :split], v[:, :, :split]))
+        if self.sinks:
+            self.window.put_sinks(layer, self.sinks[layer])
+        after = attention.attend(q[:, :, split:], *self.window.joined(layer, self.later, k[:, :, split:], v[:, :, split:]))
+        return torch.cat([before, after], dim=2)
 
 
 class KVCache:
@@ -99,98 +139,130 @@ class KVCache:
             raise ValueError(f"sinks must be at least 0 and fewer than the window of {window} latents, got {sinks}: change one of them")
         self.heads, self.window, self.sinks, self.absolute, self.history = heads, window, sinks, absolute, history
         self.camera = camera
+        self.period = max(1, window - sinks - 1)  # latents to a new anchor; so long the old one is among the frames that are kept
         self.frames: list[FrameMemory] = []
         self.committed = 0
-        self._ahead: tuple[int, Window | None] | None = None  # chunk length and window of `prepare`, while they are true
+        self._window: Window | None = None
 
-    def commit(self, fresh: dict[int, tuple[Tensor, Tensor]], viewmats: Tensor, intrinsics: Tensor) -> None:
-        """Remembers a chunk: `fresh` of its clean pass, `viewmats` `[B, F, 4, 4]`, `intrinsics` `[B, F, 4]`."""
+    def commit(self, view: CacheView, viewmats: Tensor, intrinsics: Tensor, fresh: dict[int, tuple[Tensor, Tensor]]) -> None:
+        """Remembers a chunk: the `view` that its clean pass was the last to read, cameras `viewmats` `[B, F, 4, 4]` and `intrinsics`
+        `[B, F, 4]`, and the keys and values that the pass left, `fresh`.
+        """
         keys, values = (torch.stack([fresh[layer][i] for layer in sorted(fresh)]) for i in range(2))
         for frame in range(viewmats.shape[1]):
             stored = keys[:, :, frame], values[:, :, frame], viewmats[:, frame], intrinsics[:, frame]
             self.frames.append(FrameMemory(self.committed, *stored))
             self.committed += 1
         self.frames = [f for f in self.frames if f.index < self.sinks or f.index >= self.committed - self.window - self.history]
-        self._ahead = None
+        view.window.held = self.committed
 
     def visible(self, chunk: int) -> list[FrameMemory]:
         """The frames that a chunk of `chunk` new frames sees: sinks, then the most recent ones."""
-        recent = self.committed - (self.window - chunk - self.sinks)
-        return [f for f in self.frames if f.index < self.sinks or f.index >= recent]
+        oldest = self._oldest(chunk)
+        return [f for f in self.frames if f.index < self.sinks or f.index >= oldest]
 
     def view(self, viewmats: Tensor, intrinsics: Tensor, rows: int, columns: int) -> tuple[CacheView, Tensor]:
         """The window for a chunk with cameras `viewmats` `[B, F, 4, 4]` and `intrinsics` `[B, F, 4]`.
 
-        Returns it with the chunk's projections `[B, F, 4, 4]`, relative to the last committed camera, as the window is.
+        Returns it with the chunk's projections `[B, F, 4, 4]`, relative to the window's anchor.
         """
-        chunk = viewmats.shape[1]
-        frames = self.visible(chunk)
-        if self._ahead is None or self._ahead[0] != chunk or torch.is_grad_enabled():
-            self.prepare(chunk, rows, columns)
-        view = CacheView(self._ahead[1], self.committed if self.absolute else len(frames), viewmats.device)
-        reference = _inverse(frames[-1].viewmats[:, None] if frames else viewmats[:, :1])
-        return view, prope.projection(viewmats.double() @ reference, intrinsics.double()).float()
-
-    def prepare(self, chunk: int, rows: int, columns: int) -> None:
-        """Makes the window of the next chunk, of `chunk` frames, before its cameras are known."""
-        frames = self.visible(chunk)
-        reference = _inverse(frames[-1].viewmats[:, None]) if frames else None
-        start = self.committed - len(frames) if self.absolute else 0
-        self._ahead = chunk, self._window(frames, reference, rows, columns, start, room=chunk)
+        chunk, now = viewmats.shape[1], self.committed
+        window = self.prepare(chunk, rows, columns, viewmats[:, 0])
+        first = now if self.absolute else now - window.phase
+        view = CacheView(window, self._places(now, chunk, rows * columns), first, viewmats.device)
+        return view, prope.projection(viewmats.double() @ window.anchor, intrinsics.double()).float()
 
     def pair_view(self, viewmats: Tensor, chunk: int, intrinsics: Tensor, rows: int, columns: int) -> tuple[CacheView, Tensor]:
         """The view of two chunks in one pass, `viewmats` `[B, 2 chunk, 4, 4]`: the first is about to be committed, the second follows.
 
         The second's window has lost its oldest frames to the first, and its sinks stand as near as they will when the first is in.
         """
-        frames, now = self.visible(chunk), self.committed
-        later = [f for f in frames if f.index < self.sinks or f.index >= now - (self.window - 2 * chunk - self.sinks)]
-        first = now if self.absolute else len(frames)
-        reference = _inverse(viewmats[:, :1])
-        before = self._window(frames, reference, rows, columns, start=first - len(frames), room=chunk)
-        after = self._window(later, reference, rows, columns, start=first - len(later), room=2 * chunk)
-        view = CacheView(before, first, viewmats.device, pending=chunk * rows * columns, later=after)
-        return view, prope.projection(viewmats.double() @ reference, intrinsics.double()).float()
+        view, _ = self.view(viewmats[:, :chunk], intrinsics[:, :chunk], rows, columns)
+        oldest, tokens = self._oldest(2 * chunk), rows * columns
+        view.pending, view.later = chunk * tokens, self._places(self.committed + chunk, chunk, tokens)
+        view.sinks = self._moved_sinks(view.window, oldest, rows, columns)
+        view.window.oldest = oldest
+        return view, prope.projection(viewmats.double() @ view.window.anchor, intrinsics.double()).float()
 
-    def _window(
-        self, frames: list[FrameMemory], reference: Tensor, rows: int, columns: int, start: int, room: int
-    ) -> Window | None:
-        """`frames` in the rotary and the camera path, first of them at rotary position `start`, with room for `room` more.
+    def prepare(self, chunk: int, rows: int, columns: int, camera: Tensor | None = None) -> Window:
+        """The window as the next chunk, of `chunk` frames, finds it: the one that is there, or a new one where that is of no use any more.
 
-        Layer by layer, so that what comes in between stays small.
+        The first chunk of all is its own anchor and must give its `camera` `[B, 4, 4]`; the others' need not be known yet. While
+        gradients are wanted the window is always a new one, which nobody else writes to.
         """
-        if not frames:
-            return None
-        layers, batch, tokens, width = frames[0].keys.shape
-        places, paths = len(frames) * tokens, 2 if self.camera else 1
-        shape = layers, batch, paths, self.heads, places + room * tokens, width // self.heads
-        keys, values = frames[0].keys.new_empty(shape), frames[0].values.new_empty(shape)
-        cos, sin = (t.unsqueeze(2).to(keys.dtype) for t in rope_table(self._places(frames, start, keys.device), rows, columns, shape[-1]))
-        inverse = self._inverse_cameras(frames, reference, width).to(keys.dtype) if self.camera else None
-        for layer in range(layers):
-            k, v = (torch.stack([getattr(f, name)[layer] for f in frames], dim=1) for name in ("keys", "values"))  # [B, F, N, width]
-            seen = [(rotate(k.unflatten(-1, (self.heads, -1)), cos, sin), v)]
-            if self.camera:
-                seen.append((prope.apply(inverse, k), prope.apply(inverse, v)))
-            for path, pair in enumerate(seen):
-                for joined, x in zip((keys, values), pair, strict=True):
-                    joined[layer, :, path, :, :places] = x.reshape(batch, places, self.heads, -1).transpose(1, 2)
-        return Window(keys.flatten(2, 3), values.flatten(2, 3), room * tokens)
+        grad, oldest, window = torch.is_grad_enabled(), self._oldest(chunk), self._window
+        phase = self.committed // self.period * self.period  # by the count alone: a window made anew is like the old one
+        if grad or not self.committed or window is None or (window.held, window.phase) != (self.committed, phase) or oldest < window.oldest:
+            window = self._new_window(phase, oldest, rows, columns, camera)
+        for layer, keys in enumerate(self._moved_sinks(window, oldest, rows, columns)):
+            window.put_sinks(layer, keys)
+        window.oldest, self._window = oldest, None if grad else window
+        return window
 
-    def _places(self, frames: list[FrameMemory], start: int, device: torch.device) -> Tensor:
-        """Rotary positions of `frames`, made on the device: a list of numbers would have to be waited for."""
-        if not self.absolute:
-            return torch.arange(start, start + len(frames), device=device)
-        sinks = sum(f.index < self.sinks for f in frames)
-        runs = [run for run in (frames[:sinks], frames[sinks:]) if run]  # each without gaps
-        return torch.cat([torch.arange(run[0].index, run[-1].index + 1, device=device) for run in runs])
+    def _oldest(self, chunk: int) -> int:
+        """The first frame, sinks apart, that a chunk of `chunk` new frames sees."""
+        return max(self.sinks, self.committed - (self.window - chunk - self.sinks))
+
+    def _places(self, first: int, frames: int, tokens: int) -> Places:
+        """Where frames `first` to `first + frames` stand: one behind the other, in a full ring in place of the oldest."""
+        runs = _runs([self._slot(index) for index in range(first, first + frames)], tokens)
+        used, rest, start = min(first + frames, self.window) * tokens, [], 0
+        for stand, _ in sorted(runs, key=lambda run: run[0].start):
+            rest.append(slice(start, stand.start))
+            start = stand.stop
+        return Places(runs, (*rest, slice(start, used)), used)
+
+    def _slot(self, index: int) -> int:
+        """Which place of the window frame `index` takes: sinks stay in front."""
+        return index if index < self.sinks else self.sinks + (index - self.sinks) % (self.window - self.sinks)
+
+    def _new_window(self, phase: int, oldest: int, rows: int, columns: int, camera: Tensor | None) -> Window:
+        """The sinks and the frames from `oldest` on out of the store, layer by layer, so that what comes in between stays small.
+
+        The anchor is the last frame before the phase (in the first phase the first of all), or the nearest to it that is kept.
+        """
+        if self.frames:
+            camera = min(self.frames, key=lambda frame: abs(frame.index - max(0, phase - 1))).viewmats
+        window = Window(self.window * rows * columns, _inverse(camera[:, None]), phase, self.committed, oldest)
+        frames = [f for f in self.frames if f.index < self.sinks or f.index >= oldest]
+        if not frames:
+            return window
+        dtype, device = frames[0].keys.dtype, frames[0].keys.device
+        sinks = self._sink_positions(window, oldest, device)[: len(frames)]
+        recent = torch.arange(oldest, max(oldest, self.committed), device=device) - (0 if self.absolute else phase)
+        cos, sin = self._table(torch.cat([sinks, recent]), frames, rows, columns)
+        inverse = self._inverse_cameras(frames, window.anchor).to(dtype) if self.camera else None
+        places = Places(_runs([self._slot(f.index) for f in frames], rows * columns), (), 0)
+        for layer in range(len(frames[0].keys)):
+            k, v = (torch.stack([getattr(f, name)[layer] for f in frames], dim=1) for name in ("keys", "values"))
+            window.write(layer, places, *turned(k, v, cos, sin, inverse, self.heads))
+        return window
+
+    def _moved_sinks(self, window: Window, oldest: int, rows: int, columns: int) -> list[Tensor]:
+        """Rotary keys `[B, heads, M, head_dim]` of the sinks, one a layer, with `oldest` behind them; none where they need not move."""
+        sinks = self.frames[: self.sinks]
+        if self.absolute or not sinks or oldest == window.oldest:
+            return []
+        cos, sin = self._table(self._sink_positions(window, oldest, sinks[0].keys.device), sinks, rows, columns)
+        layers = torch.stack([f.keys for f in sinks], dim=2).unflatten(-1, (self.heads, -1))
+        return [by_head([rotate(k, cos, sin)]) for k in layers]
+
+    def _sink_positions(self, window: Window, oldest: int, device: torch.device) -> Tensor:
+        """Rotary positions of the sinks: their own, or right before the oldest frame."""
+        first = 0 if self.absolute else oldest - self.sinks - window.phase
+        return torch.arange(first, first + self.sinks, device=device)
+
+    def _table(self, positions: Tensor, frames: list[FrameMemory], rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Rotary tables `[F, N, 1, head_dim]` in the type of the frames' keys."""
+        keys = frames[0].keys
+        return tuple(t.unsqueeze(2).to(keys.dtype) for t in rope_table(positions, rows, columns, keys.shape[-1] // self.heads))
 
     @staticmethod
-    def _inverse_cameras(frames: list[FrameMemory], reference: Tensor, width: int) -> Tensor:
-        """P^-1 of every frame, relative to the reference camera `[B, 1, 4, 4]`: `[B, F, m, m]` float32, see `prope.camera_matrices`."""
-        viewmats = torch.stack([f.viewmats for f in frames], dim=1) @ reference
+    def _inverse_cameras(frames: list[FrameMemory], anchor: Tensor) -> Tensor:
+        """P^-1 of every frame, relative to the anchor `[B, 1, 4, 4]`: `[B, F, m, m]` float32, see `prope.camera_matrices`."""
+        viewmats = torch.stack([f.viewmats for f in frames], dim=1) @ anchor
         cameras = prope.projection(viewmats, torch.stack([f.intrinsics for f in frames], dim=1))
-        return prope.camera_matrices(cameras.float(), torch.float32, width).key
+        return prope.camera_matrices(cameras.float(), torch.float32, frames[0].keys.shape[-1]).key
 
     def truncate(self, committed: int) -> None:
         """Forgets every frame from number `committed` on; ValueError when that reaches back beyond what is kept."""
@@ -203,13 +275,43 @@ class KVCache:
 
     def restore(self, frames: list[FrameMemory], committed: int) -> None:
         """Goes on from `frames`, what is kept of a past of `committed` latent frames."""
-        self.frames, self.committed, self._ahead = list(frames), committed, None
+        self.frames, self.committed, self._window = list(frames), committed, None
 
     def fork(self) -> "KVCache":
         """An independent cache with the same past; the frames are shared, since they are never written again."""
         twin = KVCache(self.heads, self.window, self.sinks, self.absolute, self.history, self.camera)
         twin.restore(self.frames, self.committed)
         return twin
+
+
+def turned(
+    k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, inverse: Tensor | None, heads: int
+) -> tuple[Tensor, Tensor]:
+    """Keys and values `[B, F, N, width]` as attention reads them, `[B, heads or 2 heads, F N, head_dim]`: rotary path, then PRoPE's.
+
+    `cos`, `sin`: tables `[F, N, 1, head_dim]`; `inverse`: `CameraMatrices.key`, or None without the camera path.
+    """
+    keys, values = [rotate(k.unflatten(-1, (heads, -1)), cos, sin)], [v.unflatten(-1, (heads, -1))]
+    if inverse is not None:
+        keys.append(prope.apply(inverse, k).unflatten(-1, (heads, -1)))
+        values.append(prope.apply(inverse, v).unflatten(-1, (heads, -1)))
+    return by_head(keys), by_head(values)
+
+
+def by_head(paths: list[Tensor]) -> Tensor:
+    """Features `[B, F, N, heads, head_dim]` of one path or two -> `[B, heads or 2 heads, F N, head_dim]`."""
+    return torch.cat(paths, dim=-2).flatten(1, 2).transpose(1, 2)
+
+
+def _runs(slots: list[int], tokens: int) -> tuple[tuple[slice, slice], ...]:
+    """Places of frames, `tokens` each, as pairs of slices: places that follow each other, and the tokens that take them."""
+    runs, start = [], 0
+    for number in range(1, len(slots) + 1):
+        if number == len(slots) or slots[number] != slots[number - 1] + 1:
+            stand = slice(slots[start] * tokens, (slots[number - 1] + 1) * tokens)
+            runs.append((stand, slice(start * tokens, number * tokens)))
+            start = number
+    return tuple(runs)
 
 
 def _inverse(viewmats: Tensor) -> Tensor:

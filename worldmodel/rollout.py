@@ -100,7 +100,7 @@ class Rollout:
         (0 = first), and with `grad` let gradients through that step alone. With `settle` false the clean pass is left to `settle()`,
         or to the next step: the latents can be shown first.
         """
-        if not self.config.merge_clean:
+        if grad or not self.config.merge_clean:
             self.settle()
         sigmas = self.first_sigmas if self.frames == 0 else self.sigmas
         last = len(sigmas) - 1 if exit_step is None else exit_step
@@ -157,7 +157,9 @@ class Rollout:
     def fork(self) -> "Rollout":
         """An independent rollout with the same past."""
         twin = Rollout(self.model, self.text, self.config, batch=self.batch, height=self.cells[0], width=self.cells[1], device=self.device)
-        twin.cache, twin.pending = self.cache.fork(), self.pending
+        twin.cache = self.cache.fork()
+        if self.pending is not None:  # with a window of its own
+            twin.put_off(*self.pending[:3])
         return twin
 
     def _draw(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
@@ -200,7 +202,7 @@ class Rollout:
         fresh = chunk.view.fresh
         if noisy is not None and self.config.cache_gradient == "straight_through":
             fresh = {layer: tuple(c + (n - n.detach()) for c, n in zip(fresh[layer], noisy[layer], strict=True)) for layer in fresh}
-        self.cache.commit(fresh, chunk.viewmats.double(), chunk.intrinsics.double())
+        self.cache.commit(chunk.view, chunk.viewmats.double(), chunk.intrinsics.double(), fresh)
         if ahead:
             with torch.no_grad():
                 self.cache.prepare(self.config.chunk, *self._grid())
@@ -219,7 +221,7 @@ class Rollout:
         velocity = self._velocity(torch.cat([past.latents, x], dim=2), levels, view, projection)
         clean = {layer: (k[:, :count], v[:, :count]) for layer, (k, v) in view.fresh.items()}
         own = {layer: (k[:, count:], v[:, count:]) for layer, (k, v) in view.fresh.items()}
-        self.cache.commit(clean, past.viewmats.double(), past.intrinsics.double())
+        self.cache.commit(view, past.viewmats.double(), past.intrinsics.double(), clean)
         view, projection = self._view(viewmats, intrinsics)
         view.fresh.update(own)
         return velocity[:, :, count:], view, projection

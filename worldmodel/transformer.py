@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from worldmodel import attention, prope
-from worldmodel.kv_cache import CacheView
+from worldmodel.kv_cache import CacheView, by_head, turned
 from worldmodel.rope import rope_table, rotate
 from worldmodel.schedule import CLOCK
 
@@ -120,7 +120,7 @@ class Attention(nn.Module):
         frames, heads = x.shape[1], self.heads
         x, k, v = self.remember(x, positions, layer)
         q = self.norm_q(self.to_q(x))
-        out = _pattern(positions, layer)(*two_paths(q, k, v, positions, heads))
+        out = _pattern(positions, layer)(turned_queries(q, positions, heads), *turned_memory(k, v, positions, heads))
         out = out.transpose(1, 2).unflatten(1, (frames, -1))  # [B, F, N, heads or 2 heads, head_dim]
         result = self.to_out[0](out[..., :heads, :].flatten(-2))
         if positions.cameras is not None:
@@ -146,17 +146,17 @@ class Attention(nn.Module):
         return self.to_out[0](out).view(x.shape)
 
 
-def two_paths(q: Tensor, k: Tensor, v: Tensor, positions: FramePositions, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v `[B, F, N, width]` -> `[B, heads, F N, head_dim]`, or twice the heads when there are cameras: rotary first, PRoPE second."""
-
-    def split(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (heads, -1))
-
-    paths = [[rotate(split(q), positions.cos, positions.sin), rotate(split(k), positions.cos, positions.sin), split(v)]]
+def turned_queries(q: Tensor, positions: FramePositions, heads: int) -> Tensor:
+    """q `[B, F, N, width]` -> `[B, heads, F N, head_dim]`, or twice the heads when there are cameras: rotary first, PRoPE second."""
+    paths = [rotate(q.unflatten(-1, (heads, -1)), positions.cos, positions.sin)]
     if positions.cameras is not None:
-        c = positions.cameras
-        paths.append([split(prope.apply(c.query, q)), split(prope.apply(c.key, k)), split(prope.apply(c.key, v))])
-    return tuple(torch.cat([path[i].to(v.dtype) for path in paths], dim=-2).flatten(1, 2).transpose(1, 2) for i in range(3))
+        paths.append(prope.apply(positions.cameras.query, q).unflatten(-1, (heads, -1)))
+    return by_head(paths)
+
+
+def turned_memory(k: Tensor, v: Tensor, positions: FramePositions, heads: int) -> tuple[Tensor, Tensor]:
+    """k and v `[B, F, N, width]`, as `turned_queries`."""
+    return turned(k, v, positions.cos, positions.sin, positions.cameras and positions.cameras.key, heads)
 
 
 def _pattern(positions: FramePositions, layer: int):
@@ -203,9 +203,10 @@ class WanBlock(nn.Module):
         return x + ffn_gate * self.ffn(modulated_norm(x, ffn_scale, ffn_shift, self.eps))
 
     def remember(self, x: Tensor, modulation: Tensor, positions: FramePositions, layer: int) -> None:
-        """Leaves the keys and values of this block in the view, as `forward` does, and computes nothing else."""
+        """Leaves the keys and values of this block in view and window, as `forward` does, and computes nothing else."""
         shift, scale = (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)[:2]
-        self.attn1.remember(modulated_norm(x, scale, shift, self.eps), positions, layer)
+        _, k, v = self.attn1.remember(modulated_norm(x, scale, shift, self.eps), positions, layer)
+        positions.view.write(layer, *turned_memory(k, v, positions, self.attn1.heads))
 
 
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
