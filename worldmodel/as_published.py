@@ -103,20 +103,20 @@ class PublishedLoop(Rollout):
         model, frames = self.model, latents.shape[2]
         x = model.patch_embedding(latents.to(model.patch_embedding.weight.dtype))
         dtype, x = x.dtype, x.float().flatten(3).permute(0, 2, 3, 1)
-        level = model.encode_time(sigma.expand(self.batch, frames))
+        embedding, modulation = model.condition_embedder.embed_time(sigma.expand(self.batch, frames))
         cameras = None
         if model.config.camera:
             matrices = prope.projection(viewmats.double(), a_frame(intrinsics, viewmats).double())
             cameras = prope.camera_matrices(matrices.float(), dtype)
         for block, text, caches in zip(model.blocks, self.text.layers, self.caches, strict=True):
-            x = self._block(block, x, level.modulation, text, cameras, caches)
-        return model._to_latents(x, level.embedding, self.grid)
+            x = self._block(block, x, modulation, text, cameras, caches)
+        return model._to_latents(x, embedding, self.grid)
 
     def _block(self, block: WanBlock, x: Tensor, modulation: Tensor, text, cameras, caches: list[LayerCache]) -> Tensor:
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.scale_shift_table + modulation).unsqueeze(2).unbind(3)
-        x = x + gate * self._self_attention(block.attn1, modulated_norm(x, scale, shift, block.eps), cameras, caches)
+        x = x + gate * self._self_attention(block.attn1, modulated_norm(x, 1 + scale, shift, block.eps), cameras, caches)
         x = x + block.attn2.cross_attention(block.norm2(x), text)
-        return x + ffn_gate * block.ffn(modulated_norm(x, ffn_scale, ffn_shift, block.eps))
+        return x + ffn_gate * block.ffn(modulated_norm(x, 1 + ffn_scale, ffn_shift, block.eps))
 
     def _self_attention(self, attn, x: Tensor, cameras, caches: list[LayerCache]) -> Tensor:
         x = x.to(attn.to_q.weight.dtype)

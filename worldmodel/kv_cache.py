@@ -99,7 +99,7 @@ class CacheView:
     pending: int = 0
     later: Places | None = None
     sinks: list[Tensor] = field(default_factory=list)
-    tables: tuple | None = None  # a projection, with the rotary tables and camera matrices of the passes that come with it
+    tables: tuple | None = None  # a projection, and what the passes that come with it share (`transformer.FramePositions`)
 
     def positions(self, frames: int) -> Tensor:
         """Rotary positions `[frames]` of the frames of a pass."""

@@ -31,24 +31,41 @@ class TextContext:
     layers: tuple[tuple[Tensor, Tensor], ...]
 
 
+Modulation = tuple[Tensor, ...]  # of a block: shift, factor and gate of attention, then of the feed-forward, `[B, F, 1, width]` float32
+
+
 @dataclass(frozen=True)
 class TimeContext:
-    """A noise level made ready: embedding `[B, F, width]` and the blocks' modulation `[B, F, 6, width]`, float32."""
+    """A noise level made ready: embedding `[B, F, width]` float32 and every block's modulation."""
 
     embedding: Tensor
-    modulation: Tensor
+    layers: tuple[Modulation, ...]
 
 
 @dataclass(frozen=True)
 class FramePositions:
-    """Where the tokens of a pass stand: rotary table `[F, N, 1, head_dim]` twice, camera matrices or None, and who attends to whom."""
+    """Where the tokens of a pass stand: rotary tables `[F, N, 1, head_dim]`, and camera matrices or None."""
 
     cos: Tensor
     sin: Tensor
     cameras: prope.CameraMatrices | None
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Who attends to whom: a mode, the frames denoised together, and what is remembered."""
+
     mode: str
-    chunk: int  # frames denoised together
+    chunk: int
     view: CacheView | None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
+        """q, k, v `[B, H, F N, head_dim]` of `frames` frames -> the same shape."""
+        if self.mode == "teacher_forcing":
+            return attention.teacher_forcing(q, k, v, self.chunk * q.shape[2] // frames)
+        if self.mode == "cached":
+            return self.view.attend(layer, q, k, v)
+        return attention.attend(q, k, v)
 
 
 class RMSNorm(nn.Module):
@@ -60,7 +77,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).mul(self.weight).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -93,15 +110,15 @@ class ConditionEmbedder(nn.Module):
         self.time_proj = nn.Linear(width, 6 * width)
         self.text_embedder = TwoLayers(text_dim, width, nn.GELU(approximate="tanh"))
 
-    def embed_time(self, sigma: Tensor) -> TimeContext:
-        """sigma `[B, F]`, float32 even under autocast."""
+    def embed_time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """sigma `[B, F]` -> embedding `[B, F, width]` and modulation `[B, F, 6, width]`, float32 even under autocast."""
         half = torch.arange(self.freq_dim // 2, dtype=torch.float64, device=sigma.device)
         angle = (sigma.float() * CLOCK).double()[..., None] * 10000.0 ** (-half / (self.freq_dim // 2))
         wave = torch.cat([angle.cos(), angle.sin()], dim=-1).float()
         with torch.autocast(sigma.device.type, enabled=False):
             embedding = self.time_embedder(wave.to(self.time_embedder.linear_1.weight.dtype))
             modulation = self.time_proj(F.silu(embedding).to(self.time_proj.weight.dtype))
-        return TimeContext(embedding.float(), modulation.float().unflatten(-1, (6, -1)))
+        return embedding.float(), modulation.float().unflatten(-1, (6, -1))
 
 
 class Attention(nn.Module):
@@ -115,25 +132,30 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
         self.prope_out = nn.Linear(width, width) if camera else None
 
-    def self_attention(self, x: Tensor, positions: FramePositions, layer: int) -> Tensor:
-        """x `[B, F, N, width]` -> the same shape. Rotary and camera path are ONE attention over twice the heads."""
-        frames, heads = x.shape[1], self.heads
-        x, k, v = self.remember(x, positions, layer)
-        q = self.norm_q(self.to_q(x))
-        out = _pattern(positions, layer)(turned_queries(q, positions, heads), *turned_memory(k, v, positions, heads))
-        out = out.transpose(1, 2).unflatten(1, (frames, -1))  # [B, F, N, heads or 2 heads, head_dim]
-        result = self.to_out[0](out[..., :heads, :].flatten(-2))
-        if positions.cameras is not None:
-            result = result + self.prope_out(prope.apply(positions.cameras.result, out[..., heads:, :].flatten(-2)))
-        return result
+    def memory(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x `[B, F, N, width]` -> its un-rotated keys and its values."""
+        return self.norm_k(self.to_k(x)), self.to_v(x)
 
-    def remember(self, x: Tensor, positions: FramePositions, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """x `[B, F, N, width]` in the weights' type, its un-rotated keys and its values, which the view keeps when there is one."""
-        x = x.to(self.to_q.weight.dtype)
-        k, v = self.norm_k(self.to_k(x)), self.to_v(x)
-        if positions.view is not None:
-            positions.view.keep(layer, k, v)
-        return x, k, v
+    def turned_queries(self, x: Tensor, positions: FramePositions) -> Tensor:
+        """x `[B, F, N, width]` -> `[B, heads, F N, head_dim]`, or twice the heads when there are cameras: rotary first, PRoPE second."""
+        q = self.norm_q(self.to_q(x))
+        paths = [rotate(q.unflatten(-1, (self.heads, -1)), positions.cos, positions.sin)]
+        if positions.cameras is not None:
+            paths.append(prope.apply(positions.cameras.query, q).unflatten(-1, (self.heads, -1)))
+        return by_head(paths)
+
+    def turned_memory(self, k: Tensor, v: Tensor, positions: FramePositions) -> tuple[Tensor, Tensor]:
+        """What `memory` gave, in the shape of `turned_queries`."""
+        inverse = None if positions.cameras is None else positions.cameras.key
+        return turned(k, v, positions.cos, positions.sin, inverse, self.heads)
+
+    def result(self, out: Tensor, positions: FramePositions) -> Tensor:
+        """What attention gave, in the shape of `turned_queries`, -> `[B, F, N, width]`."""
+        out = out.transpose(1, 2).unflatten(1, positions.cos.shape[:2])  # [B, F, N, heads or 2 heads, head_dim]
+        result = self.to_out[0](out[..., : self.heads, :].flatten(-2))
+        if positions.cameras is not None:
+            result = result + self.prope_out(prope.apply(positions.cameras.result, out[..., self.heads :, :].flatten(-2)))
+        return result
 
     def text_keys(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Embedded prompt `[B, L, width]` -> keys and values `[B, heads, L, head_dim]`."""
@@ -144,29 +166,6 @@ class Attention(nn.Module):
         q = self.norm_q(self.to_q(x.to(self.to_q.weight.dtype))).flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         out = attention.attend(q, *text).transpose(1, 2).flatten(-2)
         return self.to_out[0](out).view(x.shape)
-
-
-def turned_queries(q: Tensor, positions: FramePositions, heads: int) -> Tensor:
-    """q `[B, F, N, width]` -> `[B, heads, F N, head_dim]`, or twice the heads when there are cameras: rotary first, PRoPE second."""
-    paths = [rotate(q.unflatten(-1, (heads, -1)), positions.cos, positions.sin)]
-    if positions.cameras is not None:
-        paths.append(prope.apply(positions.cameras.query, q).unflatten(-1, (heads, -1)))
-    return by_head(paths)
-
-
-def turned_memory(k: Tensor, v: Tensor, positions: FramePositions, heads: int) -> tuple[Tensor, Tensor]:
-    """k and v `[B, F, N, width]`, as `turned_queries`."""
-    return turned(k, v, positions.cos, positions.sin, positions.cameras and positions.cameras.key, heads)
-
-
-def _pattern(positions: FramePositions, layer: int):
-    """The attention function of a mode."""
-    if positions.mode == "teacher_forcing":
-        tokens = positions.chunk * positions.cos.shape[1]
-        return lambda q, k, v: attention.teacher_forcing(q, k, v, tokens)
-    if positions.mode == "cached":
-        return lambda q, k, v: positions.view.attend(layer, q, k, v)
-    return attention.attend
 
 
 class FeedForward(nn.Module):
@@ -195,23 +194,47 @@ class WanBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
         self.eps = eps
 
-    def forward(self, x: Tensor, modulation: Tensor, text: tuple[Tensor, Tensor], positions: FramePositions, layer: int) -> Tensor:
-        """x `[B, F, N, width]`, modulation `[B, F, 6, width]`, text of `Attention.text_keys`."""
+    def forward(
+        self, x: Tensor, modulation: Modulation, text: tuple[Tensor, Tensor], positions: FramePositions, pattern: Pattern, layer: int
+    ) -> Tensor:
+        """x `[B, F, N, width]`, text of `Attention.text_keys`.
+
+        Rotary and camera path are ONE attention over twice the heads; what comes before and behind it knows nothing of a past.
+        """
+        q, (k, v), memory = self.enter(x, modulation, positions)
+        if pattern.view is not None:
+            pattern.view.keep(layer, *memory)
+        return self.leave(x, pattern.attend(layer, q, k, v, x.shape[1]), modulation, text, positions)
+
+    def modulate(self, modulation: Tensor) -> Modulation:
+        """Modulation `[B, F, 6, width]` that all blocks share -> this block's."""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)
-        x = x + gate * self.attn1.self_attention(modulated_norm(x, scale, shift, self.eps), positions, layer)
-        x = x + self.attn2.cross_attention(self.norm2(x), text)
-        return x + ffn_gate * self.ffn(modulated_norm(x, ffn_scale, ffn_shift, self.eps))
+        return shift, 1 + scale, gate, ffn_shift, 1 + ffn_scale, ffn_gate
 
-    def remember(self, x: Tensor, modulation: Tensor, positions: FramePositions, layer: int) -> None:
+    def remember(self, x: Tensor, modulation: Modulation, positions: FramePositions, view: CacheView, layer: int) -> None:
         """Leaves the keys and values of this block in view and window, as `forward` does, and computes nothing else."""
-        shift, scale = (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)[:2]
-        _, k, v = self.attn1.remember(modulated_norm(x, scale, shift, self.eps), positions, layer)
-        positions.view.write(layer, *turned_memory(k, v, positions, self.attn1.heads))
+        _, turned_memory, memory = self.enter(x, modulation, positions, queries=False)
+        view.keep(layer, *memory)
+        view.write(layer, *turned_memory)
+
+    def enter(self, x: Tensor, modulation: Modulation, positions: FramePositions, queries: bool = True):
+        """Before self-attention: its queries (if asked for), its keys and values, and those that are remembered."""
+        shift, factor, *_ = modulation
+        x = modulated_norm(x, factor, shift, self.eps).to(self.attn1.to_q.weight.dtype)
+        memory = self.attn1.memory(x)
+        return self.attn1.turned_queries(x, positions) if queries else None, self.attn1.turned_memory(*memory, positions), memory
+
+    def leave(self, x: Tensor, out: Tensor, modulation: Modulation, text: tuple[Tensor, Tensor], positions: FramePositions) -> Tensor:
+        """Behind self-attention, which gave `out`."""
+        _, _, gate, shift, factor, ffn_gate = modulation
+        x = torch.addcmul(x, gate, self.attn1.result(out, positions))
+        x = x + self.attn2.cross_attention(self.norm2(x), text)
+        return torch.addcmul(x, ffn_gate, self.ffn(modulated_norm(x, factor, shift, self.eps)))
 
 
-def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """Layer norm without weights, then the time's scale and shift, `[B, F, 1, width]` each."""
-    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+def modulated_norm(x: Tensor, factor: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """Layer norm without weights, then the time's factor (1 + scale) and shift, `[B, F, 1, width]` each."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), factor)
 
 
 class CausalWanTransformer(ModelMixin, ConfigMixin):
@@ -265,7 +288,8 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
 
     def encode_time(self, sigma: Tensor) -> TimeContext:
         """Noise levels `[B, F]` in [0, 1] -> what a pass needs of them, for passes that share them."""
-        return self.condition_embedder.embed_time(sigma)
+        embedding, modulation = self.condition_embedder.embed_time(sigma)
+        return TimeContext(embedding, tuple(block.modulate(modulation) for block in self.blocks))
 
     def forward(
         self,
@@ -305,11 +329,11 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
         x = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype))
         dtype, x = x.dtype, x.float().flatten(3).permute(0, 2, 3, 1)
         time = self.encode_time(sigma) if isinstance(sigma, Tensor) else sigma
-        positions = self._positions(frames, grid, projection, mode, chunk, view, dtype)
+        positions, pattern = self._positions(frames, grid, projection, mode, view, dtype), Pattern(mode, chunk, view)
         for layer, block in enumerate(self.blocks):
             if not velocity and layer == len(self.blocks) - 1:
-                return block.remember(x, time.modulation, positions, layer)
-            arguments = (x, time.modulation, text.layers[layer], positions, layer)
+                return block.remember(x, time.layers[layer], positions, view, layer)
+            arguments = (x, time.layers[layer], text.layers[layer], positions, pattern, layer)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
@@ -318,24 +342,24 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
             return self._to_latents(x[:, frames:], time.embedding[:, frames:], grid)
         return self._to_latents(x, time.embedding, grid)
 
-    def _positions(self, frames, grid, projection, mode, chunk, view, dtype) -> FramePositions:
+    def _positions(self, frames, grid, projection, mode, view, dtype) -> FramePositions:
         if view is not None and view.tables is not None and view.tables[0] is projection:
-            return FramePositions(*view.tables[1:], mode, chunk, view)
+            return view.tables[1]
         index = torch.arange(frames, device=self.device) if view is None else view.positions(frames)
         index = index.repeat(2) if mode == "teacher_forcing" else index
         cos, sin = rope_table(index, *grid, self.config.attention_head_dim)
-        cos, sin = (table.unsqueeze(2).to(dtype) for table in (cos, sin))
         cameras = None
         if projection is not None and self.config.camera:
             cameras = prope.camera_matrices(projection, dtype, self.config.num_attention_heads * self.config.attention_head_dim)
+        positions = FramePositions(*(table.unsqueeze(2).to(dtype) for table in (cos, sin)), cameras)
         if view is not None:
-            view.tables = projection, cos, sin, cameras
-        return FramePositions(cos, sin, cameras, mode, chunk, view)
+            view.tables = projection, positions
+        return positions
 
     def _to_latents(self, x: Tensor, embedding: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens `[B, F, N, width]` -> velocity `[B, C, F, H, W]`."""
         shift, scale = (self.scale_shift_table + embedding.unsqueeze(2)).unsqueeze(2).unbind(3)
-        x = self.proj_out(modulated_norm(x, scale, shift, self.config.eps).to(self.proj_out.weight.dtype)).float()
+        x = self.proj_out(modulated_norm(x, 1 + scale, shift, self.config.eps).to(self.proj_out.weight.dtype)).float()
         _, patch_h, patch_w = self.config.patch_size
         x = x.unflatten(-1, (patch_h, patch_w, -1)).unflatten(2, grid)  # [B, F, rows, columns, patch_h, patch_w, C]
         return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
