@@ -97,6 +97,10 @@ def test_stream_equals_clip(shape):
     assert [piece.shape[2] for piece in pieces] == [1, 4, 4, 4]
     torch.testing.assert_close(torch.cat(pieces, 2), decoded, atol=1e-5, rtol=1e-5)
     assert (model.decode(20 * latents) <= 1).all()
+    decoder.reset()
+    frames = [frame for piece in latents.split(1, 2) for frame in decoder.frames(piece)]  # one by one: the first of a latent is early
+    assert [frame.shape[2] for frame in frames] == [1] * 13
+    torch.testing.assert_close(torch.cat(frames, 2), decoded.clamp(-1, 1), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -113,24 +113,35 @@ class _TinyStream(Stream):
     """A stack of layers; every `MemBlock` remembers one feature map, [B,C,H,W]."""
 
     def __init__(self, model: "TinyAutoencoder", layers: nn.Sequential):
-        super().__init__(sum(isinstance(layer, MemBlock) for layer in layers))
-        self._model, self._layers = model, layers
+        blocks = [place for place, layer in enumerate(layers) if isinstance(layer, MemBlock)]
+        super().__init__(len(blocks))
+        self._model, self._layers, self._memory_at = model, layers, {place: number for number, place in enumerate(blocks)}
 
-    def _run(self, x: Tensor) -> Tensor:
-        """x [B,C,T,H,W] -> [B,C',T',H',W']; advances the memory only when all layers have succeeded."""
-        batch = x.shape[0]
+    def _run(self, x: Tensor, apart: bool = False) -> Iterator[Tensor]:
+        """x [B,C,T,H,W] -> [B,C',T',H',W'] in one piece, or frame by frame; advances the memory when all layers have succeeded.
+
+        apart: frames that are made out of one go their ways one after the other, the first to the very end before the second begins.
+        """
+        batch, memories = x.shape[0], list(self._state.memories)
         self._check_batch(batch)
         x = x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        remembered = iter(self._state.memories)
-        memories = []
-        for layer in self._layers:
-            if isinstance(layer, MemBlock):
-                x, memory = layer(x, batch, next(remembered))
-                memories.append(memory)
-            else:
-                x = layer(x)
+        for piece in self._flow(0, x, batch, memories, apart):
+            yield piece.unflatten(0, (batch, -1)).transpose(1, 2)
         self._state = StreamState(True, tuple(memories))
-        return x.unflatten(0, (batch, -1)).transpose(1, 2)
+
+    def _flow(self, start: int, x: Tensor, batch: int, memories: list[Tensor | None], apart: bool) -> Iterator[Tensor]:
+        """x [B*T,C,H,W] through the layers from number `start` on."""
+        for place in range(start, len(self._layers)):
+            layer, number = self._layers[place], self._memory_at.get(place)
+            if number is None:
+                x = layer(x)
+            else:
+                x, memories[number] = layer(x, batch, memories[number])
+            if apart and isinstance(layer, TGrow) and layer.stride > 1:
+                for frame in x.unflatten(0, (batch, -1)).unbind(1):
+                    yield from self._flow(place + 1, frame, batch, memories, apart)
+                return
+        yield x
 
 
 class StreamingEncoder(_TinyStream):
@@ -146,7 +157,8 @@ class StreamingEncoder(_TinyStream):
         if model.config.patch_size > 1:
             x = functional.pixel_unshuffle(x.transpose(1, 2), model.config.patch_size).transpose(1, 2)
         mean, std = model.latent_statistics()
-        return (self._run(x) - mean) / std
+        (latents,) = self._run(x)
+        return (latents - mean) / std
 
 
 class StreamingDecoder(_TinyStream):
@@ -158,16 +170,28 @@ class StreamingDecoder(_TinyStream):
         Args:
             clamp: limit the result to [-1, 1]; training leaves it off, so that no pixel loses its gradient.
         """
+        (video,) = self._decode(latents, clamp, apart=False)
+        return video
+
+    def frames(self, latents: Tensor) -> Iterator[Tensor]:
+        """As `step`, a frame [B,3,1,H,W] at a time: the first is there after about a third of the work. Ask for all of them."""
+        return self._decode(latents, clamp=True, apart=True)
+
+    def _decode(self, latents: Tensor, clamp: bool, apart: bool) -> Iterator[Tensor]:
         model = self._model
         model.check_latents(latents)
         mean, std = model.latent_statistics()
-        started = self._state.started
-        x = self._run(latents.to(model.dtype) * std + mean)
-        if model.config.patch_size > 1:
-            x = functional.pixel_shuffle(x.transpose(1, 2), model.config.patch_size).transpose(1, 2)
-        x = x if started else x[:, :, FRAMES_PER_LATENT - 1 :]
-        x = x * 2 - 1
-        return x.clamp(-1, 1) if clamp else x
+        dropped = 0 if self._state.started else FRAMES_PER_LATENT - 1
+        for x in self._run(latents.to(model.dtype) * std + mean, apart):
+            skipped = min(dropped, x.shape[2])
+            dropped -= skipped
+            if skipped == x.shape[2]:
+                continue
+            x = x[:, :, skipped:]
+            if model.config.patch_size > 1:
+                x = functional.pixel_shuffle(x.transpose(1, 2), model.config.patch_size).transpose(1, 2)
+            x = x * 2 - 1
+            yield x.clamp(-1, 1) if clamp else x
 
 
 class TinyAutoencoder(ModelMixin, ConfigMixin):
@@ -473,6 +497,11 @@ class WanStreamingDecoder(_WanStream):
         pieces = [model.network.post_quant_conv(piece) for piece in raw.split(1, 2)]
         video = torch.cat(self._run(pieces), 2)
         return video.clamp(-1, 1) if clamp else video
+
+    def frames(self, latents: Tensor) -> Iterator[Tensor]:
+        """As `step`, the frames of a latent at a time."""
+        for latent in latents.split(1, 2):
+            yield self.step(latent)
 
 
 Autoencoder = TinyAutoencoder | WanAutoencoder

@@ -139,13 +139,18 @@ class Walk:
     def chunk(self) -> None:
         """One more chunk."""
         poses = np.stack([self._next_pose() for _ in range(self.rollout.chunk)])
-        started = time.perf_counter()
-        result = self._session.step(poses)
-        ready = (time.perf_counter() - started) * 1e3
+        moments = [time.perf_counter()]
+
+        def pass_by(*_) -> None:
+            moments.append(time.perf_counter())
+
+        result = self._session.step(poses, pass_by)  # passes by when the first frames are there
+        pass_by()
         self._session.settle()  # the clean pass of this chunk
-        total = (time.perf_counter() - started) * 1e3
+        pass_by()
+        ready, shown, total = ((moment - moments[0]) * 1e3 for moment in moments[1:])
         # the published loop cleans before it shows: its own clock tells how long
-        parts = {**result.timings, "clean": self._session.rollout.timings["clean"] if self._published else total - ready}
+        parts = {**result.timings, "clean": self._session.rollout.timings["clean"] if self._published else total - shown}
         self.times.append({"total": total, "ready": ready, **{part: parts[part] for part in PARTS}})
 
     def _next_pose(self) -> np.ndarray:
@@ -183,7 +188,7 @@ def key_to_pixel(durations: np.ndarray, busy: np.ndarray, period: float) -> np.n
     first frame is due, at most one period early, and reads the input at that moment; a late chunk moves the clock.
 
     Args:
-        durations: [n] ms from the start of a chunk until its frames were ready, n >= 2.
+        durations: [n] ms from the start of a chunk until its first frames were ready, n >= 2.
         busy: [n] ms from the start of a chunk until the next can start (its clean pass comes after its frames).
         period: ms for which the frames of one chunk are on the screen.
     """

@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -99,15 +100,18 @@ class Session:
         return self._start
 
     @torch.no_grad()
-    def step(self, c2w) -> FrameChunk:
-        """Dreams the next chunk as seen from `c2w` [4,4] (one latent) or [chunk,4,4], absolute in the session's frame."""
+    def step(self, c2w, early: Callable[[np.ndarray], object] | None = None) -> FrameChunk:
+        """Dreams the next chunk as seen from `c2w` [4,4] (one latent) or [chunk,4,4], absolute in the session's frame.
+
+        `early` is called with the first frames, uint8 [n,H,W,3], as soon as they are decoded.
+        """
         poses = check_poses(c2w, self.chunk, "Session.step")
         if len(poses) != self.chunk:
             raise ValueError(f"Session.step: {self.chunk} poses are needed (the world's chunk), got {len(poses)}.")
         index = self.frames
         noise, renoise = self._noise(index)
         latents = self.rollout.step(self._viewmats(poses), self._intrinsics, noise=noise, renoise=renoise, settle=False)
-        return self._shown(latents, poses, index, dict(self.rollout.timings))
+        return self._shown(latents, poses, index, dict(self.rollout.timings), early)
 
     def settle(self) -> None:
         """Commits the last chunk to memory: worth calling once it is shown; otherwise the next step does it first."""
@@ -230,15 +234,20 @@ class Session:
         clean = (time.perf_counter() - started) * 1e3
         return self._shown(latents, pose, 0, {"network": 0.0, "clean": clean})
 
-    def _shown(self, latents: Tensor, poses: np.ndarray, index: int, timings: dict[str, float]) -> FrameChunk:
+    def _shown(
+        self, latents: Tensor, poses: np.ndarray, index: int, timings: dict[str, float], early: Callable[[np.ndarray], object] | None = None
+    ) -> FrameChunk:
         """Decodes a chunk that has been committed and remembers that it was shown."""
-        started = time.perf_counter()
-        video = self._decoder.step(latents)[0].float()
-        frames = ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+        started, pieces = time.perf_counter(), []
+        for video in self._decoder.frames(latents):
+            frames = ((video[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0)
+            pieces.append(np.ascontiguousarray(frames.cpu().numpy()))
+            if early is not None and len(pieces) == 1:
+                early(pieces[0])
         timings["decode"] = (time.perf_counter() - started) * 1e3
         self._poses.extend(poses)
         self._remember()
-        return FrameChunk(np.ascontiguousarray(frames), index, len(poses), self.prompt, timings)
+        return FrameChunk(np.concatenate(pieces), index, len(poses), self.prompt, timings)
 
     def _remember(self) -> None:
         self._states[self.frames] = self._decoder.state()

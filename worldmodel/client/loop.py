@@ -186,20 +186,23 @@ class Loop:
         return max(self._chunk_seconds, typical) / self._chunk_frames
 
     def _dream(self) -> None:
-        begun = self.clock()
+        begun, early = self.clock(), []
+
+        def show_early(pictures: np.ndarray) -> None:
+            early.append(len(pictures))
+            self._durations.append(self.clock() - begun)
+            self._put(pictures, self.status.latent, edges)
+
         if self._film is None:
             c2w, edges = self._poses(begun)
-            chunk = self._session.step(c2w)
+            chunk = self._session.step(c2w, show_early)
         else:
             chunk, c2w = next(self._film, (None, None))
-            edges = ()
             self._edges.clear()
         if chunk is None:
             self._film_ends()
             return
-        now = self.clock()
-        self._durations.append(now - begun)
-        self._show(chunk, c2w, edges, now, self._period())
+        self._show(chunk, c2w, sum(early), self._period())
         if self._session:
             self._session.settle()  # while the frames are on their way to the screen
         self._busy.append(self.clock() - begun)
@@ -230,15 +233,20 @@ class Loop:
         self._controls.pose_until(now)
         self._sampled, self._pose = now, c2w
 
-    def _show(self, chunk, c2w: np.ndarray, edges: tuple[float, ...], now: float, period: float) -> None:
-        frames = [Frame(picture, chunk.index) for picture in chunk.frames]
-        frames[0] = replace(frames[0], edges=edges)
-        self.pacer.put(frames, now, period)
+    def _show(self, chunk, c2w: np.ndarray, early: int, period: float) -> None:
+        """Shows and records a chunk, of which the first `early` frames are on their way already."""
+        self._put(chunk.frames[early:], chunk.index, (), period)
         if self._recorder and not self._recorder.write(chunk, c2w, self._controls.held):
             self._stop_recording()
         latent = chunk.index + len(c2w)
         timings = tuple(chunk.timings.items())
         self._tell(latent=latent, memory=min(latent, self._scenes.window), pose=c2w[-1], timings=timings)
+
+    def _put(self, pictures: np.ndarray, latent: int, edges: tuple[float, ...] = (), period: float | None = None) -> None:
+        """Sends pictures [n, H, W, 3] of a latent to the window; `edges`: the key edges that the first is the first to show."""
+        frames = [Frame(picture, latent, edges if place == 0 else ()) for place, picture in enumerate(pictures)]
+        if frames:
+            self.pacer.put(frames, self.clock(), self._period() if period is None else period)
 
     def _tell(self, **changes) -> None:
         self.status = replace(self.status, **changes)
@@ -312,7 +320,7 @@ class Loop:
         self._edges.clear()
         self._stand(np.eye(4), self.clock())
         # one picture stands for as long as a chunk, so that the next one is in time
-        self._show(chunk, poses, (), self._sampled, self._chunk_seconds / len(chunk.frames))
+        self._show(chunk, poses, 0, self._chunk_seconds / len(chunk.frames))
 
     def _film_ends(self) -> None:
         self._film = None
