@@ -158,8 +158,7 @@ class KVCache:
 
     def visible(self, chunk: int) -> list[FrameMemory]:
         """The frames that a chunk of `chunk` new frames sees: sinks, then the most recent ones."""
-        oldest = self._oldest(chunk)
-        return [f for f in self.frames if f.index < self.sinks or f.index >= oldest]
+        return self._since(self._oldest(chunk))
 
     def view(self, viewmats: Tensor, intrinsics: Tensor, rows: int, columns: int) -> tuple[CacheView, Tensor]:
         """The window for a chunk with cameras `viewmats` `[B, F, 4, 4]` and `intrinsics` `[B, F, 4]`.
@@ -199,6 +198,9 @@ class KVCache:
         window.oldest, self._window = oldest, None if grad else window
         return window
 
+    def _since(self, oldest: int) -> list[FrameMemory]:
+        return [f for f in self.frames if f.index < self.sinks or f.index >= oldest]
+
     def _oldest(self, chunk: int) -> int:
         """The first frame, sinks apart, that a chunk of `chunk` new frames sees."""
         return max(self.sinks, self.committed - (self.window - chunk - self.sinks))
@@ -224,7 +226,7 @@ class KVCache:
         if self.frames:
             camera = min(self.frames, key=lambda frame: abs(frame.index - max(0, phase - 1))).viewmats
         window = Window(self.window * rows * columns, _inverse(camera[:, None]), phase, self.committed, oldest)
-        frames = [f for f in self.frames if f.index < self.sinks or f.index >= oldest]
+        frames = self._since(oldest)
         if not frames:
             return window
         dtype, device = frames[0].keys.dtype, frames[0].keys.device
@@ -284,9 +286,7 @@ class KVCache:
         return twin
 
 
-def turned(
-    k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, inverse: Tensor | None, heads: int
-) -> tuple[Tensor, Tensor]:
+def turned(k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, inverse: Tensor | None, heads: int) -> tuple[Tensor, Tensor]:
     """Keys and values `[B, F, N, width]` as attention reads them, `[B, heads or 2 heads, F N, head_dim]`: rotary path, then PRoPE's.
 
     `cos`, `sin`: tables `[F, N, 1, head_dim]`; `inverse`: `CameraMatrices.key`, or None without the camera path.
