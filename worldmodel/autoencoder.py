@@ -174,7 +174,8 @@ class StreamingDecoder(_TinyStream):
         return video
 
     def frames(self, latents: Tensor) -> Iterator[Tensor]:
-        """As `step`, a frame [B,3,1,H,W] at a time: the first is there early (for `blocks` after two thirds of the work). Ask for all of them."""
+        """As `step`, a frame [B,3,1,H,W] at a time, of which all must be asked for. The first is early: in `blocks` after two thirds of the
+        work."""
         return self._decode(latents, clamp=True, apart=True)
 
     def _decode(self, latents: Tensor, clamp: bool, apart: bool) -> Iterator[Tensor]:
