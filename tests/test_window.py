@@ -117,7 +117,7 @@ class OneRoom:
     def start(self):
         return self._chunk(1)
 
-    def step(self, c2w):
+    def step(self, c2w, early=None):
         self.entered.set()
         self.go.wait()
         self.index += 1
