@@ -113,10 +113,10 @@ class PublishedLoop(Rollout):
         return model._to_latents(x, embedding, self.grid)
 
     def _block(self, block: WanBlock, x: Tensor, modulation: Tensor, text, cameras, caches: list[LayerCache]) -> Tensor:
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.scale_shift_table + modulation).unsqueeze(2).unbind(3)
-        x = x + gate * self._self_attention(block.attn1, modulated_norm(x, 1 + scale, shift, block.eps), cameras, caches)
+        shift, factor, gate, ffn_shift, ffn_factor, ffn_gate = block.modulate(modulation)
+        x = x + gate * self._self_attention(block.attn1, modulated_norm(x, factor, shift, block.eps), cameras, caches)
         x = x + block.attn2.cross_attention(block.norm2(x), text)
-        return x + ffn_gate * block.ffn(modulated_norm(x, 1 + ffn_scale, ffn_shift, block.eps))
+        return x + ffn_gate * block.ffn(modulated_norm(x, ffn_factor, ffn_shift, block.eps))
 
     def _self_attention(self, attn, x: Tensor, cameras, caches: list[LayerCache]) -> Tensor:
         x = x.to(attn.to_q.weight.dtype)

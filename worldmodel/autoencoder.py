@@ -13,6 +13,7 @@ channel by `latents_mean` / `latents_std`.
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -314,6 +315,11 @@ class TinyAutoencoder(ModelMixin, ConfigMixin):
     def check_latents(self, latents: Tensor) -> None:
         """ValueError unless the latents' axes fit."""
         _check_latents(latents, self.latent_channels)
+
+
+def to_frames(video: Tensor) -> np.ndarray:
+    """[B, 3, T, H, W] in [-1, 1] -> uint8 [B, T, H, W, 3]."""
+    return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
 
 
 def _conv(width_in: int, width: int, **options) -> nn.Conv2d:

@@ -28,16 +28,22 @@ class FrameMemory:
     intrinsics: Tensor
 
 
+Runs = list[tuple[slice, slice]]  # places of a window that follow each other, and the tokens that take them
+
+
 @dataclass(frozen=True)
 class Places:
-    """Where the tokens of a chunk stand in a window.
+    """Where the tokens of a chunk stand in a window, and how many places are in use then, these included."""
 
-    `runs`: pairs of places and of the chunk's tokens; `rest`: the other places in use; `used`: how many are in use, these included.
-    """
-
-    runs: tuple[tuple[slice, slice], ...]
-    rest: tuple[slice, ...]
+    runs: Runs
     used: int
+
+    @property
+    def rest(self) -> list[slice]:
+        """The other places in use."""
+        taken = sorted((stand.start, stand.stop) for stand, _ in self.runs)
+        starts, stops = (0, *(stop for _, stop in taken)), (*(start for start, _ in taken), self.used)
+        return [slice(start, stop) for start, stop in zip(starts, stops, strict=True)]
 
 
 @dataclass
@@ -63,17 +69,17 @@ class Window:
             self.layers[layer] = tuple(like.new_empty(batch, heads, self.size, width) for _ in range(2))
         return self.layers[layer]
 
-    def write(self, layer: int, places: Places, k: Tensor, v: Tensor) -> None:
-        """Puts a chunk's keys and values `[B, H, M, head_dim]` to their places."""
+    def write(self, layer: int, runs: Runs, k: Tensor, v: Tensor) -> None:
+        """Puts keys and values `[B, H, M, head_dim]` to their places."""
         for joined, x in zip(self.layer(layer, k), (k, v), strict=True):
-            for stand, part in places.runs:
+            for stand, part in runs:
                 joined[:, :, stand] = x[:, :, part]
 
     def joined(self, layer: int, places: Places, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values that a chunk sees, its own among them; valid until the next pass."""
         if torch.is_grad_enabled():  # what a backward pass needs may not be overwritten
             return tuple(torch.cat([*(x[:, :, rest] for rest in places.rest), own], 2) for x, own in zip(self.layer(layer, k), (k, v)))
-        self.write(layer, places, k, v)
+        self.write(layer, places.runs, k, v)
         return tuple(x[:, :, : places.used] for x in self.layers[layer])
 
     def put_sinks(self, layer: int, keys: Tensor) -> None:
@@ -111,7 +117,7 @@ class CacheView:
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Leaves turned keys and values of a pass in the window, for a layer that need not attend."""
-        self.window.write(layer, self.places, k, v)
+        self.window.write(layer, self.places.runs, k, v)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Queries of the chunk `[B, H, F N, D]` over the window and the chunk itself."""
@@ -207,12 +213,8 @@ class KVCache:
 
     def _places(self, first: int, frames: int, tokens: int) -> Places:
         """Where frames `first` to `first + frames` stand: one behind the other, in a full ring in place of the oldest."""
-        runs = _runs([self._slot(index) for index in range(first, first + frames)], tokens)
-        used, rest, start = min(first + frames, self.window) * tokens, [], 0
-        for stand, _ in sorted(runs, key=lambda run: run[0].start):
-            rest.append(slice(start, stand.start))
-            start = stand.stop
-        return Places(runs, (*rest, slice(start, used)), used)
+        slots = [self._slot(index) for index in range(first, first + frames)]
+        return Places(_runs(slots, tokens), min(first + frames, self.window) * tokens)
 
     def _slot(self, index: int) -> int:
         """Which place of the window frame `index` takes: sinks stay in front."""
@@ -234,10 +236,10 @@ class KVCache:
         recent = torch.arange(oldest, max(oldest, self.committed), device=device) - (0 if self.absolute else phase)
         cos, sin = self._table(torch.cat([sinks, recent]), frames, rows, columns)
         inverse = self._inverse_cameras(frames, window.anchor).to(dtype) if self.camera else None
-        places = Places(_runs([self._slot(f.index) for f in frames], rows * columns), (), 0)
+        runs = _runs([self._slot(f.index) for f in frames], rows * columns)
         for layer in range(len(frames[0].keys)):
             k, v = (torch.stack([getattr(f, name)[layer] for f in frames], dim=1) for name in ("keys", "values"))
-            window.write(layer, places, *turned(k, v, cos, sin, inverse, self.heads))
+            window.write(layer, runs, *turned(k, v, cos, sin, inverse, self.heads))
         return window
 
     def _moved_sinks(self, window: Window, oldest: int, rows: int, columns: int) -> list[Tensor]:
@@ -303,15 +305,15 @@ def by_head(paths: list[Tensor]) -> Tensor:
     return torch.cat(paths, dim=-2).flatten(1, 2).transpose(1, 2)
 
 
-def _runs(slots: list[int], tokens: int) -> tuple[tuple[slice, slice], ...]:
-    """Places of frames, `tokens` each, as pairs of slices: places that follow each other, and the tokens that take them."""
+def _runs(slots: list[int], tokens: int) -> Runs:
+    """The places of frames in `slots`, `tokens` each."""
     runs, start = [], 0
     for number in range(1, len(slots) + 1):
         if number == len(slots) or slots[number] != slots[number - 1] + 1:
             stand = slice(slots[start] * tokens, (slots[number - 1] + 1) * tokens)
             runs.append((stand, slice(start * tokens, number * tokens)))
             start = number
-    return tuple(runs)
+    return runs
 
 
 def _inverse(viewmats: Tensor) -> Tensor:

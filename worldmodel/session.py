@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from worldmodel.autoencoder import StreamState
+from worldmodel.autoencoder import StreamState, to_frames
 from worldmodel.camera import check_poses, invert
 from worldmodel.kv_cache import FrameMemory
 from worldmodel.options import as_dict
@@ -240,8 +240,7 @@ class Session:
         """Decodes a chunk that has been committed and remembers that it was shown."""
         started, pieces = time.perf_counter(), []
         for video in self._decoder.frames(latents):
-            frames = ((video[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0)
-            pieces.append(np.ascontiguousarray(frames.cpu().numpy()))
+            pieces.append(np.ascontiguousarray(to_frames(video)[0]))
             if early is not None and len(pieces) == 1:
                 early(pieces[0])
         timings["decode"] = (time.perf_counter() - started) * 1e3

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from worldmodel.autoencoder import FRAMES_PER_LATENT, Autoencoder
+from worldmodel.autoencoder import FRAMES_PER_LATENT, Autoencoder, to_frames
 from worldmodel.camera import invert, relative_to_first
 from worldmodel.rollout import Rollout, RolloutConfig, with_steps
 from worldmodel.transformer import CausalWanTransformer
@@ -125,8 +125,3 @@ def to_video(frames: np.ndarray, autoencoder: Autoencoder) -> Tensor:
     """uint8 [B, T, H, W, 3] -> [B, 3, T, H, W] in [-1, 1], of the autoencoder's type and device."""
     video = torch.from_numpy(np.ascontiguousarray(frames)).to(autoencoder.device)
     return video.permute(0, 4, 1, 2, 3).to(autoencoder.dtype) / 127.5 - 1
-
-
-def to_frames(video: Tensor) -> np.ndarray:
-    """[B, 3, T, H, W] in [-1, 1] -> uint8 [B, T, H, W, 3]."""
-    return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()

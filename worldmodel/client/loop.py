@@ -191,7 +191,7 @@ class Loop:
         def show_early(pictures: np.ndarray) -> None:
             early.append(len(pictures))
             self._durations.append(self.clock() - begun)
-            self._put(pictures, self.status.latent, edges)
+            self._put(pictures, self.status.latent, edges, self._period())
 
         if self._film is None:
             c2w, edges = self._poses(begun)
@@ -202,6 +202,8 @@ class Loop:
         if chunk is None:
             self._film_ends()
             return
+        if not early:
+            self._durations.append(self.clock() - begun)
         self._show(chunk, c2w, sum(early), self._period())
         if self._session:
             self._session.settle()  # while the frames are on their way to the screen
@@ -242,11 +244,11 @@ class Loop:
         timings = tuple(chunk.timings.items())
         self._tell(latent=latent, memory=min(latent, self._scenes.window), pose=c2w[-1], timings=timings)
 
-    def _put(self, pictures: np.ndarray, latent: int, edges: tuple[float, ...] = (), period: float | None = None) -> None:
+    def _put(self, pictures: np.ndarray, latent: int, edges: tuple[float, ...], period: float) -> None:
         """Sends pictures [n, H, W, 3] of a latent to the window; `edges`: the key edges that the first is the first to show."""
         frames = [Frame(picture, latent, edges if place == 0 else ()) for place, picture in enumerate(pictures)]
         if frames:
-            self.pacer.put(frames, self.clock(), self._period() if period is None else period)
+            self.pacer.put(frames, self.clock(), period)
 
     def _tell(self, **changes) -> None:
         self.status = replace(self.status, **changes)
