@@ -41,7 +41,7 @@ def in_window(options) -> int:
     path = partial(written_path, options.trajectory) if options.trajectory else None
     taken = {} if options.record is None else {"recordings": options.record.parent}
     loop_options = LoopOptions(scene, path, options.replay, options.record, **taken)
-    loop = Loop(partial(open_scenes, options.world, options.threads, options.steps), loop_options)
+    loop = Loop(partial(open_scenes, options), loop_options)
     backdrop = next((options.world / "images" / name for name in image_files(options.world, options.prompt)), None)
     window = WindowOptions(title=options.world.resolve().name, backdrop=backdrop, screenshots=loop_options.recordings)
     return Window(loop, window).run()

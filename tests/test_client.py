@@ -5,7 +5,6 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -18,6 +17,7 @@ from worldmodel.client.pacer import Frame, Pacer
 from worldmodel.client.paths import tour, written_path
 from worldmodel.client.scenes import Scene, Scenes
 from worldmodel.controls import Envelope
+from worldmodel.session import FrameChunk
 from worldmodel.world import WorldConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +60,7 @@ class FakeSession:
     def _chunk(self, frames, index, latents):
         pictures = np.zeros((frames, 2, 2, 3), np.uint8)
         pictures[..., 0] = self.number
-        return SimpleNamespace(frames=pictures, index=index, latents=latents, timings={"network": 1.0})
+        return FrameChunk(pictures, index, latents, "meadow", {"network": 1.0}, "Memory is full" if index == 5 else "")
 
 
 class FakeRecorder:
@@ -230,6 +230,12 @@ def test_restart_shows_nothing_stale_and_records_on(tmp_path):
     assert recorders[0].closed and not recorders[1].closed
     assert [index for index, _ in recorders[1].taken][:3] == [0, 1, 2]
     assert recorders[0].taken[-1][1] == ("forward",)
+
+
+def test_what_a_chunk_has_to_say_reaches_the_player():
+    machine = Machine()
+    machine.play(3.0)
+    assert list(machine.loop.notices).count("Memory is full") == 1
 
 
 def test_a_change_of_mood_keeps_the_place():

@@ -3,13 +3,18 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from distill.data.renderer import render
 from distill.data.town import Town
+from worldmodel.camera import advance
 from worldmodel.checkpoint import load_transformer
+from worldmodel.engine import EngineOptions
 from worldmodel.rollout import Rollout, RolloutConfig
+from worldmodel.session import Session
+from worldmodel.world import World
 
 WEIGHTS = Path(__file__).parent / "golden" / "weights_big.safetensors"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -47,6 +52,24 @@ def test_no_chunk_waits_for_the_device(merge):
             rollout.settle()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_decoding_aside_changes_no_frame(tiny_bundle):
+    world = World.from_pretrained(tiny_bundle, "cuda", torch.float32, EngineOptions(compile="off"))
+    aside, plain = Session(world), Session(world)
+    plain._aside = None
+    for step in range(6):
+        pose = advance(np.eye(4), [0.0, 0.0, 0.5 * step], 0.0, 0.0)
+        ours, theirs = (session.step(pose).frames for session in (aside, plain))
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_compiled_blocks_agree_on_cuda(tiny_bundle):
+    world = World.from_pretrained(tiny_bundle, "cuda", torch.float32, EngineOptions(compile="on"))
+    first = Session(world, image="grey-0").step(np.eye(4)).frames
+    world.engine.compiled.wait()
+    assert world.engine.compiled.fault == "" and world.engine.compiled.ready
+    assert np.abs(Session(world, image="grey-0").step(np.eye(4)).frames.astype(int) - first).max() <= 1
 
 
 def test_teacher_forcing_gradients_on_cuda_match_cpu():

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pygame
@@ -18,6 +17,7 @@ from worldmodel.client.loop import Loop
 from worldmodel.client.scenes import Scene
 from worldmodel.client.window import Window, WindowOptions, fit, open_display
 from worldmodel.controls import Envelope
+from worldmodel.session import FrameChunk
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 120  # seconds until something that must happen is declared missing
@@ -127,7 +127,7 @@ class OneRoom:
         pass
 
     def _chunk(self, count):
-        return SimpleNamespace(frames=np.full((count, 32, 48, 3), 128, np.uint8), index=self.index, timings={})
+        return FrameChunk(np.full((count, 32, 48, 3), 128, np.uint8), self.index, 1, "grey", {})
 
 
 @pytest.fixture

@@ -317,9 +317,14 @@ class TinyAutoencoder(ModelMixin, ConfigMixin):
         _check_latents(latents, self.latent_channels)
 
 
+def to_pixels(video: Tensor) -> Tensor:
+    """[B, 3, T, H, W] in [-1, 1] -> uint8 [B, T, H, W, 3], where it is."""
+    return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
+
+
 def to_frames(video: Tensor) -> np.ndarray:
-    """[B, 3, T, H, W] in [-1, 1] -> uint8 [B, T, H, W, 3]."""
-    return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
+    """As `to_pixels`, in the computer's memory."""
+    return to_pixels(video).cpu().numpy()
 
 
 def _conv(width_in: int, width: int, **options) -> nn.Conv2d:

@@ -25,6 +25,7 @@ from worldmodel.as_published import PublishedLoop
 from worldmodel.autoencoder import FRAMES_PER_LATENT, TinyAutoencoder
 from worldmodel.camera import MotionStep, parse_trajectory
 from worldmodel.controls import Envelope
+from worldmodel.engine import EngineOptions
 from worldmodel.options import as_dict, build
 from worldmodel.rollout import RolloutConfig, with_steps
 from worldmodel.session import Session
@@ -66,22 +67,21 @@ def random_world(shape: Shape, height: int, width: int, device: torch.device, dt
     if height % 16 or width % 16 or min(height, width) < 16:
         raise ValueError(f"expected a picture size in multiples of 16 pixels, got {height}x{width}")
     torch.manual_seed(0)
-    with torch.device(device):
-        transformer = CausalWanTransformer(
-            num_attention_heads=shape.heads,
-            attention_head_dim=shape.width // shape.heads,
-            num_layers=shape.layers,
-            ffn_dim=4 * shape.width,
-            text_dim=64,
-        )
-        autoencoder = TinyAutoencoder(
-            encoder_widths=(32, 32, 64, 128),
-            encoder_blocks=(1, 2, 2),
-            decoder_widths=(160, 96, 48, 48),
-            decoder_blocks=(3, 2, 1),
-            strides=(1, 2, 2),
-            patch_size=2,
-        )
+    transformer = CausalWanTransformer(
+        num_attention_heads=shape.heads,
+        attention_head_dim=shape.width // shape.heads,
+        num_layers=shape.layers,
+        ffn_dim=4 * shape.width,
+        text_dim=64,
+    )
+    autoencoder = TinyAutoencoder(
+        encoder_widths=(32, 32, 64, 128),
+        encoder_blocks=(1, 2, 2),
+        decoder_widths=(160, 96, 48, 48),
+        decoder_blocks=(3, 2, 1),
+        strides=(1, 2, 2),
+        patch_size=2,
+    )
     config = WorldConfig(
         name="random",
         title="Random weights",
@@ -220,6 +220,8 @@ def take_turns(walks: list[Walk], latents: int) -> None:
             for _ in range(walk.rollout.window // walk.rollout.chunk + 2):
                 walk.chunk()
                 bar.update()
+            if walk.world.engine.compiled:
+                walk.world.engine.compiled.wait()
             walk.times.clear()
         for turn in range(ROUNDS):
             for walk in walks:
@@ -279,6 +281,7 @@ def measure(world: World, variants: list[list[str]], latents: int, seed: int = 0
         "size": [world.config.height, world.config.width],
         "device": str(world.device),
         "dtype": str(world.dtype).removeprefix("torch."),
+        "engine": world.engine.describe(world.config.rollout),
         "parameters": {
             name: sum(p.numel() for p in network.parameters())
             for name, network in (("transformer", world.transformer), ("autoencoder", world.autoencoder))
@@ -317,6 +320,10 @@ def parser() -> command_line.Parser:
     made.add_argument(
         "--as-published", action="store_true", help="first the same network driven as the public loops do it: the ratio is the gain"
     )
+    made.add_argument("--memory", default="auto", help="auto, or plan for a GPU with 40, 24, 16, 12 or 8 GB (default: auto)")
+    made.add_argument("--weights", default="auto", help="auto, full, int8 or fp8 (default: auto)")
+    made.add_argument("--compile", default="auto", help="compiled blocks: auto (on CUDA), on or off (default: auto)")
+    made.add_argument("--attention", default="auto", help="auto, torch or fa3 (default: auto)")
     made.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, ... (default: cpu)")
     made.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="type of the networks (default: the fast one)"
@@ -336,15 +343,15 @@ def run(args: argparse.Namespace) -> dict:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    device = open_device(args.device)
+    device, engine = open_device(args.device), EngineOptions(args.memory, args.weights, args.compile, args.attention)
     if args.random_weights:
         height, _, width = args.size.partition("x")
         if not (height.isdecimal() and width.isdecimal()):
             raise ValueError(f"expected --size as HEIGHTxWIDTH such as 96x160, got {args.size!r}")
         shape = Shape.parse(args.random_weights)
-        world = random_world(shape, int(height), int(width), device, dtype or fast_dtype(device))
+        world = random_world(shape, int(height), int(width), device, dtype or fast_dtype(device)).fitted(engine)
     else:
-        world = World.from_pretrained(args.world, device, dtype)
+        world = World.from_pretrained(args.world, device, dtype, engine)
     steps = [f"steps={args.steps}"] if args.steps else []
     variants = [steps + args.set] + ([steps + args.versus] if args.versus else [])
     return measure(world, variants, args.latents, args.seed, args.as_published)

@@ -159,8 +159,12 @@ class KVCache:
             stored = keys[:, :, frame], values[:, :, frame], viewmats[:, frame], intrinsics[:, frame]
             self.frames.append(FrameMemory(self.committed, *stored))
             self.committed += 1
-        self.frames = [f for f in self.frames if f.index < self.sinks or f.index >= self.committed - self.window - self.history]
+        self.frames = self._kept(self.frames)
         view.window.held = self.committed
+
+    def _kept(self, frames: list[FrameMemory]) -> list[FrameMemory]:
+        """Those that are still worth their memory: sinks, window and history."""
+        return [f for f in frames if f.index < self.sinks or f.index >= self.committed - self.window - self.history]
 
     def visible(self, chunk: int) -> list[FrameMemory]:
         """The frames that a chunk of `chunk` new frames sees: sinks, then the most recent ones."""
@@ -279,13 +283,8 @@ class KVCache:
 
     def restore(self, frames: list[FrameMemory], committed: int) -> None:
         """Goes on from `frames`, what is kept of a past of `committed` latent frames."""
-        self.frames, self.committed, self._window = list(frames), committed, None
-
-    def fork(self) -> "KVCache":
-        """An independent cache with the same past; the frames are shared, since they are never written again."""
-        twin = KVCache(self.heads, self.window, self.sinks, self.absolute, self.history, self.camera)
-        twin.restore(self.frames, self.committed)
-        return twin
+        self.committed, self._window = committed, None
+        self.frames = self._kept(frames)
 
 
 def turned(k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, inverse: Tensor | None, heads: int) -> tuple[Tensor, Tensor]:

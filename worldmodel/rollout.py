@@ -135,8 +135,12 @@ class Rollout:
     def settle(self) -> None:
         """Runs a clean pass that was put off, if there is one."""
         if self.pending is not None:
-            pending, self.pending = self.pending, None
-            self._clean_pass(pending, ahead=not self.config.merge_clean)
+            started = time.perf_counter()
+            self._clean_pass(self.pending)
+            if not self.config.merge_clean:  # in play nobody waits for the next window now, and its cameras are not needed
+                with torch.no_grad():
+                    self.cache.prepare(self.config.chunk, *self._grid())
+            self.timings["clean"] = (time.perf_counter() - started) * 1e3
 
     def commit(self, latents: Tensor, viewmats: Tensor, intrinsics: Tensor) -> None:
         """Takes given clean latents (a start image, a recorded past) as the next chunk."""
@@ -154,10 +158,14 @@ class Rollout:
         self.settle()
         self.cache.truncate(frames)
 
-    def fork(self) -> "Rollout":
-        """An independent rollout with the same past."""
-        twin = Rollout(self.model, self.text, self.config, batch=self.batch, height=self.cells[0], width=self.cells[1], device=self.device)
-        twin.cache = self.cache.fork()
+    def fork(self, config: RolloutConfig | None = None) -> "Rollout":
+        """An independent rollout with the same past (the frames are shared, since they are never written again).
+
+        `config`: that of the new one, e.g. with a shorter window; None = the same.
+        """
+        config = config or self.config
+        twin = Rollout(self.model, self.text, config, batch=self.batch, height=self.cells[0], width=self.cells[1], device=self.device)
+        twin.cache.restore(self.cache.frames, self.cache.committed)
         if self.pending is not None:  # with a window of its own
             twin.put_off(*self.pending[:3])
         return twin
@@ -191,26 +199,19 @@ class Rollout:
             return x + (next_sigma - sigma) * velocity
         return add_noise(x0.detach(), self._draw(x0.shape, generator) if noise is None else noise, next_sigma)
 
-    def _clean_pass(self, chunk: Pending, noisy=None, ahead: bool = False) -> None:
-        """The pass at sigma 0. With `noisy` (keys and values of the pass that had gradients) its gradient flows on, its values do not.
-
-        With `ahead` the next chunk's window is made at once: in play nobody waits for it now, and its cameras are not needed.
-        """
-        started = time.perf_counter()
+    def _clean_pass(self, chunk: Pending, noisy=None) -> None:
+        """The pass at sigma 0. With `noisy` (keys and values of the pass that had gradients) its gradient flows on, its values do not."""
         with torch.no_grad():
             self._velocity(chunk.latents, self._clean, chunk.view, chunk.projection, wanted=False)
         fresh = chunk.view.fresh
         if noisy is not None and self.config.cache_gradient == "straight_through":
             fresh = {layer: tuple(c + (n - n.detach()) for c, n in zip(fresh[layer], noisy[layer], strict=True)) for layer in fresh}
         self.cache.commit(chunk.view, chunk.viewmats.double(), chunk.intrinsics.double(), fresh)
-        if ahead:
-            with torch.no_grad():
-                self.cache.prepare(self.config.chunk, *self._grid())
-        self.timings["clean"] = (time.perf_counter() - started) * 1e3
+        self.pending = None  # not before: a pass that ran out of memory can be tried again
 
     def _first_pass_with_pending(self, x: Tensor, sigma: Tensor, viewmats: Tensor, intrinsics: Tensor):
         """The clean pass of the chunk before and the first step of this one in a single forward pass; both see their own window."""
-        past, self.pending = self.pending, None
+        past = self.pending
         if viewmats.shape[1] != past.viewmats.shape[1]:
             raise ValueError("a merged clean pass needs chunks of one length: set merge_clean to false")
         count = viewmats.shape[1]
@@ -222,6 +223,7 @@ class Rollout:
         clean = {layer: (k[:, :count], v[:, :count]) for layer, (k, v) in view.fresh.items()}
         own = {layer: (k[:, count:], v[:, count:]) for layer, (k, v) in view.fresh.items()}
         self.cache.commit(view, past.viewmats.double(), past.intrinsics.double(), clean)
+        self.pending = None
         view, projection = self._view(viewmats, intrinsics)
         view.fresh.update(own)
         return velocity[:, :, count:], view, projection

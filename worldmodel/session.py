@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,14 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from worldmodel.autoencoder import StreamState, to_frames
+from worldmodel.autoencoder import StreamState, to_frames, to_pixels
 from worldmodel.camera import check_poses, invert
+from worldmodel.engine import HISTORY
 from worldmodel.kv_cache import FrameMemory
 from worldmodel.options import as_dict
-from worldmodel.rollout import Rollout, with_steps
+from worldmodel.rollout import Rollout, RolloutConfig, with_steps
 from worldmodel.world import World, read_image, replace_folder
 
-HISTORY = 64  # latents that can be taken back
 _FORMAT = 1
 _FILES = ("session.yaml", "session.safetensors")
 
@@ -37,7 +37,8 @@ class FrameChunk:
     index: int  # number of the chunk's first latent
     latents: int  # latents in the chunk
     prompt: str  # the prompt it was dreamed with
-    timings: dict[str, float]  # milliseconds: "network", "clean" (of the chunk before), "decode"
+    timings: dict[str, float]  # milliseconds: "network", "clean" (of the chunk before), "decode"; on CUDA "decode" waits for all of it
+    notice: str = ""  # a sentence for the player, when something had to change
 
 
 class Session:
@@ -52,9 +53,8 @@ class Session:
 
     def __init__(self, world: World, prompt: str | None = None, image=None, seed: int = 0, steps: int | None = None,
                  history: int = HISTORY):  # fmt: skip
-        self.world, self.steps = world, steps
-        config = world.config.rollout if steps is None else with_steps(world.config.rollout, steps)
-        self.config = replace(config, history=max(history, config.history))
+        self.world, self.steps, self.history = world, steps, max(history, world.config.rollout.history)
+        self._aside = torch.cuda.Stream(world.device, priority=-1) if world.device.type == "cuda" else None
         self._intrinsics = torch.tensor([world.config.intrinsics], dtype=torch.float64, device=world.device)
         self.restart(seed, prompt, image)
 
@@ -68,7 +68,7 @@ class Session:
         picture = None if image is None else _picture(self.world, image)
         rows, columns = self.world.latent_size
         self.rollout = Rollout(
-            self.world.transformer, embedding[None], self.config, height=rows, width=columns, device=self.world.device
+            self.world.transformer, embedding[None], self._fitted(), height=rows, width=columns, device=self.world.device
         )
         self.seed, self.prompt, self.image = seed, prompt, picture
         self._decoder = self.world.autoencoder.streaming_decoder()
@@ -95,6 +95,11 @@ class Session:
         """Latents a `step` dreams; as many poses are needed."""
         return self.config.chunk
 
+    @property
+    def config(self) -> RolloutConfig:
+        """How the world is dreamed on in this session."""
+        return self.rollout.config
+
     def start(self) -> FrameChunk | None:
         """Latent 0 as one frame when the session has a start image (its pose is the identity), else None."""
         return self._start
@@ -103,20 +108,31 @@ class Session:
     def step(self, c2w, early: Callable[[np.ndarray], object] | None = None) -> FrameChunk:
         """Dreams the next chunk as seen from `c2w` [4,4] (one latent) or [chunk,4,4], absolute in the session's frame.
 
-        `early` is called with the first frames, uint8 [n,H,W,3], as soon as they are decoded.
+        `early` is called with the first frames, uint8 [n,H,W,3], as soon as they are decoded. When the device's memory is full, the world
+        goes down a tier (`worldmodel/engine.py`), `notice` of the result says so, and the chunk is dreamed with that; MemoryError when
+        there is no smaller one.
         """
         poses = check_poses(c2w, self.chunk, "Session.step")
         if len(poses) != self.chunk:
             raise ValueError(f"Session.step: {self.chunk} poses are needed (the world's chunk), got {len(poses)}.")
         index = self.frames
         noise, renoise = self._noise(index)
-        latents = self.rollout.step(self._viewmats(poses), self._intrinsics, noise=noise, renoise=renoise, settle=False)
-        return self._shown(latents, poses, index, dict(self.rollout.timings), early)
+        latents, notice = None, self.world.engine.news()
+        while True:
+            try:
+                if latents is None:
+                    latents = self.rollout.step(self._viewmats(poses), self._intrinsics, noise=noise, renoise=renoise, settle=False)
+                return replace(self._shown(latents, poses, index, dict(self.rollout.timings), early), notice=notice)
+            except torch.OutOfMemoryError:
+                notice, early = self._step_down(), None  # what was shown early is the same now
 
     def settle(self) -> None:
         """Commits the last chunk to memory: worth calling once it is shown; otherwise the next step does it first."""
         if not self.config.merge_clean:
-            self.rollout.settle()
+            try:
+                self.rollout.settle()
+            except torch.OutOfMemoryError:
+                pass  # the next step meets it again, and makes room
 
     def set_prompt(self, prompt: str) -> None:
         """The prompt (as in the constructor) from the next chunk on."""
@@ -159,7 +175,7 @@ class Session:
         values = {
             "format": _FORMAT, "world": self.world.config.name, "fingerprint": self.world.fingerprint,
             "dtype": str(self.world.dtype), "prompt": self.prompt, "seed": self.seed, "steps": self.steps,
-            "history": self.config.history, "frames": self.frames, "decoder": decoder,
+            "history": self.history, "frames": self.frames, "decoder": decoder,
         }  # fmt: skip
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
@@ -225,6 +241,20 @@ class Session:
 
     # ------------------------------------------------------------------------------------------ inside
 
+    def _fitted(self) -> RolloutConfig:
+        """The world's rollout with this session's steps and history, as far as the device's memory goes."""
+        config = self.world.config.rollout
+        config = config if self.steps is None else with_steps(config, self.steps)
+        return self.world.engine.tier.rollout(config, self.history)
+
+    def _step_down(self) -> str:
+        """Goes on with the same past in less memory; returns a sentence that says so."""
+        self._decoder.restore(self._states[self.frames])
+        notice = self.world.engine.step_down(self.world.transformer)
+        self.rollout = self.rollout.fork(self._fitted())
+        self._trim_states()
+        return notice
+
     def _show_picture(self, picture: np.ndarray) -> FrameChunk:
         video = torch.from_numpy(picture).to(self.world.device).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
         started = time.perf_counter()
@@ -239,17 +269,37 @@ class Session:
     ) -> FrameChunk:
         """Decodes a chunk that has been committed and remembers that it was shown."""
         started, pieces = time.perf_counter(), []
-        for video in self._decoder.frames(latents):
-            pieces.append(np.ascontiguousarray(to_frames(video)[0]))
+        for frames in self._pictures(latents):
+            pieces.append(frames)
             if early is not None and len(pieces) == 1:
-                early(pieces[0])
+                early(frames)
         timings["decode"] = (time.perf_counter() - started) * 1e3
         self._poses.extend(poses)
         self._remember()
         return FrameChunk(np.concatenate(pieces), index, len(poses), self.prompt, timings)
 
+    def _pictures(self, latents: Tensor) -> Iterator[np.ndarray]:
+        """The frames of a chunk, uint8 [n,H,W,3] at a time, as the decoder makes them.
+
+        On CUDA it does so in a stream of its own and the copies go to pinned memory, while the chunk's clean pass runs beside it.
+        """
+        if self._aside is None:
+            yield from (to_frames(video)[0] for video in self._decoder.frames(latents))
+            return
+        self._aside.wait_stream(torch.cuda.current_stream(self.world.device))
+        with torch.cuda.stream(self._aside):
+            latents.record_stream(self._aside)
+            copies = [_to_pinned_memory(video) for video in self._decoder.frames(latents)]
+        self.settle()
+        for pixels, arrived in copies:
+            arrived.synchronize()
+            yield pixels.numpy()[0]
+
     def _remember(self) -> None:
         self._states[self.frames] = self._decoder.state()
+        self._trim_states()
+
+    def _trim_states(self) -> None:
         while next(iter(self._states)) < self.frames - self.config.history:
             self._states.popitem(last=False)
 
@@ -267,6 +317,13 @@ class Session:
             draws.append(torch.randn(shape, generator=torch.Generator().manual_seed(mixed)))
         first, *later = torch.stack(draws, dim=2).unsqueeze(1).to(self.world.device)  # [steps, 1, C, F, h, w]
         return first, later
+
+
+def _to_pinned_memory(video: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """Pixels on their way to the computer's memory, and the event of their arrival."""
+    pixels = to_pixels(video)
+    copy = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True).copy_(pixels, non_blocking=True)
+    return copy, torch.cuda.current_stream().record_event()
 
 
 def fit_picture(picture: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -298,4 +355,6 @@ def engine(session: Session) -> dict:
         "dtype": str(session.world.dtype),
         "threads": torch.get_num_threads(),
         "rollout": as_dict(session.config),
+        "weights": session.world.engine.tier.weights,
+        "compiled": session.world.engine.compiled is not None,
     }

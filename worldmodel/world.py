@@ -24,6 +24,7 @@ from worldmodel.autoencoder import Autoencoder, TinyAutoencoder, WanAutoencoder
 from worldmodel.checkpoint import check_tensors
 from worldmodel.command_line import first_line
 from worldmodel.controls import Envelope
+from worldmodel.engine import HISTORY, Demand, Engine, EngineOptions, choose_tier, demand, free_memory, quantise, start_engine
 from worldmodel.options import as_dict, build
 from worldmodel.rollout import RolloutConfig
 from worldmodel.text import PromptBook
@@ -33,6 +34,7 @@ from worldmodel.transformer import CausalWanTransformer
 FORMAT = 1
 _AGAIN = "fetch the world or make the export again"
 _MOST_PIXELS, _MOST_FPS = 4096, 240
+_DECODER_WORK = 1500  # numbers a pixel that a decoder has in hand at its widest (Wan2.1's: 4 frames of 96 channels, four times)
 SHARD_SIZE = "16MB"  # of a small world, whose files live in a repository
 _EVERYTHING = ("world.yaml", "transformer/config.json", "autoencoder/config.json", "prompts.safetensors")
 
@@ -105,25 +107,47 @@ class World:
     prompts: PromptBook
     device: torch.device
     dtype: torch.dtype
+    engine: Engine = field(default_factory=Engine)  # its tier may go down while the world is played
 
     @classmethod
-    def from_pretrained(cls, folder, device="cpu", dtype: torch.dtype | None = None) -> "World":
+    def from_pretrained(
+        cls, folder, device="cpu", dtype: torch.dtype | None = None, engine: EngineOptions = EngineOptions()
+    ) -> "World":
         """Opens `assets/worlds/<name>`.
 
-        device: where to compute. dtype: type of the networks; None = `fast_dtype(device)`.
+        device: where to compute. dtype: type of the networks; None = `fast_dtype(device)`. engine: see `worldmodel/engine.py`.
         Errors: ValueError with one sentence for anything that is absent, cut off, foreign or does not fit together.
         """
         folder = Path(folder)
         config = _check_bundle(folder)
         device = open_device(device)
         dtype = fast_dtype(device) if dtype is None else dtype
-        transformer = load_network(CausalWanTransformer, folder / "transformer", device, dtype).requires_grad_(False)
-        autoencoder = open_autoencoder(folder / "autoencoder", device, dtype).requires_grad_(False)
+        transformer = load_network(CausalWanTransformer, folder / "transformer", dtype=dtype).requires_grad_(False)
+        autoencoder = open_autoencoder(folder / "autoencoder", dtype=dtype).requires_grad_(False)
         world = cls(
             folder, config, transformer, autoencoder, PromptBook.load(folder / "prompts.safetensors"), device, dtype
         )
         check_fit(world)
-        return world
+        return world.fitted(engine)
+
+    def fitted(self, options: EngineOptions) -> "World":
+        """The same world, its networks stored and running as `options` and the device allow; ValueError when they cannot."""
+        tier = choose_tier(options, self.demand(), self.config.rollout, HISTORY, free_memory(self.device))
+        quantise(self.transformer, tier.weights, self.device)
+        transformer, autoencoder = self.transformer.to(self.device), self.autoencoder.to(self.device)
+        return replace(self, transformer=transformer, autoencoder=autoencoder, engine=start_engine(options, tier, transformer, self.device))
+
+    def demand(self) -> Demand:
+        """The memory that a dream of this world needs; to be asked before the networks are on their device."""
+        rows, columns = self.latent_size
+        weights = sum(p.numel() * p.dtype.itemsize for p in self.autoencoder.parameters())
+        pixels = rows * columns * self.autoencoder.spatial_factor**2
+        with torch.no_grad():
+            decoder = self.autoencoder.streaming_decoder()
+            decoder.step(torch.zeros(1, self.autoencoder.latent_channels, 2, 2, 2))
+        rewound = sum(m.nbytes for m in decoder.state().memories if m is not None) * rows * columns // 4
+        work = pixels * _DECODER_WORK * self.dtype.itemsize
+        return demand(self.transformer, rows, columns, self.config.rollout.chunk, weights + 2 * rewound + work, rewound)
 
     @cached_property
     def prompt_encoder(self) -> PromptEncoder:

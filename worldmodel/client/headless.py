@@ -78,6 +78,8 @@ def walk(options: PlayOptions) -> int:
                 if chunk.index > 0:  # the first picture is not what walking costs
                     spent.append((time.perf_counter() - begun) * 1000 / chunk.latents)
                     timings.append({name: value / chunk.latents for name, value in chunk.timings.items()})
+                if chunk.notice:
+                    bar.write(chunk.notice, file=sys.stderr)
                 film.add(chunk.frames)
                 latents += chunk.latents
                 bar.update(chunk.latents)
@@ -107,7 +109,7 @@ def _open(options: PlayOptions) -> Scenes:
     def tell(stage: str, _: float) -> None:
         print(f"{stage} ...", file=sys.stderr)
 
-    return open_scenes(options.world, options.threads, options.steps, tell)
+    return open_scenes(options, tell)
 
 
 def _replayed(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, None, None]:

@@ -240,6 +240,8 @@ class Loop:
         self._put(chunk.frames[early:], chunk.index, (), period)
         if self._recorder and not self._recorder.write(chunk, c2w, self._controls.held):
             self._stop_recording()
+        if chunk.notice:
+            self.notices.append(chunk.notice)
         latent = chunk.index + len(c2w)
         timings = tuple(chunk.timings.items())
         self._tell(latent=latent, memory=min(latent, self._scenes.window), pose=c2w[-1], timings=timings)

@@ -29,6 +29,10 @@ class PlayOptions:
     image: str | None = None  # name of a start image of the world, or a picture file
     seed: int = 0
     steps: int | None = None  # denoising steps a chunk
+    memory: str = "auto"  # this and the next three: worldmodel.engine.EngineOptions
+    weights: str = "auto"
+    compile: str = "auto"
+    attention: str = "auto"
     record: Path | None = None  # folder of a recording that starts with the first frame
     threads: int = 1  # of torch
     headless: bool = False
@@ -48,6 +52,10 @@ def parse_options(arguments: list[str]) -> PlayOptions:
     parser.add_argument("--steps", type=positive, help="denoising steps a chunk (default: the world's)")
     parser.add_argument("--record", type=Path, metavar="DIR", help="record into this new folder from the first frame")
     parser.add_argument("--threads", type=threads, default=usual_threads(), help="CPU threads (default: %(default)s)")
+    parser.add_argument("--memory", choices=("auto", "40", "24", "16", "12", "8"), default="auto", help="GB of a GPU to plan for")
+    parser.add_argument("--weights", choices=("auto", "full", "int8", "fp8"), default="auto", help="type of the weights")
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="compile while playing (auto: on CUDA)")
+    parser.add_argument("--attention", choices=("auto", "torch", "fa3"), default="auto", help="attention kernel")
     parser.add_argument("--headless", action="store_true", help="no window: walk a path and write an MP4")
     parser.add_argument(
         "--trajectory", metavar="TEXT", help='path to walk until a motion key is pressed: "w*10,l*5,w+l*8"'

@@ -1,11 +1,14 @@
 """Which mood, which start picture, which seed: the player's choices, and a session for each of them."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from worldmodel.client.options import PlayOptions
 
 if TYPE_CHECKING:  # torch is imported by the generator's thread, long after the window is there
     from worldmodel.recording import Recorder
@@ -22,18 +25,22 @@ class Scene:
     seed: int = 0
 
 
-def open_scenes(folder: Path, threads: int, steps: int | None, tell: Callable[[str, float], None]) -> "Scenes":
-    """Import torch, open the world in `folder`; `tell` hears each stage and the progress (0..1) at its end."""
+def open_scenes(options: PlayOptions, tell: Callable[[str, float], None]) -> "Scenes":
+    """Import torch, open the world that was asked for; `tell` hears each stage and the progress (0..1) at its end."""
     tell("Waking torch", 0.45)
     import torch
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision("medium")  # twice as fast on CPUs that compute in float32
     tell("Opening the world", 0.8)
+    from worldmodel.engine import EngineOptions
     from worldmodel.world import World
 
-    world = World.from_pretrained(folder, device="cuda" if torch.cuda.is_available() else "cpu")
-    return Scenes(world, steps, tell)
+    engine = EngineOptions(options.memory, options.weights, options.compile, options.attention)
+    world = World.from_pretrained(options.world, device="cuda" if torch.cuda.is_available() else "cpu", engine=engine)
+    if world.device.type != "cpu":
+        print(world.engine.describe(world.config.rollout), file=sys.stderr)
+    return Scenes(world, options.steps, tell)
 
 
 class Scenes:

@@ -1,0 +1,158 @@
+"""The engine: a world in little memory, in 8 bits, compiled while it is played. Devices are played by numbers here."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate import init_empty_weights
+
+from worldmodel.camera import MotionStep, parse_trajectory
+from worldmodel.compiled import CompiledBlocks
+from worldmodel.engine import HISTORY, TIERS, EngineOptions, Tier, choose_attention, choose_tier, demand, quantise
+from worldmodel.rollout import RolloutConfig
+from worldmodel.session import Session
+from worldmodel.transformer import CausalWanTransformer
+from worldmodel.world import World
+
+GIB = 2**30
+WALK = parse_trajectory("w*4,w+l*8", MotionStep(0.5, 6.0), style="walk")[1:]
+
+
+@pytest.fixture
+def world(tiny_bundle):
+    """A tiny world of one's own, whose network may be changed."""
+    return World.from_pretrained(tiny_bundle, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def wan():
+    """Memory that Wan2.1-1.3B with cameras needs at 480x832, frame by frame, with the tiny autoencoder (22 MB; 68 MB a state)."""
+    with init_empty_weights():
+        model = CausalWanTransformer().to(torch.bfloat16)
+    return demand(model, 60, 104, 1, rest=GIB, rewound=68 * 2**20)
+
+
+@pytest.mark.parametrize(("free", "tier"), [(80, 0), (39, 0), (22.5, 1), (15.3, 2), (11.2, 3), (7.4, 4)])
+def test_memory_decides_the_tier(wan, free, tier):
+    config = RolloutConfig(window=12)
+    assert choose_tier(EngineOptions(), wan, config, HISTORY, int(free * GIB)) == TIERS[tier]
+    assert wan.of(TIERS[tier], config, HISTORY) < free * GIB
+
+
+def test_full_device_is_one_sentence(wan):
+    for free in (0, 2 * GIB):
+        with pytest.raises(ValueError, match=r"needs \d+\.\d GiB .* are free: close other programs"):
+            choose_tier(EngineOptions(), wan, RolloutConfig(), HISTORY, free)
+    assert choose_tier(EngineOptions(memory="8"), wan, RolloutConfig(), HISTORY, 0) == TIERS[-1]  # who asks for it gets it
+    assert choose_tier(EngineOptions(), wan, RolloutConfig(), HISTORY, None) == TIERS[0]  # a CPU
+    assert choose_tier(EngineOptions(weights="fp8"), wan, RolloutConfig(), HISTORY, 16 * GIB).weights == "fp8"
+
+
+def test_a_tier_holds_a_chunk_and_the_sinks():
+    config = TIERS[-1].rollout(RolloutConfig(window=21, chunk=3, sinks=1), HISTORY)
+    assert (config.window, config.history) == (7, 1)
+
+
+@pytest.mark.parametrize("option", ["memory", "weights", "compile", "attention"])
+def test_unknown_values_are_named(option):
+    with pytest.raises(ValueError, match=f"{option} must be one of .*, got 'much'"):
+        EngineOptions(**{option: "much"})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_kernel_that_is_not_there_is_refused():
+    assert choose_attention("auto", torch.device("cpu")) == "torch"
+    with pytest.raises(ValueError, match="FlashAttention 3 cannot be used here"):
+        choose_attention("fa3", torch.device("cpu"))
+
+
+def out_of_memory(world, monkeypatch, at):
+    """Lets the passes with the numbers `at` fail as a full GPU does."""
+    plain, passes = world.transformer.forward, iter(range(10**6))
+
+    def forward(*inputs, **options):
+        if next(passes) in at:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return plain(*inputs, **options)
+
+    monkeypatch.setattr(world.transformer, "forward", forward)
+
+
+@pytest.mark.parametrize("failing", [{0, 1}, {1}])  # the clean pass of latent 6, twice; the first pass of latent 7
+def test_a_full_memory_goes_down_a_tier_and_loses_nothing(world, monkeypatch, failing):
+    def walked():
+        session = Session(world, image="grey-0")
+        for pose in WALK[:6]:
+            assert session.step(pose).notice == ""
+        return session
+
+    small, session, expected = Tier("small", window=3, history=1), walked(), walked()
+    if 0 not in failing:
+        expected.settle()
+    expected.rollout = expected.rollout.fork(small.rollout(expected.config, HISTORY))
+    world.engine.tiers = (TIERS[0], small)
+    out_of_memory(world, monkeypatch, failing)
+    session.settle()
+    chunk = session.step(WALK[6])
+    assert chunk.notice == "Memory is full: going on as with small"
+    np.testing.assert_array_equal(chunk.frames, expected.step(WALK[6]).frames)
+    assert (chunk.index, session.frames, session.config.window, session.config.history) == (7, 8, 3, 1)
+    assert len(session.rollout.cache.frames) <= 4 and len(session._states) <= 2
+    assert all(session.step(pose).notice == "" for pose in WALK[7:])
+
+
+def test_the_smallest_tier_says_that_it_is_full(world, monkeypatch):
+    world.engine.tiers = TIERS[-1:]
+    session = Session(world)
+    session.step(WALK[0])
+    out_of_memory(world, monkeypatch, set(range(100)))
+    with pytest.raises(MemoryError, match=r"full in the smallest tier \(8 GB\)"):
+        session.step(WALK[1])
+    assert session.frames == 1
+
+
+@pytest.mark.parametrize(("weights", "most"), [("int8", 0.02), ("fp8", 0.08)])
+def test_eight_bits_are_close(world, weights, most):
+    pytest.importorskip("torchao")
+    x, text, sigma = torch.randn(1, 16, 2, 4, 6), torch.randn(1, 3, 8), torch.tensor([0.7])
+    before = world.transformer(x, sigma, text, torch.eye(4).expand(1, 2, 4, 4))
+    quantise(world.transformer, weights, torch.device("cpu"))
+    after = world.transformer(x, sigma, text, torch.eye(4).expand(1, 2, 4, 4))
+    assert 1e-4 < (after - before).norm() / before.norm() < most
+    assert type(world.transformer.blocks[0].ffn.net[2].weight) is not torch.nn.Parameter
+    assert type(world.transformer.blocks[0].attn1.prope_out.weight) is torch.nn.Parameter
+
+
+def test_eight_bits_without_torchao_are_refused(tiny_bundle, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="torchao, which is not installed"):
+        World.from_pretrained(tiny_bundle, dtype=torch.float32, engine=EngineOptions(weights="int8"))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_take_over_and_agree(world):
+    plain = [Session(world, image="grey-0").step(WALK[0]).frames]
+    compiled = CompiledBlocks(world.transformer.blocks)
+    eager = Session(world, image="grey-0")
+    np.testing.assert_array_equal(eager.step(WALK[0]).frames, plain[0])  # nobody waits for the compiler
+    compiled.wait()
+    assert compiled.fault == "" and compiled.ready >= 2
+    with torch.compiler.set_stance("fail_on_recompile"):  # one code for all blocks
+        frames = Session(world, image="grey-0").step(WALK[0]).frames
+    assert np.abs(frames.astype(int) - plain[0]).max() <= 1
+
+
+def test_a_compiler_that_fails_is_mentioned_once(tiny_bundle, monkeypatch):
+    def broken(half, **_):
+        def run(*_, **__):
+            raise RuntimeError("no C++ compiler\nlong story")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    world = World.from_pretrained(tiny_bundle, dtype=torch.float32, engine=EngineOptions(compile="on"))
+    session = Session(world)
+    session.step(WALK[0])
+    compiled = world.engine.compiled
+    compiled.wait()
+    assert "cannot be compiled here (no C++ compiler)" in session.step(WALK[1]).notice
+    assert session.step(WALK[2]).notice == "" and world.engine.compiled is None and compiled.ready == 0

@@ -1,0 +1,223 @@
+"""How a world's transformer is fitted to its device: what is remembered, how weights are stored, what attends, what is compiled.
+
+The memory of a GPU is what a dream runs out of: a latent frame of Wan2.1-1.3B at 480x832 is 290 MB of keys and values, and three times as
+much while it stands in the window. So there are tiers. The first one whose demand fits into what is free is taken and said aloud;
+when memory runs out all the same, the session goes down one tier, says so, and dreams the chunk again (`Session.step`).
+"""
+
+import importlib.util
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from worldmodel.compiled import CompiledBlocks
+from worldmodel.rollout import RolloutConfig
+from worldmodel.transformer import CausalWanTransformer
+
+WEIGHTS = ("full", "int8", "fp8")
+HISTORY = 64  # latents that can be taken back, where memory allows
+_SPARE = 0.92  # share of the free memory that may be planned with: allocators round up and fragment
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A way to live in so much memory."""
+
+    name: str
+    weights: str = "full"  # of the blocks' linear layers: "full" (the networks' type), "int8" or "fp8"
+    window: int | None = None  # latents of the window at most; None = the world's
+    history: int | None = None  # latents kept for rewinding at most; None = as many as are wanted
+
+    def rollout(self, config: RolloutConfig, history: int) -> RolloutConfig:
+        """`config` within this tier, where `history` latents to rewind are wanted. A chunk and the sinks always fit."""
+        window = config.window if self.window is None else min(config.window, max(self.window, config.sinks + 2 * config.chunk))
+        return replace(config, window=window, history=history if self.history is None else min(history, self.history))
+
+
+TIERS = (
+    Tier("40 GB and up"),
+    Tier("24 GB", history=16),
+    Tier("16 GB", history=1),
+    Tier("12 GB", weights="int8", window=8, history=1),
+    Tier("8 GB", weights="int8", window=4, history=1),
+)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What the player may decide; "auto": what the device allows."""
+
+    memory: str = "auto"  # "40", "24", "16", "12" or "8": plan for a device with so many GB
+    weights: str = "auto"  # "auto" (as the tier says), "full", "int8" or "fp8"
+    compile: str = "auto"  # "on", "off"; "auto" = on CUDA
+    attention: str = "auto"  # "torch" (scaled_dot_product_attention as it is), "fa3" (FlashAttention 3 inside it); "auto" = fa3 where it is
+
+    def __post_init__(self):
+        choices = {"memory": ("auto", *(tier.name.split()[0] for tier in TIERS)), "weights": ("auto", *WEIGHTS),
+                   "compile": ("auto", "on", "off"), "attention": ("auto", "torch", "fa3")}  # fmt: skip
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Bytes that a world needs, by part."""
+
+    blocks: int  # the blocks' linear layers at 16 bits or more
+    quantised: int  # the same at 8 bits
+    rest: int  # everything else that is there all the time: other weights, decoder, working memory
+    stored: int  # a latent in the store
+    shown: int  # a latent in the window, besides
+    rewound: int  # a latent that can be taken back, besides
+
+    def of(self, tier: Tier, config: RolloutConfig, history: int) -> int:
+        """Bytes in this tier."""
+        rollout = tier.rollout(config, history)
+        weights = self.blocks if tier.weights == "full" else self.quantised
+        remembered = (rollout.window + rollout.history) * self.stored + rollout.window * self.shown + rollout.history * self.rewound
+        return weights + self.rest + remembered
+
+
+def demand(model: CausalWanTransformer, rows: int, columns: int, chunk: int, rest: int, rewound: int) -> Demand:
+    """What dreaming `chunk` latents of `rows` x `columns` cells at a time with `model` needs.
+
+    rest: bytes of the autoencoder and what it works with. rewound: bytes of its memory, kept for each latent that can be taken back.
+    """
+    config, size = model.config, model.patch_embedding.weight.dtype.itemsize
+    _, patch_h, patch_w = config.patch_size
+    width, tokens = config.num_attention_heads * config.attention_head_dim, (rows // patch_h) * (columns // patch_w)
+    stored = 2 * len(model.blocks) * tokens * width * size
+    linear = sum(layer.weight.numel() for layer in _linear_layers(model.blocks))
+    weights = sum(p.numel() * p.dtype.itemsize for p in model.parameters())
+    work = chunk * tokens * (2 * config.ffn_dim * size + width * (8 * 4 + 12 * size))
+    paths = 2 if config.camera else 1
+    return Demand(linear * size, linear, weights - linear * size + work + rest, stored, paths * stored, rewound)
+
+
+def choose_tier(options: EngineOptions, need: Demand, config: RolloutConfig, history: int, free: int | None) -> Tier:
+    """The tier that was asked for, or the largest that `free` bytes can hold (None: nobody knows, so all); ValueError when none fits."""
+    tiers = tiers_from(options)
+    if options.memory != "auto" or free is None:
+        return tiers[0]
+    for tier in tiers:
+        if need.of(tier, config, history) <= _SPARE * free:
+            return tier
+    least = need.of(tiers[-1], config, history) / _SPARE / _GIB
+    raise ValueError(
+        f"This world needs {least:.1f} GiB of free memory on the device at least, {free / _GIB:.1f} GiB are free: close other programs "
+        "that use it, or play a smaller world."
+    )
+
+
+def tiers_from(options: EngineOptions) -> tuple[Tier, ...]:
+    """The tiers that may be used, from the largest that is allowed down, with the weights that were asked for."""
+    first = next((i for i, tier in enumerate(TIERS) if tier.name.split()[0] == options.memory), 0)
+    return tuple(tier if options.weights == "auto" else replace(tier, weights=options.weights) for tier in TIERS[first:])
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes free on an accelerator; None for a CPU, whose memory is not what dreams run out of."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return None
+
+
+@dataclass
+class Engine:
+    """The state of these choices for one opened world; a session goes down with `step_down`, nobody goes up."""
+
+    tiers: tuple[Tier, ...] = TIERS  # the present one and those below it
+    compiled: CompiledBlocks | None = None
+    attention: str = "torch"
+
+    @property
+    def tier(self) -> Tier:
+        return self.tiers[0]
+
+    def describe(self, config: RolloutConfig) -> str:
+        """One line for the player, who would have `config`."""
+        rollout, compiled = self.tier.rollout(config, HISTORY), "compiled while playing" if self.compiled else "not compiled"
+        return (
+            f"Memory as with {self.tier.name}: window {rollout.window} latents, {rollout.history} to rewind, weights {self.tier.weights}; "
+            f"attention {self.attention}, blocks {compiled}"
+        )
+
+    def news(self) -> str:
+        """A sentence for the player when the compiler gave up, once."""
+        if self.compiled is None or not self.compiled.fault:
+            return ""
+        fault, self.compiled = self.compiled.fault, None
+        return fault
+
+    def step_down(self, model: CausalWanTransformer) -> str:
+        """Takes the next smaller tier; returns a sentence for the player. MemoryError when there is none."""
+        if len(self.tiers) == 1:
+            raise MemoryError(
+                f"The device's memory is full in the smallest tier ({self.tier.name}): close other programs that use it, or play "
+                "a smaller world."
+            )
+        before, self.tiers = self.tier, self.tiers[1:]
+        if self.tier.weights != before.weights:
+            quantise(model, self.tier.weights, model.device)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return f"Memory is full: going on as with {self.tier.name}"
+
+
+def start_engine(options: EngineOptions, tier: Tier, model: CausalWanTransformer, device: torch.device) -> Engine:
+    """Makes it so, for a model that is on its device and stored as the tier says."""
+    kernel = choose_attention(options.attention, device)
+    compiles = options.compile == "on" or options.compile == "auto" and device.type == "cuda"
+    tiers = tiers_from(options)
+    return Engine(tiers[tiers.index(tier) :], CompiledBlocks(model.blocks) if compiles else None, kernel)
+
+
+def choose_attention(name: str, device: torch.device) -> str:
+    """Turns FlashAttention 3 on inside torch's attention where it can be; "fa3" or "torch". ValueError when "fa3" was asked for in vain."""
+    if name == "torch":
+        return name
+    can = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
+    try:
+        if not can or activate is None:
+            raise RuntimeError("it runs on Hopper GPUs with torch 2.10 or newer")
+        activate("FA3")
+    except (RuntimeError, ImportError, ValueError) as error:
+        if name == "fa3":
+            raise ValueError(f"FlashAttention 3 cannot be used here ({error}): choose attention auto or torch.") from None
+        return "torch"
+    return "fa3"
+
+
+def quantise(model: CausalWanTransformer, weights: str, device: torch.device) -> None:
+    """Stores the blocks' linear layers in 8 bits on `device`, one after the other, through torchao; "full" leaves them alone.
+
+    int8: symmetric, one scale an output channel, multiplied in the networks' type. fp8: e4m3; on GPUs that multiply it (compute capability
+    8.9 and newer) activations too, a scale each row, elsewhere weights alone. Embedders, modulation, `prope_out` and output layer stay.
+    """
+    if weights == "full":
+        return
+    if importlib.util.find_spec("torchao") is None:
+        raise ValueError(f"weights {weights} are stored by torchao, which is not installed: pip install torchao, or choose weights full.")
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Float8WeightOnlyConfig,
+        Int8WeightOnlyConfig,
+        PerRow,
+        quantize_,
+    )
+
+    multiplies = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    fp8 = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()) if multiplies else Float8WeightOnlyConfig()
+    chosen, config = set(map(id, _linear_layers(model.blocks))), Int8WeightOnlyConfig() if weights == "int8" else fp8
+    quantize_(model.blocks, config, filter_fn=lambda layer, _: id(layer) in chosen, device=device)
+
+
+def _linear_layers(blocks: nn.ModuleList) -> list[nn.Linear]:
+    """What is stored in 8 bits: nearly all of the weights."""
+    return [m for name, m in blocks.named_modules() if isinstance(m, nn.Linear) and not name.endswith("prope_out")]
