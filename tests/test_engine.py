@@ -7,7 +7,7 @@ from accelerate import init_empty_weights
 
 from worldmodel.camera import MotionStep, parse_trajectory
 from worldmodel.compiled import CompiledBlocks
-from worldmodel.engine import HISTORY, TIERS, EngineOptions, Tier, choose_attention, choose_tier, demand, quantise
+from worldmodel.engine import HISTORY, TIERS, EngineOptions, Tier, choose_attention, demand, fitting, quantise, tiers_from
 from worldmodel.rollout import RolloutConfig
 from worldmodel.session import Session
 from worldmodel.transformer import CausalWanTransformer
@@ -34,17 +34,26 @@ def wan():
 @pytest.mark.parametrize(("free", "tier"), [(80, 0), (39, 0), (22.5, 1), (15.3, 2), (11.2, 3), (7.4, 4)])
 def test_memory_decides_the_tier(wan, free, tier):
     config = RolloutConfig(window=12)
-    assert choose_tier(EngineOptions(), wan, config, HISTORY, int(free * GIB)) == TIERS[tier]
+    assert fitting(TIERS, wan, config, HISTORY, int(free * GIB)) == TIERS[tier:]
     assert wan.of(TIERS[tier], config, HISTORY) < free * GIB
 
 
 def test_full_device_is_one_sentence(wan):
     for free in (0, 2 * GIB):
         with pytest.raises(ValueError, match=r"needs \d+\.\d GiB .* are free: close other programs"):
-            choose_tier(EngineOptions(), wan, RolloutConfig(), HISTORY, free)
-    assert choose_tier(EngineOptions(memory="8"), wan, RolloutConfig(), HISTORY, 0) == TIERS[-1]  # who asks for it gets it
-    assert choose_tier(EngineOptions(), wan, RolloutConfig(), HISTORY, None) == TIERS[0]  # a CPU
-    assert choose_tier(EngineOptions(weights="fp8"), wan, RolloutConfig(), HISTORY, 16 * GIB).weights == "fp8"
+            fitting(TIERS, wan, RolloutConfig(), HISTORY, free)
+
+
+def test_a_world_opens_in_what_is_free_or_asked_for(tiny_bundle, monkeypatch):
+    assert World.from_pretrained(tiny_bundle).engine.tiers == TIERS  # a CPU
+    small = World.from_pretrained(tiny_bundle, engine=EngineOptions(memory="16"))
+    assert small.engine.tiers == TIERS[2:] and Session(small, history=9).config.history == 1
+    assert tiers_from(EngineOptions(weights="fp8"))[0] == Tier(TIERS[0].name, weights="fp8")
+    monkeypatch.setattr("worldmodel.world.free_memory", lambda device: 0)
+    with pytest.raises(ValueError, match="0.0 GiB are free"):
+        World.from_pretrained(tiny_bundle)
+    monkeypatch.setattr("worldmodel.world.free_memory", lambda device: GIB)
+    assert World.from_pretrained(tiny_bundle).engine.tier == TIERS[0]
 
 
 def test_a_tier_holds_a_chunk_and_the_sinks():

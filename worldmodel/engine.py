@@ -97,14 +97,11 @@ def demand(model: CausalWanTransformer, rows: int, columns: int, chunk: int, res
     return Demand(linear * size, linear, weights - linear * size + work + rest, stored, paths * stored, rewound)
 
 
-def choose_tier(options: EngineOptions, need: Demand, config: RolloutConfig, history: int, free: int | None) -> Tier:
-    """The tier that was asked for, or the largest that `free` bytes can hold (None: nobody knows, so all); ValueError when none fits."""
-    tiers = tiers_from(options)
-    if options.memory != "auto" or free is None:
-        return tiers[0]
-    for tier in tiers:
+def fitting(tiers: tuple[Tier, ...], need: Demand, config: RolloutConfig, history: int, free: int) -> tuple[Tier, ...]:
+    """`tiers` from the first on that `free` bytes can hold; ValueError when none fits."""
+    for place, tier in enumerate(tiers):
         if need.of(tier, config, history) <= _SPARE * free:
-            return tier
+            return tiers[place:]
     least = need.of(tiers[-1], config, history) / _SPARE / _GIB
     raise ValueError(
         f"This world needs {least:.1f} GiB of free memory on the device at least, {free / _GIB:.1f} GiB are free: close other programs "
@@ -169,12 +166,11 @@ class Engine:
         return f"Memory is full: going on as with {self.tier.name}"
 
 
-def start_engine(options: EngineOptions, tier: Tier, model: CausalWanTransformer, device: torch.device) -> Engine:
-    """Makes it so, for a model that is on its device and stored as the tier says."""
+def start_engine(options: EngineOptions, tiers: tuple[Tier, ...], model: CausalWanTransformer, device: torch.device) -> Engine:
+    """Makes it so, for a model that is on its device and stored as the first tier says."""
     kernel = choose_attention(options.attention, device)
     compiles = options.compile == "on" or options.compile == "auto" and device.type == "cuda"
-    tiers = tiers_from(options)
-    return Engine(tiers[tiers.index(tier) :], CompiledBlocks(model.blocks) if compiles else None, kernel)
+    return Engine(tiers, CompiledBlocks(model.blocks) if compiles else None, kernel)
 
 
 def choose_attention(name: str, device: torch.device) -> str:

@@ -24,7 +24,7 @@ from worldmodel.autoencoder import Autoencoder, TinyAutoencoder, WanAutoencoder
 from worldmodel.checkpoint import check_tensors
 from worldmodel.command_line import first_line
 from worldmodel.controls import Envelope
-from worldmodel.engine import HISTORY, Demand, Engine, EngineOptions, choose_tier, demand, free_memory, quantise, start_engine
+from worldmodel.engine import HISTORY, Demand, Engine, EngineOptions, demand, fitting, free_memory, quantise, start_engine, tiers_from
 from worldmodel.options import as_dict, build
 from worldmodel.rollout import RolloutConfig
 from worldmodel.text import PromptBook
@@ -132,10 +132,13 @@ class World:
 
     def fitted(self, options: EngineOptions) -> "World":
         """The same world, its networks stored and running as `options` and the device allow; ValueError when they cannot."""
-        tier = choose_tier(options, self.demand(), self.config.rollout, HISTORY, free_memory(self.device))
-        quantise(self.transformer, tier.weights, self.device)
+        tiers, free = tiers_from(options), free_memory(self.device)
+        if options.memory == "auto" and free is not None:
+            tiers = fitting(tiers, self.demand(), self.config.rollout, HISTORY, free)
+        quantise(self.transformer, tiers[0].weights, self.device)
         transformer, autoencoder = self.transformer.to(self.device), self.autoencoder.to(self.device)
-        return replace(self, transformer=transformer, autoencoder=autoencoder, engine=start_engine(options, tier, transformer, self.device))
+        engine = start_engine(options, tiers, transformer, self.device)
+        return replace(self, transformer=transformer, autoencoder=autoencoder, engine=engine)
 
     def demand(self) -> Demand:
         """The memory that a dream of this world needs; to be asked before the networks are on their device."""

@@ -244,7 +244,7 @@ class Loop:
             self.notices.append(chunk.notice)
         latent = chunk.index + len(c2w)
         timings = tuple(chunk.timings.items())
-        self._tell(latent=latent, memory=min(latent, self._scenes.window), pose=c2w[-1], timings=timings)
+        self._tell(latent=latent, memory=min(latent, self._scenes.window), window=self._scenes.window, pose=c2w[-1], timings=timings)
 
     def _put(self, pictures: np.ndarray, latent: int, edges: tuple[float, ...], period: float) -> None:
         """Sends pictures [n, H, W, 3] of a latent to the window; `edges`: the key edges that the first is the first to show."""

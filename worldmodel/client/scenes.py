@@ -54,8 +54,13 @@ class Scenes:
 
         self.world, self._steps, self._tell = world, steps, tell or (lambda stage, progress: None)
         self.name, self.envelope, self.fps = world.config.name, world.config.envelope, world.config.fps
-        self.chunk, self.window = world.config.rollout.chunk, world.config.rollout.window
+        self.chunk = world.config.rollout.chunk
         self.frames_per_latent, self.device = FRAMES_PER_LATENT, world.device
+
+    @property
+    def window(self) -> int:
+        """Latents that a dream remembers; fewer once memory has run out."""
+        return self.world.engine.tier.rollout(self.world.config.rollout, 0).window
 
     @property
     def moods(self) -> tuple[str, ...]:
