@@ -137,6 +137,7 @@ class DmdConfig(TransformerConfig):
     window: Count = 12  # latents that a chunk sees, itself included
     sinks: Whole = 0  # first latents that never leave the window
     start_share: Share = 0.5  # share of the rollouts that start from a true first chunk, 0..1
+    truth: Amount = 0.0  # weight of the pull towards the clip itself in rollouts from its first chunk; 0 = none, as published
     guidance: Amount = 3.0  # c + guidance (c - u) of the real score; 0 skips the unconditional pass
     clamp: tuple[Share, Share] = (0.02, 0.98)  # range of the sigma at which the scores are compared
     cache_gradient: Literal["straight_through", "detached"] = "detached"  # into the remembered frames

@@ -286,13 +286,27 @@ def test_rollouts_of_dmd_end_anywhere_in_the_window_and_only_their_end_learns(cl
     assert windows.latents.shape[2] == 6
     starts = []
     for seed in range(12):
-        samples, judged = stage.dream_along(windows, torch.Generator().manual_seed(seed), grad=True)
+        samples, judged, anchored = stage.dream_along(windows, torch.Generator().manual_seed(seed), grad=True)
         assert samples.shape[2] == judged.viewmats.shape[1] == 4
         starts.append(next(i for i in range(3) if torch.equal(judged.viewmats, windows.viewmats[:, i : i + 4])))
         given = torch.equal(samples[:, :, 0], windows.latents[:, :, 0])
-        assert given == (starts[-1] == 0)
+        assert given == (starts[-1] == 0) and anchored
         assert samples[:, :, -1].requires_grad
     assert set(starts) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("start_share", [0, 1])
+def test_the_truth_pulls_rollouts_that_began_with_it(clips, straight, start_share):
+    losses = []
+    for truth in (0, 2):
+        options = overrides(clips, straight, f"dmd.start_share={start_share}", f"dmd.truth={truth}")
+        stage = build_stage("dmd", load_recipe(TINY, options), torch.device("cpu"))
+        batch = torch.utils.data.default_collate([stage.dataset()[i] for i in range(stage.batches * stage.config.batch)])
+        *_, (_, loss, metrics) = stage.losses(batch, 0, torch.Generator().manual_seed(0))
+        losses.append(loss)
+    assert ("truth" in metrics) == bool(start_share)
+    torch.testing.assert_close(losses[1] - losses[0], metrics.get("truth", torch.tensor(0.0)))
+    assert bool(start_share) == bool(losses[1] > losses[0])
 
 
 def test_a_compiled_step_is_the_plain_step(clips, straight):

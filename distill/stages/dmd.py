@@ -1,6 +1,7 @@
 """Stage 3, asymmetric DMD: the student dreams whole clips and learns what a bidirectional model thinks of them."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +22,20 @@ from worldmodel.rollout import Rollout, RolloutConfig
 from worldmodel.transformer import CausalWanTransformer
 
 
+class Dream(NamedTuple):
+    """What a self-rollout left to be judged."""
+
+    samples: Tensor  # [B, C, F, H, W]
+    windows: Windows  # the clips' own frames at the same places
+    anchored: bool  # whether the rollout began with the clips' true first chunk, so that their frames are what it should show
+
+
 class DmdStage(TransformerStage):
-    """`critic_updates` steps of the fake score, then one of the student, each on fresh cameras and a fresh rollout."""
+    """`critic_updates` steps of the fake score, then one of the student, each on fresh cameras and a fresh rollout.
+
+    Differs: with `dmd.truth` above 0 rollouts that begin with a clip's true first chunk are also pulled towards its own frames. The
+    score alone only asks whether a dream looks real; this asks, along the student's own past, whether it is the place that it began in.
+    """
 
     def __init__(self, recipe: Recipe, device: torch.device):
         config = recipe.dmd
@@ -40,7 +53,7 @@ class DmdStage(TransformerStage):
         *critic_parts, student_part = windows.split(len(windows.latents) // self.batches)
         for windows in critic_parts:
             with torch.no_grad():
-                samples, windows = self.dream_along(windows, generator, grad=False)
+                samples, windows, _ = self.dream_along(windows, generator, grad=False)
             sigma, noise = self._score_draws(samples, generator)
             yield (
                 "critic",
@@ -50,7 +63,7 @@ class DmdStage(TransformerStage):
         yield "student", *self._student_loss(student_part, generator)
 
     def _student_loss(self, windows: Windows, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        samples, windows = self.dream_along(windows, generator, grad=True)
+        samples, windows, anchored = self.dream_along(windows, generator, grad=True)
         sigma, noise = self._score_draws(samples, generator)
         gradient = distribution_gradient(
             samples.detach(),
@@ -62,16 +75,17 @@ class DmdStage(TransformerStage):
             guidance=self.config.guidance,
             **self._reading(),
         )
-        return distribution_loss(samples, gradient), {
-            "gradient": gradient.abs().mean(),
-            "spread": samples.detach().std(),
-        }
+        loss, metrics = distribution_loss(samples, gradient), {"gradient": gradient.abs().mean(), "spread": samples.detach().std()}
+        if self.config.truth and anchored:
+            error = (samples - windows.latents).square().mean()
+            loss, metrics["truth"] = loss + 0.5 * self.config.truth * error, error.detach()
+        return loss, metrics
 
     def compile(self, network: CausalWanTransformer) -> None:
         """Nothing: every latent of a rollout sees a longer past, and each length would be compiled anew."""
 
-    def dream_along(self, windows: Windows, generator: torch.Generator, *, grad: bool) -> tuple[Tensor, Windows]:
-        """The last `data.frames` latents `[B, C, F, h, w]` of a self-rollout, and the windows cut to them.
+    def dream_along(self, windows: Windows, generator: torch.Generator, *, grad: bool) -> Dream:
+        """The last `data.frames` latents of a self-rollout, and the windows cut to them.
 
         The rollout's length is drawn, up to all of the windows; a share of the rollouts begins with the true first chunk. What comes
         before the last frames is dreamed as in play, without gradient, so that the student meets its own long past (Self-Forcing++,
@@ -95,7 +109,7 @@ class DmdStage(TransformerStage):
                 part = windows.cut(slice(begin, end))
                 draws = RolloutDraws(noise[:, :, begin:end], *last)
                 parts.append(self_rollout(rollout, part.viewmats, part.intrinsics, draws, grad=learns, generator=generator))
-        return torch.cat(parts, dim=2)[:, :, start:], windows.cut(slice(start, None))
+        return Dream(torch.cat(parts, dim=2)[:, :, start:], windows.cut(slice(start, None)), given > 0)
 
     def sampling(self) -> RolloutConfig:
         config = self.config
