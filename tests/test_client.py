@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from worldmodel import benchmark
 from worldmodel.client.bindings import Bindings
 from worldmodel.client.loop import MARGIN, Loop, LoopOptions
 from worldmodel.client.pacer import Frame, Pacer
@@ -230,6 +231,10 @@ def test_restart_shows_nothing_stale_and_records_on(tmp_path):
     assert recorders[0].closed and not recorders[1].closed
     assert [index for index, _ in recorders[1].taken][:3] == [0, 1, 2]
     assert recorders[0].taken[-1][1] == ("forward",)
+
+
+def test_the_benchmark_simulates_this_client():
+    assert MARGIN * 1e3 == benchmark.MARGIN
 
 
 def test_what_a_chunk_has_to_say_reaches_the_player():

@@ -36,7 +36,7 @@ from worldmodel.world import PromptConfig, World, WorldConfig, fast_dtype, open_
 ROUNDS = 8  # turns that each variant gets
 PRESSES = 32  # simulated key presses a chunk, evenly spread
 MOST_PUBLISHED = 900  # latents: the public rotary tables end at 1,024
-MARGIN = 12.0  # ms between a chunk being ready and being due, as the client keeps it
+MARGIN = 6.0  # ms between a chunk being ready and being due, as the client keeps it
 PARTS = ("network", "clean", "decode")
 
 

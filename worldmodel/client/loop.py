@@ -17,7 +17,7 @@ from worldmodel.client.pacer import Frame, Pacer
 from worldmodel.client.scenes import Scene, Scenes
 from worldmodel.controls import Controls, Envelope
 
-MARGIN = 0.012  # seconds between a chunk being ready and being due: a thread's wake-up and a window's flip
+MARGIN = 0.006  # seconds between a chunk being ready and being due: the wake-up of a thread
 
 
 class Stopped(Exception):
