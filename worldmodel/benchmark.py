@@ -120,7 +120,8 @@ class Walk:
     def __init__(self, world: World, settings: list[str], seed: int, published: bool = False):
         self.settings = ["as published", *settings] if published else settings
         self.world = apply_settings(world, settings)
-        self.rollout = self.world.config.rollout
+        asked = self.world.config.rollout
+        self.rollout = self.world.engine.tier.rollout(asked, asked.history)  # what memory leaves of it
         envelope = self.world.config.envelope
         step = MotionStep(envelope.forward, envelope.yaw)
         self._path = parse_trajectory("w*6, w+l*4, l*4, w*4, w+j*6, j*2", step, envelope.style)[1:]
@@ -281,7 +282,7 @@ def measure(world: World, variants: list[list[str]], latents: int, seed: int = 0
         "size": [world.config.height, world.config.width],
         "device": str(world.device),
         "dtype": str(world.dtype).removeprefix("torch."),
-        "engine": world.engine.describe(world.config.rollout),
+        "engine": world.engine.describe(walks[0].rollout),
         "parameters": {
             name: sum(p.numel() for p in network.parameters())
             for name, network in (("transformer", world.transformer), ("autoencoder", world.autoencoder))
