@@ -131,13 +131,16 @@ class DmdConfig(TransformerConfig):
     critic: str = ""  # export that the fake score starts from; empty = `real`
     critic_lr: Positive = 1e-4
     critic_updates: Count = 5  # of the fake score for every update of the student
+    shared: bool = False  # all updates of a step learn from one batch of rollouts; false = every one from a batch of its own, as published
     denoise: tuple[int, ...] = (1000, 500)  # student's time steps before the shift, 0..1000
     first_denoise: tuple[int, ...] = (1000, 750, 500, 250)  # of the first chunk
     rollout: Whole = 0  # latents of the longest self-rollout, of which the last data.frames are judged; 0 = data.frames
+    skew: Annotated[float, Range(1, 100)] = 1.0  # 1 = every length of a rollout is as likely, more = most are short and few are long
     window: Count = 12  # latents that a chunk sees, itself included
     sinks: Whole = 0  # first latents that never leave the window
     start_share: Share = 0.5  # share of the rollouts that start from a true first chunk, 0..1
     truth: Amount = 0.0  # weight of the pull towards the clip itself in rollouts from its first chunk; 0 = none, as published
+    truth_scale: Amount = 0.0  # square error of a latent cell beyond which the pull fades (a latent's variance is 1); 0 = it never does
     guidance: Amount = 3.0  # c + guidance (c - u) of the real score; 0 skips the unconditional pass
     clamp: tuple[Share, Share] = (0.02, 0.98)  # range of the sigma at which the scores are compared
     cache_gradient: Literal["straight_through", "detached"] = "detached"  # into the remembered frames

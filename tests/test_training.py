@@ -260,9 +260,11 @@ def test_every_stage_draws_a_picture_with_an_autoencoder(clips, straight):
         assert name == "autoencoder" or image.shape == (4 * 32, latents * 32, 3)
 
 
-def test_each_loss_of_dmd_moves_the_network_it_names_alone(clips, straight):
-    recipe = load_recipe(TINY, overrides(clips, straight))
+@pytest.mark.parametrize("shared", ["false", "true"])
+def test_each_loss_of_dmd_moves_the_network_it_names_alone(clips, straight, shared):
+    recipe = load_recipe(TINY, overrides(clips, straight, f"dmd.shared={shared}"))
     stage = build_stage("dmd", recipe, torch.device("cpu"))
+    assert stage.batches == (1 if recipe.dmd.shared else 3)
     batch = torch.utils.data.default_collate([stage.dataset()[i] for i in range(stage.batches * recipe.dmd.batch)])
     names = []
     for name, loss, _ in stage.losses(batch, 0, torch.Generator().manual_seed(0)):
@@ -277,7 +279,7 @@ def test_each_loss_of_dmd_moves_the_network_it_names_alone(clips, straight):
         }
         assert touched == {name}
         assert all(p.grad is None for p in stage.real.parameters())
-    assert names == ["critic", "critic", "student"]
+    assert names == ["student", "critic", "critic"]
 
 
 def test_rollouts_of_dmd_end_anywhere_in_the_window_and_only_their_end_learns(clips, straight):
@@ -286,7 +288,8 @@ def test_rollouts_of_dmd_end_anywhere_in_the_window_and_only_their_end_learns(cl
     assert windows.latents.shape[2] == 6
     starts = []
     for seed in range(12):
-        samples, judged, anchored = stage.dream_along(windows, torch.Generator().manual_seed(seed), grad=True)
+        draws = (torch.Generator().manual_seed(seed) for _ in range(2))
+        samples, judged, anchored = stage.dream_along(windows, *draws, grad=True)
         assert samples.shape[2] == judged.viewmats.shape[1] == 4
         starts.append(next(i for i in range(3) if torch.equal(judged.viewmats, windows.viewmats[:, i : i + 4])))
         given = torch.equal(samples[:, :, 0], windows.latents[:, :, 0])
@@ -302,10 +305,10 @@ def test_the_truth_pulls_rollouts_that_began_with_it(clips, straight, start_shar
         options = overrides(clips, straight, f"dmd.start_share={start_share}", f"dmd.truth={truth}")
         stage = build_stage("dmd", load_recipe(TINY, options), torch.device("cpu"))
         batch = torch.utils.data.default_collate([stage.dataset()[i] for i in range(stage.batches * stage.config.batch)])
-        *_, (_, loss, metrics) = stage.losses(batch, 0, torch.Generator().manual_seed(0))
+        (_, loss, metrics), *_ = stage.losses(batch, 0, torch.Generator().manual_seed(0))
         losses.append(loss)
     assert ("truth" in metrics) == bool(start_share)
-    torch.testing.assert_close(losses[1] - losses[0], metrics.get("truth", torch.tensor(0.0)))
+    torch.testing.assert_close(losses[1] - losses[0], 2 * metrics.get("truth", torch.tensor(0.0)))
     assert bool(start_share) == bool(losses[1] > losses[0])
 
 

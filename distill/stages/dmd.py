@@ -12,8 +12,10 @@ from distill.objectives.distribution_matching import (
     critic_loss,
     distribution_gradient,
     distribution_loss,
+    replayed_rollout,
     score_sigma,
     self_rollout,
+    truth_loss,
 )
 from distill.objectives.flow_matching import GRID, draw_index
 from distill.optimiser import make_optimizer
@@ -31,10 +33,12 @@ class Dream(NamedTuple):
 
 
 class DmdStage(TransformerStage):
-    """`critic_updates` steps of the fake score, then one of the student, each on fresh cameras and a fresh rollout.
+    """One step of the student, then `critic_updates` steps of the fake score.
 
-    Differs: with `dmd.truth` above 0 rollouts that begin with a clip's true first chunk are also pulled towards its own frames. The
-    score alone only asks whether a dream looks real; this asks, along the student's own past, whether it is the place that it began in.
+    Differs: with `dmd.shared` the fake score learns from the rollouts that the student has just learnt from, with noise of its own for
+    every update, instead of from fresh ones. With `dmd.truth` above 0 rollouts that begin with a clip's true first chunk are also
+    pulled towards its own frames. The score alone only asks whether a dream looks real; this asks, along the student's own past, whether
+    it is the place that it began in.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device):
@@ -46,24 +50,24 @@ class DmdStage(TransformerStage):
         self.critic = self.load(config.critic or config.real)
         self.modules["critic"] = self.critic
         self.optimizers["critic"] = make_optimizer(self.critic, config.critic_lr, config.optimiser, recipe.optimiser)
-        self.batches = config.critic_updates + 1
+        self.batches = 1 if config.shared else config.critic_updates + 1
 
     def losses(self, batch: dict, step: int, generator: torch.Generator) -> Iterator[Loss]:
+        shape = torch.Generator().manual_seed(self.recipe.run.seed * 1_000_003 + step)  # alike in all processes: none waits for another
         windows = self.prepare(batch, generator)
-        *critic_parts, student_part = windows.split(len(windows.latents) // self.batches)
-        for windows in critic_parts:
-            with torch.no_grad():
-                samples, windows, _ = self.dream_along(windows, generator, grad=False)
+        student_part, *critic_parts = windows.split(len(windows.latents) // self.batches)
+        dream = self.dream_along(student_part, generator, shape, grad=True)
+        yield "student", *self._student_loss(dream, generator)
+        for index in range(self.config.critic_updates):
+            if not self.config.shared:
+                with torch.no_grad():
+                    dream = self.dream_along(critic_parts[index], generator, shape, grad=False)
+            samples = dream.samples.detach()
             sigma, noise = self._score_draws(samples, generator)
-            yield (
-                "critic",
-                critic_loss(bidirectional(self.critic, windows), samples, sigma, noise, **self._reading()),
-                {},
-            )
-        yield "student", *self._student_loss(student_part, generator)
+            yield "critic", critic_loss(bidirectional(self.critic, dream.windows), samples, sigma, noise, **self._reading()), {}
 
-    def _student_loss(self, windows: Windows, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        samples, windows, anchored = self.dream_along(windows, generator, grad=True)
+    def _student_loss(self, dream: Dream, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        samples, windows, anchored = dream
         sigma, noise = self._score_draws(samples, generator)
         gradient = distribution_gradient(
             samples.detach(),
@@ -77,39 +81,48 @@ class DmdStage(TransformerStage):
         )
         loss, metrics = distribution_loss(samples, gradient), {"gradient": gradient.abs().mean(), "spread": samples.detach().std()}
         if self.config.truth and anchored:
-            error = (samples - windows.latents).square().mean()
-            loss, metrics["truth"] = loss + 0.5 * self.config.truth * error, error.detach()
+            pull = truth_loss(samples, windows.latents, self.config.truth_scale)
+            loss, metrics["truth"] = loss + self.config.truth * pull, pull.detach()
         return loss, metrics
 
     def compile(self, network: CausalWanTransformer) -> None:
         """Nothing: every latent of a rollout sees a longer past, and each length would be compiled anew."""
 
-    def dream_along(self, windows: Windows, generator: torch.Generator, *, grad: bool) -> Dream:
+    def dream_along(self, windows: Windows, generator: torch.Generator, shape: torch.Generator, *, grad: bool) -> Dream:
         """The last `data.frames` latents of a self-rollout, and the windows cut to them.
 
-        The rollout's length is drawn, up to all of the windows; a share of the rollouts begins with the true first chunk. What comes
-        before the last frames is dreamed as in play, without gradient, so that the student meets its own long past (Self-Forcing++,
-        arXiv 2510.02283).
+        The rollout's length is drawn (from `shape`, as is the step that learns), up to all of the windows; a share of the rollouts begins
+        with the true first chunk. What comes before the last frames is dreamed as in play, without gradient, so that the student meets
+        its own long past (Self-Forcing++, arXiv 2510.02283).
         """
         frames, chunk = self.recipe.data.frames, self.config.chunk
-        start = chunk * _below((windows.latents.shape[2] - frames) // chunk + 1, generator)
+        longest = (windows.latents.shape[2] - frames) // chunk + 1
+        start = chunk * int(longest * float(torch.rand((), generator=shape)) ** self.config.skew)
         windows = windows.cut(slice(0, start + frames))
         latents, (steps, first_steps) = windows.latents, (len(self.config.denoise), len(self.config.first_denoise))
         batch, _, _, height, width = latents.shape
         rollout = Rollout(self.student, windows.text, self.sampling(), batch=batch, height=height, width=width, device=self.device)
         noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(self.device)
-        exits = _below(steps, generator), _below(first_steps, generator)
-        given = chunk if torch.rand((), generator=generator, device=generator.device) < self.config.start_share else 0
+        exits = _below(steps, shape), _below(first_steps, shape)
+        given = chunk if torch.rand((), generator=shape) < self.config.start_share else 0
         if given:
-            rollout.commit(latents[:, :, :given], windows.viewmats[:, :given], windows.intrinsics[:, :given])
+            with torch.no_grad():
+                rollout.commit(latents[:, :, :given], windows.viewmats[:, :given], windows.intrinsics[:, :given])
         parts = [latents[:, :, :given]]
-        before, judged = (given, start, (steps - 1, first_steps - 1), False), (max(given, start), start + frames, exits, grad)
-        for begin, end, last, learns in (before, judged):
-            if begin < end:
-                part = windows.cut(slice(begin, end))
-                draws = RolloutDraws(noise[:, :, begin:end], *last)
-                parts.append(self_rollout(rollout, part.viewmats, part.intrinsics, draws, grad=learns, generator=generator))
+        if given < start:
+            before = windows.cut(slice(given, start))
+            draws = RolloutDraws(noise[:, :, given:start], steps - 1, first_steps - 1)
+            parts.append(self_rollout(rollout, before.viewmats, before.intrinsics, draws, grad=False, generator=generator))
+        judged = windows.cut(slice(max(given, start), None))
+        draws = RolloutDraws(noise[:, :, max(given, start) :], *exits)
+        parts.append(self._judged(rollout, judged, draws, grad, generator))
         return Dream(torch.cat(parts, dim=2)[:, :, start:], windows.cut(slice(start, None)), given > 0)
+
+    def _judged(self, rollout: Rollout, windows: Windows, draws: RolloutDraws, grad: bool, generator: torch.Generator) -> Tensor:
+        """The part of a rollout that learns; in one pass where nothing but that pass shall learn."""
+        if grad and self.config.cache_gradient == "detached" and not self.config.sinks:
+            return replayed_rollout(rollout, windows.viewmats, windows.intrinsics, draws, generator=generator)
+        return self_rollout(rollout, windows.viewmats, windows.intrinsics, draws, grad=grad, generator=generator)
 
     def sampling(self) -> RolloutConfig:
         config = self.config
@@ -121,6 +134,7 @@ class DmdStage(TransformerStage):
             window=config.window,
             sinks=config.sinks,
             cache_gradient=config.cache_gradient,
+            history=self.recipe.data.frames,
         )
 
     def _score_draws(self, samples: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
