@@ -91,20 +91,22 @@ class DmdStage(TransformerStage):
     def dream_along(self, windows: Windows, generator: torch.Generator, shape: torch.Generator, *, grad: bool) -> Dream:
         """The last `data.frames` latents of a self-rollout, and the windows cut to them.
 
-        The rollout's length is drawn (from `shape`, as is the step that learns), up to all of the windows; a share of the rollouts begins
-        with the true first chunk. What comes before the last frames is dreamed as in play, without gradient, so that the student meets
+        The rollout's length and place are drawn (from `shape`, as is the step that learns), up to all of the windows; a share of the rollouts
+        begins with the true first chunk. What comes before the last frames is dreamed as in play, without gradient, so that the student meets
         its own long past (Self-Forcing++, arXiv 2510.02283).
         """
         frames, chunk = self.recipe.data.frames, self.config.chunk
-        longest = (windows.latents.shape[2] - frames) // chunk + 1
-        start = chunk * int(longest * float(torch.rand((), generator=shape)) ** self.config.skew)
-        windows = windows.cut(slice(0, start + frames))
+        longest = (windows.latents.shape[2] - frames) // chunk
+        start = int((longest + 1) * _share(shape) ** self.config.skew)
+        place = 0 if _share(shape) < self.recipe.data.first_share else _below(longest - start + 1, shape)
+        start, place = chunk * start, chunk * place
+        windows = windows.cut(slice(place, place + start + frames))
         latents, (steps, first_steps) = windows.latents, (len(self.config.denoise), len(self.config.first_denoise))
         batch, _, _, height, width = latents.shape
         rollout = Rollout(self.student, windows.text, self.sampling(), batch=batch, height=height, width=width, device=self.device)
         noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(self.device)
         exits = _below(steps, shape), _below(first_steps, shape)
-        given = chunk if torch.rand((), generator=shape) < self.config.start_share else 0
+        given = chunk if _share(shape) < self.config.start_share else 0
         if given:
             with torch.no_grad():
                 rollout.commit(latents[:, :, :given], windows.viewmats[:, :given], windows.intrinsics[:, :given])
@@ -146,6 +148,10 @@ class DmdStage(TransformerStage):
 
     def _reading(self) -> dict:
         return {"lookup": self.config.sigma_lookup, "shift": self.config.shift}
+
+
+def _share(generator: torch.Generator) -> float:
+    return float(torch.rand((), generator=generator, device=generator.device))
 
 
 def _below(count: int, generator: torch.Generator) -> int:
