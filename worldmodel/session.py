@@ -68,8 +68,9 @@ class Session:
         picture = None if image is None else _picture(self.world, image)
         rows, columns = self.world.latent_size
         self.rollout = Rollout(
-            self.world.transformer, embedding[None], self._fitted(), height=rows, width=columns, device=self.world.device
-        )
+            self.world.transformer, embedding[None], self._fitted(), height=rows, width=columns, device=self.world.device,
+            unconditional=self.world.prompts.unconditional,
+        )  # fmt: skip
         self.seed, self.prompt, self.image = seed, prompt, picture
         self._decoder = self.world.autoencoder.streaming_decoder()
         self._states: OrderedDict[int, StreamState] = OrderedDict()  # decoder after so many latents

@@ -91,9 +91,9 @@ class DmdStage(TransformerStage):
     def dream_along(self, windows: Windows, generator: torch.Generator, shape: torch.Generator, *, grad: bool) -> Dream:
         """The last `data.frames` latents of a self-rollout, and the windows cut to them.
 
-        The rollout's length and place are drawn (from `shape`, as is the step that learns), up to all of the windows; a share of the rollouts
-        begins with the true first chunk. What comes before the last frames is dreamed as in play, without gradient, so that the student meets
-        its own long past (Self-Forcing++, arXiv 2510.02283).
+        The rollout's length and place are drawn (from `shape`, as is the step that learns), up to all of the windows; a share of the
+        rollouts begins with the true first chunk. What comes before the last frames is dreamed as in play, without gradient, so that
+        the student meets its own long past (Self-Forcing++, arXiv 2510.02283).
         """
         frames, chunk = self.recipe.data.frames, self.config.chunk
         longest = (windows.latents.shape[2] - frames) // chunk
