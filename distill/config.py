@@ -24,7 +24,7 @@ class Run:
     seed: Annotated[int, Range(0, 2**31)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"  # of the matrix products; weights and sigmas stay float32
-    compile: bool = False  # the trained transformer's blocks (not in dmd): slow to start, then steps a fifth shorter on a CPU
+    compile: bool = False  # the transformers' blocks (in dmd the scores'): slow to start, then steps a fifth shorter on a CPU
     log_every: Count = 10  # optimiser steps
     sample_every: Whole = 500  # optimiser steps between pictures, 0 = none
     checkpoint_every: Whole = 0  # optimiser steps, 0 = by time alone

@@ -49,6 +49,8 @@ class DmdStage(TransformerStage):
         self.real = self.load_frozen(config.real)
         self.critic = self.load(config.critic or config.real)
         self.modules["critic"] = self.critic
+        for score in (self.real, self.critic):  # they always see windows of one length
+            super().compile(score)
         self.optimizers["critic"] = make_optimizer(self.critic, config.critic_lr, config.optimiser, recipe.optimiser)
         self.batches = 1 if config.shared else config.critic_updates + 1
 
@@ -86,7 +88,7 @@ class DmdStage(TransformerStage):
         return loss, metrics
 
     def compile(self, network: CausalWanTransformer) -> None:
-        """Nothing: every latent of a rollout sees a longer past, and each length would be compiled anew."""
+        """Nothing for the student: every latent of a rollout sees a longer past, and each length would be compiled anew."""
 
     def dream_along(self, windows: Windows, generator: torch.Generator, shape: torch.Generator, *, grad: bool) -> Dream:
         """The last `data.frames` latents of a self-rollout, and the windows cut to them.
