@@ -141,8 +141,8 @@ class PublishedLoop(Rollout):
     def _rotate(self, x: Tensor) -> Tensor:
         """Rotary embedding at absolute frame numbers as complex float64 products, one sample at a time."""
         frames, (rows, columns) = x.shape[1] // self.tokens, self.grid
-        places = (range(self.done, self.done + frames), range(rows), range(columns))
-        bands = [self.table[i][list(place)] for i, place in enumerate(places)]
+        places = (slice(self.done, self.done + frames), slice(rows), slice(columns))
+        bands = [table[place] for table, place in zip(self.table, places, strict=True)]
         shapes = ((frames, 1, 1, -1), (1, rows, 1, -1), (1, 1, columns, -1))
         turn = torch.cat([b.view(s).expand(frames, rows, columns, -1) for b, s in zip(bands, shapes, strict=True)], -1).flatten(0, 2)
         turned = []
