@@ -213,8 +213,8 @@ class Walk:
             flops, times = {"both": flops["both"]}, {"both": times["both"]}
         rates = {name: flops[name] / float(np.median(times[name])) / 1e9 for name in flops}
         return {
-            "tflop_per_latent": {name: round(count / rollout.chunk / 1e12, 6) for name, count in flops.items()},
-            "tflop_per_second": {name: round(value, 3) for name, value in rates.items()},
+            "gflop_per_latent": {name: round(count / rollout.chunk / 1e9, 6) for name, count in flops.items()},
+            "tflop_per_second": {name: round(value, 6) for name, value in rates.items()},
             "share_of_matmul_rate": {name: round(value / rate, 3) for name, value in rates.items()},
         }
 

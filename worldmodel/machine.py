@@ -63,7 +63,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 0) -> dict
         clock.timed("turn", lambda: [torch.mm(a, b, out=out) for _ in range(products)])()
     settle(device)
     milliseconds = np.array([span.milliseconds for span in clock.take()[_UNCOUNTED:]])
-    rates = spread(2 * size**3 * products / milliseconds / 1e9)
+    rates = spread(2 * size**3 * products / milliseconds / 1e9, digits=6)
     return {"tflop_per_second": rates, "size": size, "dtype": str(dtype).removeprefix("torch.")}
 
 
