@@ -107,9 +107,7 @@ class Timed:
         if self.fault:  # what the step held is let go before the others go on
             for optimizer in self.stage.optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            _let_go(self.device)
 
     def _seconds(self, number: int, batch: dict) -> dict[str, float]:
         run, spent = self.recipe.run, {}
@@ -155,6 +153,13 @@ def time_stage(
                 if not variant.fault:
                     variant.step(number, batch)
     return [variant.report(name) for variant in variants]
+
+
+def _let_go(device: torch.device) -> None:
+    """Gives memory back that nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def published_recipe(name: str, overrides: list[str]) -> Recipe:
@@ -213,8 +218,11 @@ def run(args: argparse.Namespace) -> dict:
     torch.manual_seed(recipe.run.seed)
     machine, reports = describe_machine(device), []
     for stage in args.stages:
-        reports += time_stage(stage, recipe, cells, device, args.steps, flags)
-        gc.collect()  # a stage's networks before those of the next
+        try:
+            reports += time_stage(stage, recipe, cells, device, args.steps, flags)
+        except (MemoryError, torch.OutOfMemoryError) as error:  # not even its networks fit
+            reports.append({"stage": stage, "fault": first_line(error)})
+        _let_go(device)  # a stage's networks before those of the next
     if all("fault" in report for report in reports):
         raise MemoryError(reports[0]["fault"])
     return {

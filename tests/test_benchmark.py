@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from worldmodel.rollout import Rollout, RolloutConfig
 
 TOY = ["--random-weights", "2x48x2x80", "--latents", "8", "--dtype", "float32"]
 TINY = "configs/blocks/tiny.yaml"
+COMMANDS = [line for line in (Path(__file__).parents[1] / "docs" / "gpu.md").read_text().splitlines() if line.startswith("python -m ")]
 
 
 def report_of(main, words, capsys, status=0):
@@ -66,7 +68,7 @@ def test_weights_are_drawn_as_they_are_stored():
 
 def test_a_random_world_is_played_as_a_published_one(tiny_bundle):
     shape = Shape.parse("2x48x2")
-    config = random_config(shape, benchmark.Path("minwm-4step"), None)
+    config = random_config(shape, Path("minwm-4step"), None)
     assert (config.height, config.width, config.envelope.style, config.rollout.window) == (480, 832, "fly", 20)
     assert random_config(shape, tiny_bundle, None).rollout.window == 4
     assert (random_config(shape, None, None).height, random_config(Shape.parse("wan2.1-1.3b"), None, None).height) == (96, 480)
@@ -200,6 +202,21 @@ def test_published_shapes_are_recipes():
     recipe = training.published_recipe("wan2.1-14b", ["data.frames=21", "consistency.chunk=3"])
     assert (recipe.model.layers, recipe.model.heads, recipe.model.head_dim, recipe.model.text_length) == (40, 40, 128, 512)
     assert recipe.run.precision == "bfloat16" and recipe.dmd.batch == 1 and recipe.data.frames == 21
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split("docs/results/")[1])
+def test_the_commands_for_a_gpu_run_at_toy_size(command, capsys, tmp_path):
+    """As docs/gpu.md has them, but for the device, the shape, the size, the steps, and blocks that nobody waits to be compiled."""
+    if "fp8" in command:
+        pytest.importorskip("torchao")
+    module, *words = command.removeprefix("python -m ").replace("docs/results", str(tmp_path)).replace("compile=on", "compile=off").split()
+    play = module == "worldmodel.benchmark"
+    words = [{"cuda": "cpu", "wan2.1-1.3b": "1x48x2" if play else TINY, "48": "8"}.get(word, word) for word in words]
+    main = benchmark.main if play else training.main
+    report = report_of(main, [*words, "--size", "32x48"], capsys)
+    assert json.loads(next(tmp_path.iterdir()).read_text()) == report
+    assert not any("fault" in part for part in report.get("variants", []) + report.get("stages", []))
+    assert len(COMMANDS) == 7
 
 
 def test_training_benchmark_refuses_what_it_cannot_do(capsys):
