@@ -58,6 +58,9 @@ class PublishedLoop(Rollout):
 
     def __init__(self, model: CausalWanTransformer, text: Tensor | TextContext, config: RolloutConfig, *,
                  batch: int = 1, height: int, width: int, device: torch.device | str = "cpu"):
+        if config.sampler != "renoise" or config.guidance != 1:
+            found = f"{config.sampler} and {config.guidance}"
+            raise ValueError(f"the loop as published is that of few-step models: expected sampler renoise and guidance 1, got {found}")
         super().__init__(model, text, config, batch=batch, height=height, width=width, device=device)
         _, patch_h, patch_w = model.config.patch_size
         self.grid = height // patch_h, width // patch_w

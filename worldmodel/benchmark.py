@@ -207,6 +207,7 @@ class Walk:
         rows, columns = (cells // patch for cells, patch in zip(self.world.latent_size, config.patch_size[1:], strict=True))
         amounts = rollout.chunk * rows * columns, rollout.window * rows * columns, self.world.prompts.shape[0]
         flops = {"network": len(rollout.steps) * pass_flops(config, *amounts), "clean": clean_flops(config, *amounts)}
+        flops = {name: (2 if rollout.guidance != 1 else 1) * count for name, count in flops.items()}  # the dream without prompt goes along
         times = {name: parts[name] for name in flops}
         flops["both"], times["both"] = sum(flops.values()), times["network"] + times["clean"]
         if rollout.merge_clean:  # one time for both
