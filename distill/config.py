@@ -227,9 +227,14 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected sections such as run and data, got {values!r}")
+    return make_recipe(values, overrides, str(path))
+
+
+def make_recipe(values: dict, overrides: typing.Sequence[str], where: str) -> Recipe:
+    """A recipe of a file's values and overrides as in `load_recipe`; `where` begins the error messages."""
     for override in overrides:
         _override(values, override)
-    return build(Recipe, values, str(path))
+    return build(Recipe, values, where)
 
 
 def _override(values: dict, text: str) -> None:

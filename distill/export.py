@@ -24,8 +24,8 @@ from distill.evaluate.protocol import held_out_town
 from distill.evaluate.report import markdown, table
 from distill.prompts import open_prompts
 from worldmodel.autoencoder import Autoencoder
-from worldmodel.benchmark import describe_commit, describe_machine
 from worldmodel.controls import Envelope
+from worldmodel.machine import describe_commit, describe_machine
 from worldmodel.rollout import RolloutConfig, with_steps
 from worldmodel.text import PromptBook
 from worldmodel.transformer import CausalWanTransformer

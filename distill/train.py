@@ -91,8 +91,8 @@ def _loop(
         while step < config.steps and not stopping:
             _set_learning_rate(stage, config, step)
             generator.manual_seed(processes.seed(recipe.run.seed, step))
-            for name, loss, metrics in _under(autocast, stage.losses(next(batches), step, generator)):
-                meter.add(name, loss, _update(stage, name, loss, step, recipe.optimiser.grad_clip, processes), metrics)
+            for update in train_step(stage, next(batches), step, generator, autocast, recipe.optimiser.grad_clip, processes):
+                meter.add(*update)
             step, drawn = step + 1, drawn + count
             bar.update()
             stopping = processes.any(stop.requested, accelerator.device)
@@ -112,6 +112,14 @@ def _loop(
     processes.wait()
     if step < config.steps and processes.is_main:
         print(f"stopped at step {step} of {config.steps}; --resume goes on from there")
+
+
+def train_step(
+    stage: Stage, batch: dict, step: int, generator: torch.Generator, autocast, grad_clip: float, processes: Processes
+) -> Iterator[tuple[str, Tensor, Tensor, dict]]:
+    """One step of a stage, lazily: after each of its updates that optimiser's name, the loss, the gradient's norm and the metrics."""
+    for name, loss, metrics in _under(autocast, stage.losses(batch, step, generator)):
+        yield name, loss, _update(stage, name, loss, step, grad_clip, processes), metrics
 
 
 def _update(stage: Stage, name: str, loss: Tensor, step: int, grad_clip: float, processes: Processes) -> Tensor:

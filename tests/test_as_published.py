@@ -44,5 +44,7 @@ def test_the_benchmark_puts_it_first_and_tells_the_gain(capsys):
     published, ours = report["variants"]
     assert published["settings"] == ["as published"] and ours["settings"] == []
     assert published["ms_per_latent"]["clean"]["median"] > 0 and report["ratio"]["total"] > 0
-    assert benchmark.main([*words.split(), "--versus", "window=8"]) == 2
-    assert "expected --as-published alone" in capsys.readouterr().err
+    assert benchmark.main([*words.split(), "--latents", "901"]) == 2
+    assert "expected at most 900 --latents" in capsys.readouterr().err
+    assert benchmark.main([*words.split(), "--set", "sampler=euler"]) == 2
+    assert "expected sampler renoise and guidance 1, got euler" in capsys.readouterr().err

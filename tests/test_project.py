@@ -11,12 +11,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # The rooms in the order of docs/architecture.md: a room may import only rooms named before it.
 ROOMS = [
-    "worldmodel.command_line", "worldmodel.options",
+    "worldmodel.command_line", "worldmodel.options", "worldmodel.machine", "worldmodel.flops",
     "worldmodel.camera", "worldmodel.controls", "worldmodel.schedule", "worldmodel.rope", "worldmodel.prope", "worldmodel.attention",
     "worldmodel.kv_cache", "worldmodel.transformer", "worldmodel.autoencoder", "worldmodel.text",
     "worldmodel.sources", "worldmodel.text_encoder", "worldmodel.checkpoint",
     "worldmodel.rollout", "worldmodel.compiled", "worldmodel.engine", "worldmodel.as_published",
-    "worldmodel.world", "worldmodel.convert", "worldmodel.session", "worldmodel.recording", "worldmodel.benchmark", "worldmodel.client",
+    "worldmodel.world", "worldmodel.convert", "worldmodel.session", "worldmodel.recording", "worldmodel.random_world",
+    "worldmodel.benchmark", "worldmodel.client",
     "play", "distill",
 ]  # fmt: skip
 SOURCES = [*ROOT.glob("worldmodel/**/*.py"), *ROOT.glob("distill/**/*.py"), ROOT / "play.py"]

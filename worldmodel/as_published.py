@@ -58,6 +58,9 @@ class PublishedLoop(Rollout):
 
     def __init__(self, model: CausalWanTransformer, text: Tensor | TextContext, config: RolloutConfig, *,
                  batch: int = 1, height: int, width: int, device: torch.device | str = "cpu"):
+        if config.sampler != "renoise" or config.guidance != 1:
+            found = f"{config.sampler} and {config.guidance}"
+            raise ValueError(f"the loop as published is that of few-step models: expected sampler renoise and guidance 1, got {found}")
         super().__init__(model, text, config, batch=batch, height=height, width=width, device=device)
         _, patch_h, patch_w = model.config.patch_size
         self.grid = height // patch_h, width // patch_w
@@ -141,8 +144,8 @@ class PublishedLoop(Rollout):
     def _rotate(self, x: Tensor) -> Tensor:
         """Rotary embedding at absolute frame numbers as complex float64 products, one sample at a time."""
         frames, (rows, columns) = x.shape[1] // self.tokens, self.grid
-        places = (range(self.done, self.done + frames), range(rows), range(columns))
-        bands = [self.table[i][list(place)] for i, place in enumerate(places)]
+        places = (slice(self.done, self.done + frames), slice(rows), slice(columns))
+        bands = [table[place] for table, place in zip(self.table, places, strict=True)]
         shapes = ((frames, 1, 1, -1), (1, rows, 1, -1), (1, 1, columns, -1))
         turn = torch.cat([b.view(s).expand(frames, rows, columns, -1) for b, s in zip(bands, shapes, strict=True)], -1).flatten(0, 2)
         turned = []

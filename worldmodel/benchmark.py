@@ -1,17 +1,17 @@
-"""`python -m worldmodel.benchmark`: how fast a world plays here, as JSON; two variants can take turns in one run.
+"""`python -m worldmodel.benchmark`: how fast a world plays here, as JSON; several variants can take turns in one run.
 
 Times are of `Session.step`, which is what the client calls: sampling the pose to having the frames. The first latents,
-while the window fills and the machine warms up, are not counted.
+while the window fills and the machine warms up, are not counted. Its parts are timed where the work is done (`machine.PartClock`).
 """
 
 import argparse
+import gc
 import json
-import os
-import platform
 import shlex
-import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,82 +22,57 @@ from tqdm import tqdm
 
 from worldmodel import command_line
 from worldmodel.as_published import PublishedLoop
-from worldmodel.autoencoder import FRAMES_PER_LATENT, TinyAutoencoder
+from worldmodel.autoencoder import FRAMES_PER_LATENT
 from worldmodel.camera import MotionStep, parse_trajectory
-from worldmodel.controls import Envelope
+from worldmodel.command_line import first_line
 from worldmodel.engine import EngineOptions
+from worldmodel.flops import clean_flops, pass_flops
+from worldmodel.machine import PartClock, PeakMemory, Span, describe_commit, describe_machine, matmul_rate, settle, spread
 from worldmodel.options import as_dict, build
+from worldmodel.random_world import AUTOENCODERS, SHAPES, Shape, random_config, random_world
 from worldmodel.rollout import RolloutConfig, with_steps
 from worldmodel.session import Session
-from worldmodel.text import PromptBook
-from worldmodel.transformer import CausalWanTransformer
-from worldmodel.world import PromptConfig, World, WorldConfig, fast_dtype, open_device
+from worldmodel.world import World, fast_dtype, open_device
 
 ROUNDS = 8  # turns that each variant gets
 PRESSES = 32  # simulated key presses a chunk, evenly spread
 MOST_PUBLISHED = 900  # latents: the public rotary tables end at 1,024
 MARGIN = 6.0  # ms between a chunk being ready and being due, as the client keeps it
 PARTS = ("network", "clean", "decode")
+WORLD = Path("assets/worlds/blocks")
+ENGINE_KEYS = ("compile", "weights", "memory")  # what a variant may choose besides rollout options; and `autoencoder`
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A world of random weights: as fast as a trained one of this shape."""
+class Variant:
+    """One of the ways to play that are compared; `settings` are `key=value` of the rollout, the rest decides how the world is opened."""
 
-    layers: int
-    width: int  # channels; the feed-forward layer has four times as many
-    heads: int
+    written: tuple[str, ...]  # all that was asked for
+    settings: tuple[str, ...]
+    engine: EngineOptions
+    autoencoder: str | None  # of a random world; None = its own
+
+    @property
+    def opened(self) -> tuple[EngineOptions, str | None]:
+        """What worlds can differ in before they are played."""
+        return self.engine, self.autoencoder
 
     @classmethod
-    def parse(cls, text: str) -> "Shape":
-        """`LAYERSxWIDTHxHEADS`, for example 8x256x4."""
-        parts = text.lower().split("x")
-        if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
-            raise ValueError(f"expected LAYERSxWIDTHxHEADS such as 8x256x4, got {text!r}")
-        shape = cls(*map(int, parts))
-        if shape.width % (4 * shape.heads):
-            raise ValueError(
-                f"expected a width that is a multiple of 4 x {shape.heads} heads, got {shape.width} in {text!r}"
-            )
-        return shape
+    def parse(cls, written: list[str], engine: EngineOptions, autoencoder: str | None) -> "Variant":
+        """`key=value` texts over what holds for all variants."""
+        keys = {text: text.partition("=")[0] for text in written}
+        own = {key: text.partition("=")[2] for text, key in keys.items() if key in (*ENGINE_KEYS, "autoencoder")}
+        autoencoder = own.pop("autoencoder", autoencoder)
+        if autoencoder not in (None, *AUTOENCODERS):
+            raise ValueError(f"autoencoder must be one of {', '.join(AUTOENCODERS)}, got {autoencoder!r}.")
+        settings = tuple(text for text, key in keys.items() if key not in (*ENGINE_KEYS, "autoencoder"))
+        return cls(tuple(written), settings, replace(engine, **own), autoencoder)
 
 
-def random_world(shape: Shape, height: int, width: int, device: torch.device, dtype: torch.dtype) -> World:
-    """A world in memory with random weights, without start images; height and width in pixels, multiples of 16."""
-    if height % 16 or width % 16 or min(height, width) < 16:
-        raise ValueError(f"expected a picture size in multiples of 16 pixels, got {height}x{width}")
-    torch.manual_seed(0)
-    transformer = CausalWanTransformer(
-        num_attention_heads=shape.heads,
-        attention_head_dim=shape.width // shape.heads,
-        num_layers=shape.layers,
-        ffn_dim=4 * shape.width,
-        text_dim=64,
-    )
-    autoencoder = TinyAutoencoder(
-        encoder_widths=(32, 32, 64, 128),
-        encoder_blocks=(1, 2, 2),
-        decoder_widths=(160, 96, 48, 48),
-        decoder_blocks=(3, 2, 1),
-        strides=(1, 2, 2),
-        patch_size=2,
-    )
-    config = WorldConfig(
-        name="random",
-        title="Random weights",
-        height=height,
-        width=width,
-        fps=16.0,
-        intrinsics=(0.5, 0.8333, 0.5, 0.5),
-        envelope=Envelope(),
-        rollout=RolloutConfig(),
-        prompts=PromptConfig(default="random"),
-    )
-    parts = (torch.nn.Module.to(network.eval().requires_grad_(False), dtype) for network in (transformer, autoencoder))
-    return World(Path("random"), config, *parts, PromptBook({"random": torch.randn(4, 64)}), device, dtype)
+Opener = Callable[[EngineOptions, str | None], World]  # the engine's options, the autoencoder of a random world
 
 
-def apply_settings(world: World, settings: list[str]) -> World:
+def apply_settings(world: World, settings: tuple[str, ...]) -> World:
     """`world` with other rollout options, each `key=value` in YAML; `steps` may be a number of steps or a list."""
     rollout = as_dict(world.config.rollout)
     for setting in settings:
@@ -117,42 +92,70 @@ def apply_settings(world: World, settings: list[str]) -> World:
 class Walk:
     """A session that walks on and turns, and the times it took."""
 
-    def __init__(self, world: World, settings: list[str], seed: int, published: bool = False):
-        self.settings = ["as published", *settings] if published else settings
-        self.world = apply_settings(world, settings)
+    def __init__(self, world: World, variant: Variant, seed: int, published: bool = False):
+        self.variant, self.settings = variant, [*(["as published"] if published else []), *variant.written]
+        self.world = apply_settings(world, variant.settings)
         asked = self.world.config.rollout
         self.rollout = self.world.engine.tier.rollout(asked, asked.history)  # what memory leaves of it
         envelope = self.world.config.envelope
         step = MotionStep(envelope.forward, envelope.yaw)
         self._path = parse_trajectory("w*6, w+l*4, l*4, w*4, w+j*6, j*2", step, envelope.style)[1:]
-        self._session = Session(self.world, seed=seed)
-        self._published = published
-        if published:
-            rows, columns = self.world.latent_size
-            text = self.world.prompts[self._session.prompt][None]
-            self._session.rollout = PublishedLoop(
-                self.world.transformer, text, self.rollout, height=rows, width=columns, device=world.device
-            )
+        self._seed, self._published, self._clock = seed, published, PartClock(world.device)
+        self._session: Session | None = None
         self._done = 0
         self._base = np.eye(4)
-        self.times: list[dict[str, float]] = []  # ms a chunk
+        self.peak = 0  # bytes
+        self.notices: list[str] = []
+        self.fault = ""  # why there are no times
+        self.chunks: list[tuple[float, float, list[Span]]] = []  # ms until the next could begin, ms to the first frames, parts
+
+    def _begin(self) -> None:
+        """Makes the session and puts the clock around what it calls; play itself knows of none."""
+        self._session = session = Session(self.world, seed=self._seed, history=self.rollout.history)
+        if self._published:
+            text, (rows, columns) = self.world.prompts[session.prompt][None], self.world.latent_size
+            session.rollout = PublishedLoop(
+                self.world.transformer, text, self.rollout, height=rows, width=columns, device=self.world.device
+            )
+        rollout, decoder, clock = session.rollout, session._decoder, self._clock
+        rollout.step = clock.timed("network", rollout.step)
+        clean = "commit" if self._published else "settle"  # the published loop cleans within its step
+        setattr(rollout, clean, clock.timed("clean", getattr(rollout, clean)))
+        decoder.frames = clock.timed_pieces("decode", decoder.frames)
 
     def chunk(self) -> None:
-        """One more chunk."""
+        """One more chunk. On CUDA nobody waits for its clean pass but the next one, as in play."""
         poses = np.stack([self._next_pose() for _ in range(self.rollout.chunk)])
         moments = [time.perf_counter()]
+        shown = self._session.step(poses, lambda _: moments.append(time.perf_counter()))  # the first frames are there
+        self._session.settle()
+        moments.append(time.perf_counter())
+        self.notices += [shown.notice] if shown.notice else []
+        ready, total = ((moment - moments[0]) * 1e3 for moment in moments[1:])
+        self.chunks.append((total, ready, self._clock.take()))
 
-        def pass_by(*_) -> None:
-            moments.append(time.perf_counter())
+    def warm_up(self, memory: PeakMemory, weights: int) -> None:
+        """Fills the window, waits for the compiler, and sees what two more chunks take of memory; `weights`: bytes of its networks."""
+        others = memory.now() - weights
+        self._begin()
+        for _ in range(self.rollout.window // self.rollout.chunk + 2):
+            self.chunk()
+        if self.world.engine.compiled:
+            self.world.engine.compiled.wait()
+        memory.reset()
+        for _ in range(2):
+            self.chunk()
+        settle(self.world.device)
+        self.peak = memory.peak() - others
+        self.chunks.clear()
 
-        result = self._session.step(poses, pass_by)  # passes by when the first frames are there
-        pass_by()
-        self._session.settle()  # the clean pass of this chunk
-        pass_by()
-        ready, shown, total = ((moment - moments[0]) * 1e3 for moment in moments[1:])
-        # the published loop cleans before it shows: its own clock tells how long
-        parts = {**result.timings, "clean": self._session.rollout.timings["clean"] if self._published else total - shown}
-        self.times.append({"total": total, "ready": ready, **{part: parts[part] for part in PARTS}})
+    def give_up(self, error: Exception) -> None:
+        """Ends a walk that the device's memory does not hold: the others go on."""
+        self.fault, self._session = first_line(error), None
+        self.chunks.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _next_pose(self) -> np.ndarray:
         place = self._done % len(self._path)
@@ -162,23 +165,58 @@ class Walk:
             self._base = pose
         return pose
 
-    def report(self) -> dict:
-        """Figures of all chunks since `times` was last cleared."""
-        chunk = self.rollout.chunk
-        frames = chunk * FRAMES_PER_LATENT
-        totals, ready = (np.array([times[name] for times in self.times]) for name in ("total", "ready"))
+    def report(self, rate: dict | None) -> dict:
+        """Figures of all chunks since the warm-up. rate: of `matmul_rate`, to compare with."""
+        if self.fault:
+            return {"settings": self.settings, "rollout": as_dict(self.rollout), "fault": self.fault}
+        chunk, frames = self.rollout.chunk, self.rollout.chunk * FRAMES_PER_LATENT
+        totals, ready = (np.array([times[place] for times in self.chunks]) for place in range(2))
+        parts = self._parts()
         period = frames / self.world.config.fps * 1e3
-        return {
+        report = {
             "settings": self.settings,
             "rollout": as_dict(self.rollout),
+            "engine": self.world.engine.describe(self.rollout),
             "chunks": len(totals),
-            "ms_per_latent": {
-                part: spread(np.array([times[part] for times in self.times]) / chunk) for part in ("total", *PARTS)
-            },
+            "ms_per_latent": {part: spread(values / chunk) for part, values in {"total": totals, **parts}.items()},
             "frames_per_second": round(frames / (float(np.median(totals)) / 1e3), 2),
             "real_time_factor": round(period / float(np.median(totals)), 3),
             "sampled_to_ready_ms": spread(ready),
             "key_to_pixel_ms": spread(key_to_pixel(ready, totals, period), "p95"),
+            "peak_memory_mib": round(self.peak / 2**20),
+        }
+        if self.notices:
+            report["notices"] = self.notices
+        if rate:
+            report["transformer"] = self._speed(parts, rate["tflop_per_second"]["median"])
+        return report
+
+    def _parts(self) -> dict[str, np.ndarray]:
+        """ms a chunk of each of PARTS."""
+        parts = {part: np.zeros(len(self.chunks)) for part in PARTS}
+        for place, (_, _, spans) in enumerate(self.chunks):
+            for span in spans:
+                parts[span.part][place] += span.milliseconds
+        if self._published:
+            parts["network"] -= parts["clean"]
+        return parts
+
+    def _speed(self, parts: dict[str, np.ndarray], rate: float) -> dict:
+        """What the transformer multiplies, and what share that is of `rate`, 10^12 operations a second."""
+        config, rollout = self.world.transformer.config, self.rollout
+        rows, columns = (cells // patch for cells, patch in zip(self.world.latent_size, config.patch_size[1:], strict=True))
+        amounts = rollout.chunk * rows * columns, rollout.window * rows * columns, self.world.prompts.shape[0]
+        flops = {"network": len(rollout.steps) * pass_flops(config, *amounts), "clean": clean_flops(config, *amounts)}
+        flops = {name: (2 if rollout.guidance != 1 else 1) * count for name, count in flops.items()}  # the dream without prompt goes along
+        times = {name: parts[name] for name in flops}
+        flops["both"], times["both"] = sum(flops.values()), times["network"] + times["clean"]
+        if rollout.merge_clean:  # one time for both
+            flops, times = {"both": flops["both"]}, {"both": times["both"]}
+        rates = {name: flops[name] / float(np.median(times[name])) / 1e9 for name in flops}
+        return {
+            "gflop_per_latent": {name: round(count / rollout.chunk / 1e9, 6) for name, count in flops.items()},
+            "tflop_per_second": {name: round(value, 6) for name, value in rates.items()},
+            "share_of_matmul_rate": {name: round(value / rate, 3) for name, value in rates.items()},
         }
 
 
@@ -207,73 +245,53 @@ def key_to_pixel(durations: np.ndarray, busy: np.ndarray, period: float) -> np.n
     return np.concatenate(delays[1:])
 
 
-def spread(values: np.ndarray, high: str = "p90") -> dict[str, float]:
-    """Median, 10th and 90th (or 95th) percentile."""
-    low, middle, top = np.percentile(values, (10, 50, int(high[1:])))
-    return {"median": round(float(middle), 3), "p10": round(float(low), 3), high: round(float(top), 3)}
-
-
 def take_turns(walks: list[Walk], latents: int) -> None:
-    """Fills every walk's window, then gives them turns (A B A B ...) until each has made `latents` latents."""
-    total = sum(-(-latents // walk.rollout.chunk) + walk.rollout.window // walk.rollout.chunk + 2 for walk in walks)
-    with tqdm(total=total, desc="benchmark", unit="chunk", leave=False) as bar:
-        for walk in walks:
-            for _ in range(walk.rollout.window // walk.rollout.chunk + 2):
-                walk.chunk()
-                bar.update()
-            if walk.world.engine.compiled:
-                walk.world.engine.compiled.wait()
-            walk.times.clear()
+    """Gives the walks turns (A B A B ...) until each has made `latents` latents, warmed up as they are."""
+    goals = [-(-latents // walk.rollout.chunk) for walk in walks]
+    with tqdm(total=sum(goals), desc="benchmark", unit="chunk", leave=False) as bar:
         for turn in range(ROUNDS):
-            for walk in walks:
-                goal = -(-latents // walk.rollout.chunk)
-                while len(walk.times) < -(-goal * (turn + 1) // ROUNDS):
-                    walk.chunk()
-                    bar.update()
+            for walk, goal in zip(walks, goals, strict=True):
+                with _memory_permitting(walk):
+                    while not walk.fault and len(walk.chunks) < -(-goal * (turn + 1) // ROUNDS):
+                        walk.chunk()
+                        bar.update()
+                settle(walk.world.device)
 
 
-def describe_machine(device: torch.device) -> dict:
-    """Hardware and versions that times depend on."""
-    return {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,  # above 1 at the start: not idle
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def describe_commit() -> str:
-    """The checkout that this package was imported from, `-dirty` when changed; "unknown" outside git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+@contextmanager
+def _memory_permitting(walk: Walk) -> Iterator[None]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        walk.give_up(error)
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def measure(
+    open_world: Opener, variants: list[Variant], device: torch.device, latents: int, seed: int = 0, as_published: bool = False,
+    rate: bool = False,
+) -> dict:  # fmt: skip
+    """The report that the command prints: one entry a variant, those after the first with the ratio of the medians to its.
 
-
-def measure(world: World, variants: list[list[str]], latents: int, seed: int = 0, as_published: bool = False) -> dict:
-    """The report that the command prints: one entry a variant, and with two of them the ratio of their medians.
-
-    as_published: the first variant is also driven by `PublishedLoop`, before all others.
+    open_world: opens the world as a variant wants it. as_published: the first variant is also driven by `PublishedLoop`, before all
+    others. rate: say what share of the device's matmul rate the transformer reaches.
     """
-    machine = describe_machine(world.device)
-    walks = [Walk(world, settings, seed) for settings in variants]
+    memory, machine, worlds = PeakMemory(device), describe_machine(device), {}
+    for variant in variants:
+        if variant.opened not in worlds:
+            before = memory.now()
+            worlds[variant.opened] = open_world(*variant.opened), memory.now() - before
+    world, _ = worlds[variants[0].opened]
+    peak_rate = matmul_rate(device, world.dtype) if rate else None
+    walks = [Walk(worlds[variant.opened][0], variant, seed) for variant in variants]
     if as_published:
         walks.insert(0, Walk(world, variants[0], seed, published=True))
     with torch.inference_mode():
+        for walk in tqdm(walks, desc="warming up", unit="variant", leave=False):
+            with _memory_permitting(walk):
+                walk.warm_up(memory, worlds[walk.variant.opened][1])
         take_turns(walks, latents)
-    reports = [walk.report() for walk in walks]
+    if all(walk.fault for walk in walks):
+        raise MemoryError(walks[0].fault)
     result = {
         "command": f"python -m worldmodel.benchmark {shlex.join(sys.argv[1:])}",
         "commit": describe_commit(),
@@ -289,38 +307,54 @@ def measure(world: World, variants: list[list[str]], latents: int, seed: int = 0
         },
         "latents": latents,
         "seed": seed,
-        "variants": reports,
+        "matmul_rate": peak_rate,
+        "peak_memory_mib": round(max(memory.peak(), *(walk.peak for walk in walks)) / 2**20),
+        "variants": [walk.report(peak_rate) for walk in walks],
     }
-    if world.device.type == "cuda":
-        result["peak_memory_mib"] = round(torch.cuda.max_memory_allocated(world.device) / 2**20)
-    if len(reports) == 2:
-        first, second = (report["ms_per_latent"] for report in reports)
-        result["ratio"] = {  # time of the first / time of the second: above 1, the second is faster
-            part: round(first[part]["median"] / second[part]["median"], 3)
-            for part in first
-            if min(first[part]["median"], second[part]["median"]) > 0.1  # ms; less is a part that one of them skips
-        }
-    return result
+    first, *others = result["variants"]
+    for other in others if not first.get("fault") else ():
+        if not other.get("fault"):
+            other["ratio"] = _ratio(first, other)
+    return result | ({"ratio": others[0]["ratio"]} if len(others) == 1 and "ratio" in others[0] else {})
+
+
+def _ratio(first: dict, other: dict) -> dict[str, float]:
+    """Time of the first / time of the other, part by part: above 1, the other is faster."""
+    times = {part: (first["ms_per_latent"][part]["median"], other["ms_per_latent"][part]["median"]) for part in ("total", *PARTS)}
+    return {part: round(a / b, 3) for part, (a, b) in times.items() if min(a, b) > 0.1}  # ms; less is a part that one of them skips
+
+
 
 
 def parser() -> command_line.Parser:
     """The options, one line each."""
     made = command_line.Parser(prog="python -m worldmodel.benchmark", description=__doc__.splitlines()[0])
-    made.add_argument("--world", type=Path, default=Path("assets/worlds/blocks"), help="folder of the world")
-    made.add_argument("--random-weights", metavar="LxWxH", help="a random world of LAYERSxWIDTHxHEADS, no files needed")
-    made.add_argument("--size", default="96x160", help="HEIGHTxWIDTH of the random world in pixels (default: 96x160)")
+    made.add_argument(
+        "--world", type=Path, help=f"folder of the world (default: {WORLD}); with --random-weights also a name of configs/worlds, "
+        "for size, steps, window and motion"
+    )  # fmt: skip
+    made.add_argument(
+        "--random-weights", metavar="SHAPE", help=f"random weights, no files needed: {', '.join(SHAPES)} or LAYERSxWIDTHxHEADS[xFFN]"
+    )
+    made.add_argument("--size", type=_size, help="HEIGHTxWIDTH of the random world in pixels (default: the world's, or the shape's)")
+    made.add_argument(
+        "--autoencoder", choices=AUTOENCODERS, help="of the random world: tiny (default), Wan2.1's own, or none: figures without decoding"
+    )
     made.add_argument("--latents", type=int, default=64, help="latents measured for each variant (default: 64)")
     made.add_argument("--threads", type=command_line.threads, help="threads of torch (default: torch's own choice)")
     made.add_argument("--steps", type=command_line.positive, help="denoising steps a chunk (default: the world's)")
     made.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="rollout options, e.g. window=8 merge_clean=true"
-    )
+        "--set", nargs="+", default=[], metavar="KEY=VALUE",
+        help=f"rollout options, e.g. window=8 merge_clean=true, or {', '.join(ENGINE_KEYS)}, autoencoder of this variant alone"
+    )  # fmt: skip
     made.add_argument(
-        "--versus", nargs="+", metavar="KEY=VALUE", help="rollout options of a second variant; both take turns"
-    )
+        "--versus", nargs="+", action="append", default=[], metavar="KEY=VALUE",
+        help="the same of another variant, may be repeated; all take turns"
+    )  # fmt: skip
     made.add_argument(
         "--as-published", action="store_true", help="first the same network driven as the public loops do it: the ratio is the gain"
     )
+    made.add_argument("--rate", action="store_true", help="also what share of the device's matmul rate the transformer reaches")
     made.add_argument("--memory", default="auto", help="auto, or plan for a GPU with 40, 24, 16, 12 or 8 GB (default: auto)")
     made.add_argument("--weights", default="auto", help="auto, full, int8 or fp8 (default: auto)")
     made.add_argument("--compile", default="auto", help="compiled blocks: auto (on CUDA), on or off (default: auto)")
@@ -338,24 +372,40 @@ def run(args: argparse.Namespace) -> dict:
     """Opens the world and measures it; ValueError for options that cannot be honoured."""
     if args.latents < ROUNDS:
         raise ValueError(f"expected at least {ROUNDS} --latents, got {args.latents}: each variant takes {ROUNDS} turns")
-    if args.as_published and (args.versus or args.latents > MOST_PUBLISHED):
-        wrong = "--versus" if args.versus else f"--latents {args.latents}"
-        raise ValueError(f"expected --as-published alone and at most {MOST_PUBLISHED} latents, where the public tables end, got {wrong}")
+    if args.as_published and args.latents > MOST_PUBLISHED:
+        raise ValueError(f"expected at most {MOST_PUBLISHED} --latents, where --as-published's tables end, got {args.latents}")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    dtype = getattr(torch, args.dtype) if args.dtype else None
     device, engine = open_device(args.device), EngineOptions(args.memory, args.weights, args.compile, args.attention)
-    if args.random_weights:
-        height, _, width = args.size.partition("x")
-        if not (height.isdecimal() and width.isdecimal()):
-            raise ValueError(f"expected --size as HEIGHTxWIDTH such as 96x160, got {args.size!r}")
-        shape = Shape.parse(args.random_weights)
-        world = random_world(shape, int(height), int(width), device, dtype or fast_dtype(device)).fitted(engine)
-    else:
-        world = World.from_pretrained(args.world, device, dtype, engine)
     steps = [f"steps={args.steps}"] if args.steps else []
-    variants = [steps + args.set] + ([steps + args.versus] if args.versus else [])
-    return measure(world, variants, args.latents, args.seed, args.as_published)
+    variants = [Variant.parse(steps + written, engine, args.autoencoder) for written in (args.set, *args.versus)]
+    opener = _opener(args, variants, device)
+    return measure(opener, variants, device, args.latents, args.seed, args.as_published, args.rate)
+
+
+def _opener(args: argparse.Namespace, variants: list[Variant], device: torch.device) -> Opener:
+    """How the world is opened that the options describe."""
+    dtype = getattr(torch, args.dtype) if args.dtype else fast_dtype(device)
+    if args.random_weights:
+        shape = Shape.parse(args.random_weights)
+        config = random_config(shape, args.world, args.size)
+        return lambda engine, autoencoder: _of_one_tier(random_world(shape, config, autoencoder or "tiny", device, dtype).fitted(engine))
+    if args.size or any(variant.autoencoder for variant in variants):
+        raise ValueError("expected --size and --autoencoder with --random-weights alone: a stored world has its own")
+    return lambda engine, _: _of_one_tier(World.from_pretrained(args.world or WORLD, device, dtype, engine))
+
+
+def _of_one_tier(world: World) -> World:
+    """A world that does not go down a tier when memory is full: what is measured is what is reported."""
+    world.engine.tiers = world.engine.tiers[:1]
+    return world
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH in pixels such as 96x160, got {text!r}")
+    return int(height), int(width)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -134,6 +134,7 @@ class World:
         """The same world, its networks stored and running as `options` and the device allow; ValueError when they cannot."""
         tiers, free = tiers_from(options), free_memory(self.device)
         if options.memory == "auto" and free is not None:
+            free += sum(p.nbytes for p in self.transformer.parameters() if p.device.type == self.device.type)  # it is there already
             tiers = fitting(tiers, self.demand(), self.config.rollout, HISTORY, free)
         quantise(self.transformer, tiers[0].weights, self.device)
         transformer, autoencoder = self.transformer.to(self.device), self.autoencoder.to(self.device)

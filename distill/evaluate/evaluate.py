@@ -16,7 +16,7 @@ from distill.data.walker import FRAMES_PER_LATENT
 from distill.evaluate import protocol, scores
 from distill.evaluate.dreams import Variant, dream, load_transformer, parse_variant, reconstruct
 from distill.evaluate.report import contact_sheet, markdown, write_file, write_picture
-from worldmodel.benchmark import describe_commit, describe_machine
+from worldmodel.machine import describe_commit, describe_machine
 from worldmodel.options import as_dict
 from worldmodel.world import World, check_fit
 

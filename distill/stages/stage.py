@@ -99,7 +99,7 @@ class TransformerStage(Stage):
 
     def __init__(self, recipe: Recipe, config: TransformerConfig, device: torch.device, frames: int = 0):
         self.recipe, self.config, self.device = recipe, config, device
-        self._clips = LatentClips(Path(recipe.data.root), frames or recipe.data.frames, recipe.data.first_share, recipe.run.seed)
+        self._clips = self.open_clips(frames or recipe.data.frames)
         self.prompts = open_prompts(recipe, (clip.caption for clip in self._clips.clips))
         self._rows = {name: row for row, name in enumerate(self.prompts.names)}
         self._table = torch.stack([*(self.prompts[name] for name in self.prompts.names), self.prompts.unconditional]).to(device)
@@ -110,6 +110,10 @@ class TransformerStage(Stage):
         self._decoder = self._load_decoder()
         self.compile(self.student)
         self.averages = {"student": MovingAverage(self.student, self.average, config.ema, config.ema_start)}
+
+    def open_clips(self, frames: int) -> LatentClips:
+        """What the stage learns from, in windows of `frames` latents."""
+        return LatentClips(Path(self.recipe.data.root), frames, self.recipe.data.first_share, self.recipe.run.seed)
 
     def load(self, source: str) -> CausalWanTransformer:
         """A trainable transformer from an export folder or stage name; with random weights for an empty `source`."""

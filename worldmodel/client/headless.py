@@ -139,7 +139,7 @@ def _walked(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, int, "Recor
 
 def _report(scenes: Scenes, options: PlayOptions, output: Path, latents: int, spent: np.ndarray, timings) -> dict:
     """The measured figures of a walk, and the machine they were measured on."""
-    from worldmodel.benchmark import describe_machine
+    from worldmodel.machine import describe_machine
 
     p50, p95 = np.percentile(spent, (50, 95)) if len(spent) else (0.0, 0.0)
     fps = scenes.frames_per_latent * 1000 / p50 if p50 else 0.0
