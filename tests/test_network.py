@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from worldmodel import attention, prope, rope, schedule
 from worldmodel.checkpoint import load_transformer
+from worldmodel.kv_cache import Window
 from worldmodel.rollout import Rollout, RolloutConfig, with_steps
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -296,6 +297,58 @@ def test_a_ring_that_lives_on_equals_windows_made_anew(network, config):
         with torch.no_grad():
             latents = anew.step(viewmats[:, i : i + config.chunk], lens, generator=generator)
         torch.testing.assert_close(latents, lasting[:, :, i : i + config.chunk], atol=2e-5, rtol=0)
+
+
+def ring(rollout):
+    """Addresses of the tensors that attention reads."""
+    return [x.data_ptr() for layer in rollout.cache._ring.values() for x in layer]
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_the_ring_stays_where_it_is(network, merge):
+    config = RolloutConfig(window=4, sinks=1, history=6, merge_clean=merge)  # a new anchor every second latent
+    _, rollout = dream(network, config, frames=3)
+    first, (viewmats, lens) = ring(rollout), walk(10)
+    assert len(first) == 2 * network.config.num_layers
+    with torch.no_grad():
+        for i in range(3, 10):
+            rollout.step(viewmats[:, i : i + 1], lens)
+            assert ring(rollout) == first
+        rollout.rewind(6)
+        twin = rollout.fork()
+        for one in (rollout, twin):
+            one.step(viewmats[:, 6:7], lens)
+        assert ring(rollout) == first and not set(ring(twin)) & set(first)
+    rollout.step(viewmats[:, 6:7], lens, grad=True)
+    assert ring(rollout) == []  # a graph may hold its own window, and nothing else is kept beside it
+
+
+class Full(Exception):
+    """No memory for a pass."""
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_pass_that_failed_half_way_can_be_tried_again(network, merge, monkeypatch):
+    config = RolloutConfig(window=4, sinks=1, merge_clean=merge)
+    plain, broken = (dream(network, config, frames=7)[1] for _ in range(2))
+    (viewmats, lens), write, calls = walk(9), Window.write, iter(range(100))
+
+    def failing(window, *inputs):
+        if next(calls) == 1:  # the first layer has written already
+            raise Full
+        write(window, *inputs)
+
+    def on(rollout):
+        draw = torch.Generator().manual_seed(5)
+        return torch.cat([rollout.step(viewmats[:, i : i + 1], lens, generator=draw, settle=False) for i in (7, 8)], 2)
+
+    with torch.no_grad():
+        monkeypatch.setattr(Window, "write", failing)
+        with pytest.raises(Full):
+            on(broken)
+        broken.settle()
+        plain.settle()
+        torch.testing.assert_close(on(broken), on(plain), atol=2e-5, rtol=0)
 
 
 def test_a_pass_without_velocity_leaves_the_same_memory(network):

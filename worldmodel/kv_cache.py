@@ -3,7 +3,7 @@
 Store once: a frame keeps, for all layers together, its normalised un-rotated keys, its raw values and its camera. Turn once: the window
 is a ring in fixed memory; the passes of a chunk write their keys, rotated and projected, to the places of the frames that have just left
 it, and those of the clean pass stay. Attention asks for differences of positions and cameras only, so all of them are relative to
-an anchor, a frame a few latents back; every `KVCache.period` latents there is a new one and the window is made from the store again. So
+an anchor, a frame a few latents back; every `KVCache.period` latents there is a new one and the ring is written from the store again. So
 positions never run out, the numbers stay small however far the player walks, rewinding is truncation, a fork shares the frames (they
 are never written again), and a sink is a frame that is not dropped.
 """
@@ -179,7 +179,8 @@ class KVCache:
         self.period = max(1, window - sinks - 1)  # latents to a new anchor; so long the old one is among the frames that are kept
         self.frames: list[FrameMemory] = []
         self.committed = 0
-        self._window: Window | None = None
+        self._window: Window | None = None  # what stands in the ring, when that is known
+        self._ring: dict[int, tuple[Tensor, Tensor]] = {}  # its memory, which every window without gradients takes over
 
     def commit(self, view: CacheView, viewmats: Tensor, intrinsics: Tensor, fresh: dict[int, tuple[Tensor, Tensor]]) -> None:
         """Remembers a chunk: the `view` that its clean pass was the last to read, cameras `viewmats` `[B, F, 4, 4]` and `intrinsics`
@@ -268,6 +269,11 @@ class KVCache:
         window.oldest, self._window = oldest, None if grad else window
         return window
 
+    def holds(self, view: CacheView | None, chunk: int) -> bool:
+        """Whether a view of a chunk of `chunk` new frames can still be read: nothing was committed or written over since it was made."""
+        window = self._window
+        return view is not None and view.window is window and (window.held, window.oldest) == (self.committed, self._oldest(chunk))
+
     def _since(self, oldest: int) -> list[FrameMemory]:
         return [f for f in self.frames if f.index < self.sinks or f.index >= oldest]
 
@@ -287,11 +293,16 @@ class KVCache:
     def _new_window(self, phase: int, oldest: int, rows: int, columns: int, camera: Tensor | None) -> Window:
         """The sinks and the frames from `oldest` on out of the store, layer by layer, so that what comes in between stays small.
 
-        The anchor is the last frame before the phase (in the first phase the first of all), or the nearest to it that is kept.
+        The anchor is the last frame before the phase (in the first phase the first of all), or the nearest to it that is kept. Without
+        gradients it is written over the window before it: two of them would be gigabytes.
         """
         if self.frames:
             camera = min(self.frames, key=lambda frame: abs(frame.index - max(0, phase - 1))).viewmats
-        window = Window(self.window * rows * columns, _inverse(camera[:, None]), phase, self.committed, oldest)
+        grad, size = torch.is_grad_enabled(), self.window * rows * columns
+        if grad or any(keys.shape[2] != size for keys, _ in self._ring.values()):
+            self._ring = {}
+        self._window = None  # not known until all is written
+        window = Window(size, _inverse(camera[:, None]), phase, self.committed, oldest, {} if grad else self._ring)
         frames = self._since(oldest)
         if not frames:
             return window
