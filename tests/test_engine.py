@@ -1,13 +1,21 @@
 """The engine: a world in little memory, in 8 bits, compiled while it is played. Devices are played by numbers here."""
 
+import gc
+import itertools
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
 
+from worldmodel import engine
+from worldmodel import session as session_room
+from worldmodel.autoencoder import StreamingDecoder, StreamingEncoder
 from worldmodel.camera import MotionStep, parse_trajectory
 from worldmodel.compiled import CompiledBlocks
-from worldmodel.engine import HISTORY, TIERS, EngineOptions, Tier, choose_attention, demand, fitting, quantise, tiers_from
+from worldmodel.engine import HISTORY, TIERS, Engine, EngineOptions, Tier, choose_attention, demand, fitting, quantise, tiers_from
+from worldmodel.kv_cache import KVCache
 from worldmodel.rollout import RolloutConfig
 from worldmodel.session import Session
 from worldmodel.transformer import CausalWanTransformer
@@ -74,16 +82,20 @@ def test_a_kernel_that_is_not_there_is_refused():
         choose_attention("fa3", torch.device("cpu"))
 
 
-def out_of_memory(world, monkeypatch, at):
-    """Lets the passes with the numbers `at` fail as a full GPU does."""
-    plain, passes = world.transformer.forward, iter(range(10**6))
+def out_of_memory(monkeypatch, place, name, at, kind=torch.OutOfMemoryError, words="CUDA out of memory."):
+    """Lets the calls of `place.name` with the numbers `at` fail as on a full GPU."""
+    plain, calls = getattr(place, name), itertools.count()
 
-    def forward(*inputs, **options):
-        if next(passes) in at:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+    def call(*inputs, **options):
+        if next(calls) in at:
+            raise kind(words)
         return plain(*inputs, **options)
 
-    monkeypatch.setattr(world.transformer, "forward", forward)
+    monkeypatch.setattr(place, name, call)
+
+
+SMALL = Tier("small", window=3, history=1)
+DOWN = "Memory is full: going on as with small"
 
 
 @pytest.mark.parametrize("failing", [{0, 1}, {1}])  # the clean pass of latent 6, twice; the first pass of latent 7
@@ -94,29 +106,113 @@ def test_a_full_memory_goes_down_a_tier_and_loses_nothing(world, monkeypatch, fa
             assert session.step(pose).notice == ""
         return session
 
-    small, session, expected = Tier("small", window=3, history=1), walked(), walked()
+    session, expected = walked(), walked()
     if 0 not in failing:
         expected.settle()
-    expected.rollout = expected.rollout.fork(small.rollout(expected.config, HISTORY))
-    world.engine.tiers = (TIERS[0], small)
-    out_of_memory(world, monkeypatch, failing)
+    expected.rollout = expected.rollout.fork(SMALL.rollout(expected.config, HISTORY))
+    world.engine.tiers = (TIERS[0], SMALL)
+    out_of_memory(monkeypatch, world.transformer, "forward", failing)
     session.settle()
     chunk = session.step(WALK[6])
-    assert chunk.notice == "Memory is full: going on as with small"
+    assert chunk.notice == DOWN
     np.testing.assert_array_equal(chunk.frames, expected.step(WALK[6]).frames)
     assert (chunk.index, session.frames, session.config.window, session.config.history) == (7, 8, 3, 1)
     assert len(session.rollout.cache.frames) <= 4 and len(session._states) <= 2
     assert all(session.step(pose).notice == "" for pose in WALK[7:])
 
 
-def test_the_smallest_tier_says_that_it_is_full(world, monkeypatch):
-    world.engine.tiers = TIERS[-1:]
+def test_the_old_ring_is_gone_before_anything_new_is_made(world, monkeypatch):
+    world.engine.tiers, session = (TIERS[0], SMALL), Session(world, image="grey-0")
+    for pose in WALK[:4]:
+        session.step(pose)
+    old = weakref.ref(session.rollout.cache)
+    ring = [weakref.ref(tensor) for layer in session.rollout.cache._ring.values() for tensor in layer]
+    left = []  # of the old ring, when weights are stored and when the new window is made
+    for place, name in ((Engine, "refit"), (KVCache, "_new_window")):
+        def watched(owner, *inputs, plain=getattr(place, name)):
+            if owner is not old():
+                left.append(sum(tensor() is not None for tensor in ring))
+            return plain(owner, *inputs)
+
+        monkeypatch.setattr(place, name, watched)
+    out_of_memory(monkeypatch, world.transformer, "forward", {1})
+    gc.disable()  # nobody collects cycles while memory is full
+    try:
+        assert session.step(WALK[4]).notice == DOWN
+    finally:
+        gc.enable()
+    assert len(ring) == 4 and old() is None and left == [0, 0]
+
+
+FULL = [(torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB."),
+        (RuntimeError, "CUDA error: out of memory"),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        (RuntimeError, "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        (RuntimeError, "MPS backend out of memory (MPS allocated: 8.00 GB)")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "words"), FULL)
+def test_every_failure_is_a_tier_until_there_is_none(world, monkeypatch, kind, words):
+    world.engine.tiers = (TIERS[0], Tier("middle", window=4), SMALL)
     session = Session(world)
     session.step(WALK[0])
-    out_of_memory(world, monkeypatch, set(range(100)))
-    with pytest.raises(MemoryError, match=r"full in the smallest tier \(8 GB\)"):
-        session.step(WALK[1])
-    assert session.frames == 1
+    out_of_memory(monkeypatch, world.transformer, "forward", {0, 1}, kind, words)  # the clean pass, and again with the middle tier
+    chunk = session.step(WALK[1])
+    assert (chunk.notice, chunk.index, world.engine.tiers) == (DOWN, 1, (SMALL,))
+    out_of_memory(monkeypatch, world.transformer, "forward", {1}, kind, words)
+    with pytest.raises(MemoryError, match=r"full in the smallest tier \(small\): close other programs"):
+        session.step(WALK[2])
+    assert session.frames == 2 and session.step(WALK[2]).index == 2  # somebody did
+
+
+@pytest.mark.parametrize(("place", "name"), [(KVCache, "_new_window"), (engine, "quantise")])
+def test_a_failure_while_going_down_is_a_tier_too(world, monkeypatch, place, name):
+    world.engine.tiers = (TIERS[0], Tier("middle", window=4), SMALL)
+    session = Session(world)
+    session.step(WALK[0])
+    session.settle()
+    out_of_memory(monkeypatch, world.transformer, "forward", {0})
+    out_of_memory(monkeypatch, place, name, {0})
+    assert session.step(WALK[1]).notice == DOWN
+
+
+def test_what_was_shown_before_memory_ran_out_is_shown_once(world, monkeypatch):
+    plain, early = Session(world, image="grey-0").step(WALK[0]), []
+    world.engine.tiers, session = (TIERS[0], SMALL), Session(world, image="grey-0")
+    out_of_memory(monkeypatch, session_room, "to_frames", {1})  # of the second frame
+    chunk = session.step(WALK[0], early.append)
+    assert (chunk.notice, len(early)) == (DOWN, 1)
+    np.testing.assert_array_equal(early[0], chunk.frames[:1])
+    np.testing.assert_array_equal(chunk.frames, plain.frames)
+
+
+def test_another_error_is_none_of_memory(world, monkeypatch):
+    session = Session(world)
+    out_of_memory(monkeypatch, world.transformer, "forward", {0}, RuntimeError, "shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="multiplied"):
+        session.step(WALK[0])
+    assert world.engine.tiers == TIERS
+
+
+@pytest.mark.parametrize(("place", "name"), [(StreamingEncoder, "step"), (StreamingDecoder, "frames"), (KVCache, "_new_window"),
+                                             (CausalWanTransformer, "forward"), (CausalWanTransformer, "encode_text")])  # fmt: skip
+def test_a_start_without_memory_goes_down_a_tier(world, monkeypatch, place, name):
+    world.engine.tiers = (TIERS[0], SMALL)
+    out_of_memory(monkeypatch, place, name, {0})
+    session = Session(world, image="grey-0")
+    assert session.start().notice == DOWN and session.config.window == 3 and session.frames == 1
+    expected = Session(world, image="grey-0")
+    np.testing.assert_array_equal(session.start().frames, expected.start().frames)
+    np.testing.assert_array_equal(session.step(WALK[0]).frames, expected.step(WALK[0]).frames)
+
+
+def test_a_prompt_without_memory_goes_down_a_tier(world, monkeypatch):
+    world.engine.tiers, session = (TIERS[0], SMALL), Session(world)
+    session.step(WALK[0])
+    out_of_memory(monkeypatch, world.transformer, "encode_text", {0})
+    session.set_prompt("loud")
+    chunk = session.step(WALK[1])
+    assert (chunk.notice, chunk.prompt, session.step(WALK[2]).notice) == (DOWN, "loud", "")
 
 
 @pytest.mark.parametrize(("weights", "most"), [("int8", 0.02), ("fp8", 0.08)])

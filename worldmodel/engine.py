@@ -2,7 +2,7 @@
 
 The memory of a GPU is what a dream runs out of: a latent frame of Wan2.1-1.3B at 480x832 is 290 MB of keys and values, and three times as
 much while it stands in the window. So there are tiers. The first one whose demand fits into what is free is taken and said aloud;
-when memory runs out all the same, the session goes down one tier, says so, and dreams the chunk again (`Session.step`).
+when memory runs out all the same, the session goes down one tier, says so, and does it again (`Session.step`).
 """
 
 import importlib.util
@@ -115,6 +115,13 @@ def tiers_from(options: EngineOptions) -> tuple[Tier, ...]:
     return tuple(tier if options.weights == "auto" else replace(tier, weights=options.weights) for tier in TIERS[first:])
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device's memory is full: torch's own kind, or what driver, cuBLAS and cuDNN say as RuntimeError."""
+    said = str(error).lower()
+    words = ("out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
+    return isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and any(word in said for word in words)
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes free on an accelerator; None for a CPU, whose memory is not what dreams run out of."""
     if device.type == "cuda":
@@ -151,19 +158,21 @@ class Engine:
         fault, self.compiled = self.compiled.fault, None
         return fault
 
-    def step_down(self, model: CausalWanTransformer) -> str:
-        """Takes the next smaller tier; returns a sentence for the player. MemoryError when there is none."""
+    def step_down(self) -> str:
+        """Takes the next smaller tier; returns a sentence for the player. MemoryError when there is none. `refit` makes it so."""
         if len(self.tiers) == 1:
             raise MemoryError(
                 f"The device's memory is full in the smallest tier ({self.tier.name}): close other programs that use it, or play "
                 "a smaller world."
             )
-        before, self.tiers = self.tier, self.tiers[1:]
-        if self.tier.weights != before.weights:
-            quantise(model, self.tier.weights, model.device)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        self.tiers = self.tiers[1:]
         return f"Memory is full: going on as with {self.tier.name}"
+
+    def refit(self, model: CausalWanTransformer) -> None:
+        """Gives unused memory back to the device and stores the model's weights as the tier says; can be called again when it failed."""
+        if model.device.type != "cpu":
+            getattr(torch, model.device.type).empty_cache()
+        quantise(model, self.tier.weights, model.device)
 
 
 def start_engine(options: EngineOptions, tiers: tuple[Tier, ...], model: CausalWanTransformer, device: torch.device) -> Engine:
@@ -215,5 +224,6 @@ def quantise(model: CausalWanTransformer, weights: str, device: torch.device) ->
 
 
 def _linear_layers(blocks: nn.ModuleList) -> list[nn.Linear]:
-    """What is stored in 8 bits: nearly all of the weights."""
-    return [m for name, m in blocks.named_modules() if isinstance(m, nn.Linear) and not name.endswith("prope_out")]
+    """What can be stored in 8 bits and is not yet: nearly all of the weights."""
+    linear = [m for name, m in blocks.named_modules() if isinstance(m, nn.Linear) and not name.endswith("prope_out")]
+    return [layer for layer in linear if type(layer.weight) is nn.Parameter]

@@ -245,10 +245,10 @@ class KVCache:
         cos, sin = self._table(torch.arange(len(past), device=keys.device), past, rows, columns)
         anchor = _inverse(past[0].viewmats[:, None])
         inverse = self._inverse_cameras(past, anchor).to(dtype) if self.camera else None
-        layers = [
-            turned(*(torch.stack([getattr(f, name)[layer].detach() for f in past], dim=1) for name in ("keys", "values")), cos, sin, inverse, self.heads)
-            for layer in range(len(keys))
-        ]
+        layers = []
+        for layer in range(len(keys)):
+            k, v = (torch.stack([getattr(f, name)[layer].detach() for f in past], dim=1) for name in ("keys", "values"))
+            layers.append(turned(k, v, cos, sin, inverse, self.heads))
         tokens = rows * columns
         pasts = [slice((old - wanted.start) * tokens, (start - wanted.start) * tokens) for old, start in zip(oldest, starts, strict=True)]
         viewmats, lenses = (torch.stack([getattr(f, name) for f in past[-frames:]], dim=1) for name in ("viewmats", "intrinsics"))

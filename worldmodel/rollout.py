@@ -137,9 +137,9 @@ class Rollout:
     def replay(self, noisy: Tensor, sigma: Tensor) -> Tensor:
         """Clean estimates of the newest committed frames, once more and all in one pass: `[B, C, F, H, W]`.
 
-        `noisy` `[B, C, F, H, W]` is what their last steps were `asked`, `sigma` `[B, F]` at which level. Every chunk sees what it saw when it
-        was dreamed, so the estimates are those of `step`; gradients flow through this pass and not into what is remembered, as in
-        `step` with `grad` and the cache_gradient "detached". ValueError where the past is not kept, see `KVCache.replay`.
+        `noisy` `[B, C, F, H, W]` is what their last steps were `asked`, `sigma` `[B, F]` at which level. Every chunk sees what it saw
+        when it was dreamed, so the estimates are those of `step`; gradients flow through this pass and not into what is remembered,
+        as in `step` with `grad` and the cache_gradient "detached". ValueError where the past is not kept, see `KVCache.replay`.
         """
         self.settle()
         with torch.no_grad():
