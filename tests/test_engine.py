@@ -2,7 +2,9 @@
 
 import gc
 import itertools
+import threading
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,6 +46,8 @@ def test_memory_decides_the_tier(wan, free, tier):
     config = RolloutConfig(window=12)
     assert fitting(TIERS, wan, config, HISTORY, int(free * GIB)) == TIERS[tier:]
     assert wan.of(TIERS[tier], config, HISTORY) < free * GIB
+    merged = wan.of(TIERS[tier], replace(config, merge_clean=True), HISTORY)  # a pass leaves two chunks' keys
+    assert merged == wan.of(TIERS[tier], config, HISTORY) + wan.stored
 
 
 def test_full_device_is_one_sentence(wan):
@@ -53,6 +57,7 @@ def test_full_device_is_one_sentence(wan):
 
 
 def test_a_world_opens_in_what_is_free_or_asked_for(tiny_bundle, monkeypatch):
+    monkeypatch.setattr(engine, "_has_torchao", lambda: True)
     assert World.from_pretrained(tiny_bundle).engine.tiers == TIERS  # a CPU
     small = World.from_pretrained(tiny_bundle, engine=EngineOptions(memory="16"))
     assert small.engine.tiers == TIERS[2:] and Session(small, history=9).config.history == 1
@@ -167,7 +172,8 @@ def test_every_failure_is_a_tier_until_there_is_none(world, monkeypatch, kind, w
 
 @pytest.mark.parametrize(("place", "name"), [(KVCache, "_new_window"), (engine, "quantise")])
 def test_a_failure_while_going_down_is_a_tier_too(world, monkeypatch, place, name):
-    world.engine.tiers = (TIERS[0], Tier("middle", window=4), SMALL)
+    world.engine.tiers = (TIERS[0], Tier("middle", "int8", window=4), replace(SMALL, weights="int8"))
+    monkeypatch.setattr(engine, "quantise", lambda *_: None)
     session = Session(world)
     session.step(WALK[0])
     session.settle()
@@ -191,7 +197,7 @@ def test_another_error_is_none_of_memory(world, monkeypatch):
     out_of_memory(monkeypatch, world.transformer, "forward", {0}, RuntimeError, "shapes cannot be multiplied")
     with pytest.raises(RuntimeError, match="multiplied"):
         session.step(WALK[0])
-    assert world.engine.tiers == TIERS
+    assert len(world.engine.tiers) == len(TIERS)
 
 
 @pytest.mark.parametrize(("place", "name"), [(StreamingEncoder, "step"), (StreamingDecoder, "frames"), (KVCache, "_new_window"),
@@ -231,6 +237,46 @@ def test_eight_bits_without_torchao_are_refused(tiny_bundle, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="torchao, which is not installed"):
         World.from_pretrained(tiny_bundle, dtype=torch.float32, engine=EngineOptions(weights="int8"))
+
+
+def test_without_torchao_the_weights_stay_full(wan, world, monkeypatch):
+    monkeypatch.setattr(engine, "_has_torchao", lambda: False)
+    world.engine.tiers = tiers_from(EngineOptions())
+    session = Session(world)
+    out_of_memory(monkeypatch, world.transformer, "forward", set(range(4)))
+    assert session.step(WALK[0]).notice == "Memory is full: going on as with 8 GB" and session.config.window == 4
+    assert "weights full (int8 with torchao, which is not installed)" in world.engine.describe(session.config)
+    with pytest.raises(ValueError, match=r"install torchao \(int8 weights need less\), or play a smaller world"):
+        fitting(tiers_from(EngineOptions()), wan, RolloutConfig(), HISTORY, 7 * GIB)
+    assert tiers_from(EngineOptions(memory="8", weights="full"))[0].missed == ""
+
+
+def test_weights_that_change_are_compiled_anew(tiny_bundle, monkeypatch):
+    compiled_by = []
+
+    def compile(half, **_):
+        def run(*inputs, **options):
+            compiled_by.append(threading.current_thread().name)
+            return half(*inputs, **options)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile)
+    world = World.from_pretrained(tiny_bundle, dtype=torch.float32, engine=EngineOptions(compile="on"))
+    world.engine.tiers, session = (TIERS[0], replace(SMALL, weights="int8")), Session(world)
+    session.step(WALK[0])
+    old = world.engine.compiled
+    old.wait()
+    session.step(WALK[1])
+    assert old.ready and threading.main_thread().name in compiled_by  # taken over
+    stopped = []
+    monkeypatch.setattr(engine, "quantise", lambda *_: stopped.append(old._stopped))
+    out_of_memory(monkeypatch, world.transformer, "forward", {0})
+    compiled_by.clear()
+    assert session.step(WALK[2]).notice == DOWN and stopped == [True]
+    new = world.engine.compiled
+    new.wait()
+    assert compiled_by[0] == "compiler" and new is not old and new.ready  # the new thread meets the new weights first
 
 
 @pytest.mark.slow

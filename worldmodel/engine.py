@@ -29,6 +29,7 @@ class Tier:
     weights: str = "full"  # of the blocks' linear layers: "full" (the networks' type), "int8" or "fp8"
     window: int | None = None  # latents of the window at most; None = the world's
     history: int | None = None  # latents kept for rewinding at most; None = as many as are wanted
+    missed: str = ""  # the weights that it would have with torchao, which is not installed
 
     def rollout(self, config: RolloutConfig, history: int) -> RolloutConfig:
         """`config` within this tier, where `history` latents to rewind are wanted. A chunk and the sinks always fit."""
@@ -78,7 +79,8 @@ class Demand:
         rollout = tier.rollout(config, history)
         weights = self.blocks if tier.weights == "full" else self.quantised
         remembered = (rollout.window + rollout.history) * self.stored + rollout.window * self.shown + rollout.history * self.rewound
-        return weights + self.rest + remembered
+        fresh = (3 if rollout.merge_clean else 2) * rollout.chunk * self.stored  # what a pass leaves, and a chunk of it put together
+        return weights + self.rest + remembered + fresh
 
 
 def demand(model: CausalWanTransformer, rows: int, columns: int, chunk: int, rest: int, rewound: int) -> Demand:
@@ -103,16 +105,24 @@ def fitting(tiers: tuple[Tier, ...], need: Demand, config: RolloutConfig, histor
         if need.of(tier, config, history) <= _SPARE * free:
             return tiers[place:]
     least = need.of(tiers[-1], config, history) / _SPARE / _GIB
+    install = f"install torchao ({tiers[-1].missed} weights need less), " if tiers[-1].missed else ""
     raise ValueError(
         f"This world needs {least:.1f} GiB of free memory on the device at least, {free / _GIB:.1f} GiB are free: close other programs "
-        "that use it, or play a smaller world."
+        f"that use it, {install}or play a smaller world."
     )
 
 
 def tiers_from(options: EngineOptions) -> tuple[Tier, ...]:
-    """The tiers that may be used, from the largest that is allowed down, with the weights that were asked for."""
+    """The tiers that may be used, from the largest that is allowed down, with the weights that were asked for.
+
+    Where nothing was asked for and torchao is not installed, all have full weights: nobody should learn that in the middle of play.
+    """
     first = next((i for i, tier in enumerate(TIERS) if tier.name.split()[0] == options.memory), 0)
-    return tuple(tier if options.weights == "auto" else replace(tier, weights=options.weights) for tier in TIERS[first:])
+    if options.weights != "auto":
+        return tuple(replace(tier, weights=options.weights) for tier in TIERS[first:])
+    if _has_torchao():
+        return TIERS[first:]
+    return tuple(tier if tier.weights == "full" else replace(tier, weights="full", missed=tier.weights) for tier in TIERS[first:])
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -146,9 +156,10 @@ class Engine:
     def describe(self, config: RolloutConfig) -> str:
         """One line for the player, who would have `config`."""
         rollout, compiled = self.tier.rollout(config, HISTORY), "compiled while playing" if self.compiled else "not compiled"
+        missed = f" ({self.tier.missed} with torchao, which is not installed)" if self.tier.missed else ""
         return (
-            f"Memory as with {self.tier.name}: window {rollout.window} latents, {rollout.history} to rewind, weights {self.tier.weights}; "
-            f"attention {self.attention}, blocks {compiled}"
+            f"Memory as with {self.tier.name}: window {rollout.window} latents, {rollout.history} to rewind, weights {self.tier.weights}"
+            f"{missed}; attention {self.attention}, blocks {compiled}"
         )
 
     def news(self) -> str:
@@ -172,7 +183,13 @@ class Engine:
         """Gives unused memory back to the device and stores the model's weights as the tier says; can be called again when it failed."""
         if model.device.type != "cpu":
             getattr(torch, model.device.type).empty_cache()
+        if self.tier.weights == "full" or not _linear_layers(model.blocks):
+            return
+        if self.compiled:
+            self.compiled.stop()  # its code is for other weights: the playing thread would wait for new one
         quantise(model, self.tier.weights, model.device)
+        if self.compiled:
+            self.compiled = CompiledBlocks(model.blocks)
 
 
 def start_engine(options: EngineOptions, tiers: tuple[Tier, ...], model: CausalWanTransformer, device: torch.device) -> Engine:
@@ -207,7 +224,7 @@ def quantise(model: CausalWanTransformer, weights: str, device: torch.device) ->
     """
     if weights == "full":
         return
-    if importlib.util.find_spec("torchao") is None:
+    if not _has_torchao():
         raise ValueError(f"weights {weights} are stored by torchao, which is not installed: pip install torchao, or choose weights full.")
     from torchao.quantization import (
         Float8DynamicActivationFloat8WeightConfig,
@@ -221,6 +238,10 @@ def quantise(model: CausalWanTransformer, weights: str, device: torch.device) ->
     fp8 = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()) if multiplies else Float8WeightOnlyConfig()
     chosen, config = set(map(id, _linear_layers(model.blocks))), Int8WeightOnlyConfig() if weights == "int8" else fp8
     quantize_(model.blocks, config, filter_fn=lambda layer, _: id(layer) in chosen, device=device)
+
+
+def _has_torchao() -> bool:
+    return importlib.util.find_spec("torchao") is not None
 
 
 def _linear_layers(blocks: nn.ModuleList) -> list[nn.Linear]:
