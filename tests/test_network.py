@@ -6,12 +6,14 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from worldmodel import attention, prope, rope, schedule
+from worldmodel import attention, prope, rope, schedule, session
+from worldmodel.camera import advance
 from worldmodel.checkpoint import load_transformer
 from worldmodel.kv_cache import Window
 from worldmodel.rollout import Rollout, RolloutConfig, with_steps
@@ -402,6 +404,19 @@ def test_no_chunk_waits_for_the_device(network, merge, positions):
         rollout.settle()
         with pytest.raises(AssertionError, match="makes the host wait"):
             lens[0, 0].item()
+
+
+def test_no_step_of_a_session_waits_for_the_device(tiny_world, monkeypatch):
+    uploads = []
+    monkeypatch.setattr(session, "uploaded", lambda tensor, device: uploads.append(tuple(tensor.shape)) or tensor)
+    player = session.Session(tiny_world, image="grey-0")
+    assert uploads == [(1, 4), (32, 48, 3), (1, 1, 4, 4)]  # lens, picture, camera
+    uploads.clear()
+    with NoWaiting():
+        for step in range(6):
+            player.step(advance(np.eye(4), [0.0, 0.0, 0.1 * step], 0.0, 0.0))
+            player.settle()
+    assert uploads == [(2, 1, 16, 1, 4, 6), (1, 1, 4, 4)] * 6  # noise and camera
 
 
 def test_far_away_is_the_same_world(network):

@@ -56,7 +56,7 @@ class Session:
                  history: int = HISTORY):  # fmt: skip
         self.world, self.steps, self.history = world, steps, max(history, world.config.rollout.history)
         self._aside = torch.cuda.Stream(world.device, priority=-1) if world.device.type == "cuda" else None
-        self._intrinsics = torch.tensor([world.config.intrinsics], dtype=torch.float64, device=world.device)
+        self._intrinsics = uploaded(torch.tensor([world.config.intrinsics], dtype=torch.float64), world.device)
         self.restart(seed, prompt, image)
 
     @torch.no_grad()
@@ -290,7 +290,7 @@ class Session:
 
     def _encoded(self, picture: np.ndarray) -> Tensor:
         """A picture, uint8 [H,W,3], as latent 0."""
-        video = torch.from_numpy(picture).to(self.world.device).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
+        video = uploaded(torch.from_numpy(picture), self.world.device).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
         return self.world.autoencoder.streaming_encoder().step(video).float()
 
     def _shown(
@@ -335,7 +335,7 @@ class Session:
 
     def _viewmats(self, c2w: np.ndarray) -> Tensor:
         """c2w [F,4,4] -> w2c [1,F,4,4] float64 on the device."""
-        return torch.from_numpy(invert(c2w))[None].to(self.world.device)
+        return uploaded(torch.from_numpy(invert(c2w))[None], self.world.device)
 
     def _noise(self, index: int) -> tuple[Tensor, list[Tensor]]:
         """Start noise and re-noise of the chunk at latent `index`: every latent has its own generator, seeded by (seed, number)."""
@@ -345,8 +345,13 @@ class Session:
         for number in range(index, index + self.chunk):
             mixed = int(np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0]) >> 1
             draws.append(torch.randn(shape, generator=torch.Generator().manual_seed(mixed)))
-        first, *later = torch.stack(draws, dim=2).unsqueeze(1).to(self.world.device)  # [steps, 1, C, F, h, w]
+        first, *later = uploaded(torch.stack(draws, dim=2).unsqueeze(1), self.world.device)  # [steps, 1, C, F, h, w]
         return first, later
+
+
+def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the computer's memory on `device`; on CUDA through pinned memory, so that nobody waits until it is there."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _to_pinned_memory(video: Tensor) -> tuple[Tensor, torch.cuda.Event]:
