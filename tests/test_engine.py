@@ -69,6 +69,16 @@ def test_a_world_opens_in_what_is_free_or_asked_for(tiny_bundle, monkeypatch):
     assert World.from_pretrained(tiny_bundle).engine.tier == TIERS[0]
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_a_device_without_a_free_byte_is_not_an_unknown_one(tiny_bundle, monkeypatch, device):
+    out_of_memory(monkeypatch, torch, "zeros", {0}, RuntimeError, "CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+    with pytest.raises(ValueError, match=f"^The memory of the device '{device}' is full, not one number fits: close other programs"):
+        World.from_pretrained(tiny_bundle, device)
+    out_of_memory(monkeypatch, torch, "zeros", {0}, AssertionError, "Torch not compiled with CUDA enabled")
+    with pytest.raises(ValueError, match=f"expected a device that torch can compute on here, .* got '{device}'"):
+        World.from_pretrained(tiny_bundle, device)
+
+
 def test_a_tier_holds_a_chunk_and_the_sinks():
     config = TIERS[-1].rollout(RolloutConfig(window=21, chunk=3, sinks=1), HISTORY)
     assert (config.window, config.history) == (7, 1)
