@@ -15,13 +15,14 @@ from worldmodel import engine
 from worldmodel import session as session_room
 from worldmodel.autoencoder import StreamingDecoder, StreamingEncoder
 from worldmodel.camera import MotionStep, parse_trajectory
+from worldmodel.client.scenes import fastest_device
 from worldmodel.compiled import CompiledBlocks
 from worldmodel.engine import HISTORY, TIERS, Engine, EngineOptions, Tier, choose_attention, demand, fitting, quantise, tiers_from
 from worldmodel.kv_cache import KVCache
 from worldmodel.rollout import RolloutConfig
 from worldmodel.session import Session
 from worldmodel.transformer import CausalWanTransformer
-from worldmodel.world import World
+from worldmodel.world import World, open_device
 
 GIB = 2**30
 WALK = parse_trajectory("w*4,w+l*8", MotionStep(0.5, 6.0), style="walk")[1:]
@@ -70,13 +71,20 @@ def test_a_world_opens_in_what_is_free_or_asked_for(tiny_bundle, monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
-def test_a_device_without_a_free_byte_is_not_an_unknown_one(tiny_bundle, monkeypatch, device):
+def test_a_device_without_a_free_byte_is_not_an_unknown_one(monkeypatch, device):
     out_of_memory(monkeypatch, torch, "zeros", {0}, RuntimeError, "CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
     with pytest.raises(ValueError, match=f"^The memory of the device '{device}' is full, not one number fits: close other programs"):
-        World.from_pretrained(tiny_bundle, device)
+        open_device(device)
     out_of_memory(monkeypatch, torch, "zeros", {0}, AssertionError, "Torch not compiled with CUDA enabled")
     with pytest.raises(ValueError, match=f"expected a device that torch can compute on here, .* got '{device}'"):
-        World.from_pretrained(tiny_bundle, device)
+        open_device(device)
+
+
+@pytest.mark.parametrize(("here", "device"), [("cuda mps", "cuda"), ("mps", "mps"), ("", "cpu")])
+def test_play_takes_the_fastest_device(monkeypatch, here, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in here)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in here)
+    assert fastest_device() == device
 
 
 def test_a_tier_holds_a_chunk_and_the_sinks():

@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from worldmodel import attention, prope, rope, schedule, session
+from worldmodel import attention, prope, rope, schedule, session, transformer
 from worldmodel.camera import advance
 from worldmodel.checkpoint import load_transformer
 from worldmodel.kv_cache import Window
@@ -417,6 +419,50 @@ def test_no_step_of_a_session_waits_for_the_device(tiny_world, monkeypatch):
             player.step(advance(np.eye(4), [0.0, 0.0, 0.1 * step], 0.0, 0.0))
             player.settle()
     assert uploads == [(2, 1, 16, 1, 4, 6), (1, 1, 4, 4)] * 6  # noise and camera
+
+
+class Elsewhere(TorchDispatchMode):
+    """Plays a device, without numbers: one that has no float64 (MPS), or one that nothing may be sent back from (CUDA)."""
+
+    def __init__(self, exact):
+        super().__init__()
+        self.exact = exact
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if self.exact == "cpu" and "_to_copy" in str(operation) and (kwargs or {}).get("device") == torch.device("cpu"):
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)  # "meta" itself refuses
+        result = operation(*args, **(kwargs or {}))
+        for tensor in (x for x in tree_leaves(result) if isinstance(x, torch.Tensor)):
+            double = tensor.dtype == torch.float64
+            assert not double or tensor.device.type == self.exact, f"{operation} makes float64 numbers on {tensor.device}"
+        return result
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("exact", ["cpu", "meta"])  # as on MPS, and as on CUDA
+def test_exact_numbers_stay_where_there_are_such(monkeypatch, exact, merge):
+    monkeypatch.setattr(transformer, "exact_device", lambda device: torch.device(exact))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # "meta" has none
+    config = RolloutConfig(window=4, sinks=1, merge_clean=merge, context_sigma=0.005, history=4)
+    model = transformer.CausalWanTransformer(
+        num_attention_heads=2, attention_head_dim=24, text_dim=8, freq_dim=16, ffn_dim=64, num_layers=2
+    )
+    rollout = Rollout(model.to("meta"), torch.ones(1, 5, 8, device="meta"), config, height=4, width=4, device="meta")
+    viewmats, lens = (torch.ones(1, *shape, dtype=torch.float64, device=exact) for shape in ((1, 4, 4), (4,)))
+    with torch.no_grad(), Elsewhere(exact):
+        for _ in range(6):
+            rollout.step(viewmats, lens, settle=False)
+        rollout.settle()
+        rollout.rewind(4)
+        latents = rollout.step(viewmats, lens)
+        rollout.settle()
+    assert latents.device.type == rollout.cache.frames[-1].keys.device.type == "meta"
+    assert rollout.cache.frames[-1].viewmats.device.type == exact
+
+
+def test_exact_numbers_have_a_place():
+    places = {name: str(rope.exact_device(torch.device(name))) for name in ("cpu", "cuda:1", "mps:0")}
+    assert places == {"cpu": "cpu", "cuda:1": "cuda:1", "mps:0": "cpu"}
 
 
 def test_far_away_is_the_same_world(network):

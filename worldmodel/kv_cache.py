@@ -19,7 +19,8 @@ from worldmodel.rope import rope_table, rotate
 
 @dataclass(frozen=True)
 class FrameMemory:
-    """One committed latent frame: keys and values `[layers, B, N, width]`, w2c `[B, 4, 4]` float64, intrinsics `[B, 4]` float64."""
+    """One committed latent frame: keys and values `[layers, B, N, width]`, w2c `[B, 4, 4]` and intrinsics `[B, 4]` in float64, which stay
+    on the `rope.exact_device`."""
 
     index: int
     keys: Tensor
@@ -241,10 +242,10 @@ class KVCache:
                 f"everything from latent {min(oldest)} on kept (got {min(kept, default=None)}); keep more history"
             )
         past = [kept[index] for index in wanted]
-        keys, dtype = past[0].keys, past[0].keys.dtype
-        cos, sin = self._table(torch.arange(len(past), device=keys.device), past, rows, columns)
+        keys = past[0].keys
+        cos, sin = self._table(torch.arange(len(past), device=past[0].viewmats.device), past, rows, columns)
         anchor = _inverse(past[0].viewmats[:, None])
-        inverse = self._inverse_cameras(past, anchor).to(dtype) if self.camera else None
+        inverse = self._inverse_cameras(past, anchor) if self.camera else None
         layers = []
         for layer in range(len(keys)):
             k, v = (torch.stack([getattr(f, name)[layer].detach() for f in past], dim=1) for name in ("keys", "values"))
@@ -306,11 +307,11 @@ class KVCache:
         frames = self._since(oldest)
         if not frames:
             return window
-        dtype, device = frames[0].keys.dtype, frames[0].keys.device
+        device = frames[0].viewmats.device
         sinks = self._sink_positions(window, oldest, device)[: len(frames)]
         recent = torch.arange(oldest, max(oldest, self.committed), device=device) - (0 if self.absolute else phase)
         cos, sin = self._table(torch.cat([sinks, recent]), frames, rows, columns)
-        inverse = self._inverse_cameras(frames, window.anchor).to(dtype) if self.camera else None
+        inverse = self._inverse_cameras(frames, window.anchor) if self.camera else None
         runs = _runs([self._slot(f.index) for f in frames], rows * columns)
         for layer in range(len(frames[0].keys)):
             k, v = (torch.stack([getattr(f, name)[layer] for f in frames], dim=1) for name in ("keys", "values"))
@@ -322,7 +323,7 @@ class KVCache:
         sinks = self.frames[: self.sinks]
         if self.absolute or not sinks or oldest == window.oldest:
             return []
-        cos, sin = self._table(self._sink_positions(window, oldest, sinks[0].keys.device), sinks, rows, columns)
+        cos, sin = self._table(self._sink_positions(window, oldest, sinks[0].viewmats.device), sinks, rows, columns)
         layers = torch.stack([f.keys for f in sinks], dim=2).unflatten(-1, (self.heads, -1))
         return [by_head([rotate(k, cos, sin)]) for k in layers]
 
@@ -332,16 +333,18 @@ class KVCache:
         return torch.arange(first, first + self.sinks, device=device)
 
     def _table(self, positions: Tensor, frames: list[FrameMemory], rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Rotary tables `[F, N, 1, head_dim]` in the type of the frames' keys."""
+        """Rotary tables `[F, N, 1, head_dim]` in the type of the frames' keys, and beside them."""
         keys = frames[0].keys
-        return tuple(t.unsqueeze(2).to(keys.dtype) for t in rope_table(positions, rows, columns, keys.shape[-1] // self.heads))
+        return tuple(t.unsqueeze(2).to(keys.device, keys.dtype) for t in rope_table(positions, rows, columns, keys.shape[-1] // self.heads))
 
     @staticmethod
     def _inverse_cameras(frames: list[FrameMemory], anchor: Tensor) -> Tensor:
-        """P^-1 of every frame, relative to the anchor `[B, 1, 4, 4]`: `[B, F, m, m]` float32, see `prope.camera_matrices`."""
+        """P^-1 of every frame, relative to the anchor `[B, 1, 4, 4]`: `[B, F, m, m]` in the type of the frames' keys and beside them, see
+        `prope.camera_matrices`."""
         viewmats = torch.stack([f.viewmats for f in frames], dim=1) @ anchor
         cameras = prope.projection(viewmats, torch.stack([f.intrinsics for f in frames], dim=1))
-        return prope.camera_matrices(cameras.float(), torch.float32, frames[0].keys.shape[-1]).key
+        keys = frames[0].keys
+        return prope.camera_matrices(cameras.float(), keys.dtype, keys.shape[-1], keys.device).key
 
     def truncate(self, committed: int) -> None:
         """Forgets every frame from number `committed` on; ValueError when that reaches back beyond what is kept."""

@@ -61,7 +61,8 @@ class Rollout:
     """A dream in progress: the model, its prompt, and what it remembers.
 
     `height` and `width` count latent cells. Latents are `[B, C, F, H, W]` float32 outside the model; cameras come as w2c `viewmats`
-    `[B, F, 4, 4]` (float64 keeps far-away places exact) and normalised `intrinsics`, `[B, 4]` or one a frame, `[B, F, 4]`.
+    `[B, F, 4, 4]` (float64 keeps far-away places exact) and normalised `intrinsics`, `[B, 4]` or one a frame, `[B, F, 4]`, both on the
+    `rope.exact_device` of `device`.
     """
 
     def __init__(self, model: CausalWanTransformer, text: Tensor | TextContext, config: RolloutConfig, *,

@@ -24,6 +24,7 @@ from worldmodel.engine import HISTORY, is_out_of_memory
 from worldmodel.kv_cache import FrameMemory
 from worldmodel.options import as_dict
 from worldmodel.rollout import Rollout, RolloutConfig, with_steps
+from worldmodel.rope import exact_device
 from worldmodel.world import World, read_image, replace_folder
 
 _FORMAT = 1
@@ -56,7 +57,7 @@ class Session:
                  history: int = HISTORY):  # fmt: skip
         self.world, self.steps, self.history = world, steps, max(history, world.config.rollout.history)
         self._aside = torch.cuda.Stream(world.device, priority=-1) if world.device.type == "cuda" else None
-        self._intrinsics = uploaded(torch.tensor([world.config.intrinsics], dtype=torch.float64), world.device)
+        self._intrinsics = uploaded(torch.tensor([world.config.intrinsics], dtype=torch.float64), exact_device(world.device))
         self.restart(seed, prompt, image)
 
     @torch.no_grad()
@@ -190,7 +191,7 @@ class Session:
             values = yaml.safe_load((path / _FILES[0]).read_text(encoding="utf-8"))
             if values["format"] != _FORMAT:
                 raise ValueError(f"format {values['format']!r} instead of {_FORMAT}")
-            with safe_open(path / _FILES[1], framework="pt", device=str(world.device)) as file:
+            with safe_open(path / _FILES[1], framework="pt", device=str(exact_device(world.device))) as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except (OSError, SafetensorError, yaml.YAMLError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no complete saved session ({error}).") from None
@@ -200,6 +201,7 @@ class Session:
                     f"{path} was saved in the world {values['world']!r} with {key} {values[key]}, the opened world "
                     f"{world.config.name!r} has {ours}; open the same world in the same way."
                 )
+        tensors = {name: tensor if tensor.dtype == torch.float64 else tensor.to(world.device) for name, tensor in tensors.items()}
         session = cls(world, values["prompt"], None, values["seed"], values["steps"], values["history"])
         session._restore(tensors, values)
         return session
@@ -334,8 +336,8 @@ class Session:
             self._states.popitem(last=False)
 
     def _viewmats(self, c2w: np.ndarray) -> Tensor:
-        """c2w [F,4,4] -> w2c [1,F,4,4] float64 on the device."""
-        return uploaded(torch.from_numpy(invert(c2w))[None], self.world.device)
+        """c2w [F,4,4] -> w2c [1,F,4,4] float64 on the device, or where that keeps its float64."""
+        return uploaded(torch.from_numpy(invert(c2w))[None], exact_device(self.world.device))
 
     def _noise(self, index: int) -> tuple[Tensor, list[Tensor]]:
         """Start noise and re-noise of the chunk at latent `index`: every latent has its own generator, seeded by (seed, number)."""
