@@ -152,7 +152,8 @@ class Rollout:
         if self.pending is not None:
             started, chunk = time.perf_counter(), self.pending
             if not self.cache.holds(chunk.view, chunk.latents.shape[2]):
-                self.pending = chunk = Pending(*chunk[:3], *self._view(*chunk[1:3]))
+                with torch.no_grad():
+                    self.pending = chunk = Pending(*chunk[:3], *self._view(*chunk[1:3]))
             self._clean_pass(chunk)
             if not self.config.merge_clean:  # in play nobody waits for the next window now, and its cameras are not needed
                 with torch.no_grad():
