@@ -24,7 +24,7 @@ class Run:
     seed: Annotated[int, Range(0, 2**31)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"  # of the matrix products; weights and sigmas stay float32
-    compile: bool = False  # the trained transformer's blocks (not in dmd): slow to start, then steps a fifth shorter on a CPU
+    compile: bool = False  # the transformers' blocks (in dmd the scores'): slow to start, then steps a fifth shorter on a CPU
     log_every: Count = 10  # optimiser steps
     sample_every: Whole = 500  # optimiser steps between pictures, 0 = none
     checkpoint_every: Whole = 0  # optimiser steps, 0 = by time alone
@@ -135,6 +135,7 @@ class DmdConfig(TransformerConfig):
     denoise: tuple[int, ...] = (1000, 500)  # student's time steps before the shift, 0..1000
     first_denoise: tuple[int, ...] = (1000, 750, 500, 250)  # of the first chunk
     rollout: Whole = 0  # latents of the longest self-rollout, of which the last data.frames are judged; 0 = data.frames
+    judged: Whole = 0  # latents that the scores see at once: data.frames in so many equal parts; 0 = all of them
     skew: Annotated[float, Range(1, 100)] = 1.0  # 1 = every length of a rollout is as likely, more = most are short and few are long
     window: Count = 12  # latents that a chunk sees, itself included
     sinks: Whole = 0  # first latents that never leave the window
@@ -201,6 +202,9 @@ class Recipe:
                 f"dmd.rollout must be 0, or at least data.frames = {self.data.frames} and a multiple of dmd.chunk = {self.dmd.chunk}, "
                 f"got {self.dmd.rollout}: change one"
             )
+
+        if self.dmd.judged and self.data.frames % self.dmd.judged:
+            raise ValueError(f"dmd.judged must be 0 or a divisor of data.frames = {self.data.frames}, got {self.dmd.judged}: change one")
 
     def export_folder(self, source: str) -> Path:
         """Folder of exported weights: a stage's name means that stage's export in this run folder."""

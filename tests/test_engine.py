@@ -49,6 +49,7 @@ def test_memory_decides_the_tier(wan, free, tier):
     assert wan.of(TIERS[tier], config, HISTORY) < free * GIB
     merged = wan.of(TIERS[tier], replace(config, merge_clean=True), HISTORY)  # a pass leaves two chunks' keys
     assert merged == wan.of(TIERS[tier], config, HISTORY) + wan.stored
+    assert wan.of(TIERS[tier], replace(config, guidance=3.0), HISTORY) > wan.of(TIERS[tier], config, HISTORY) + config.chunk * wan.shown
 
 
 def test_full_device_is_one_sentence(wan):

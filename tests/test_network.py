@@ -232,6 +232,37 @@ def test_rollout_matches_reference(network, name):
             torch.testing.assert_close(play_golden(model, data, about, relative), data["latents"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("merge_clean", [False, True])
+def test_many_guided_steps_match_reference(merge_clean):
+    data, about = golden("unipc_causal")
+    model = load_transformer(GOLDEN / "weights_cd_teacher.safetensors", attention_head_dim=24).eval()
+    count = about["sampling_steps"]
+    steps = tuple(999 * (count - i) / count for i in range(count))
+    config = RolloutConfig(steps, steps, window=20, positions="absolute", sampler="unipc", guidance=about["guidance_scale"],
+                           merge_clean=merge_clean)
+    rollout = Rollout(model, data["context"], config, height=4, width=4, unconditional=data["context_uncond"])
+    torch.testing.assert_close(torch.stack(rollout.sigmas), data["sigmas"][:-1], atol=1e-6, rtol=0)
+    lens, outputs = data["Ks"].flatten(2)[:, :, [0, 4, 2, 5]], []
+    with torch.no_grad():
+        for frame in range(data["noise"].shape[1]):
+            now = slice(frame, frame + 1)
+            outputs.append(rollout.step(data["viewmats"][:, now], lens[:, now], noise=data["noise"][:, now].transpose(1, 2)))
+            rollout = rollout.fork()  # takes both pasts along
+    torch.testing.assert_close(torch.cat(outputs, 2).transpose(1, 2), data["latents"], atol=2e-4, rtol=0)
+
+
+def test_unipc_begins_below_pure_noise():
+    with pytest.raises(ValueError, match="unipc cannot start at pure noise, got steps from 1000: begin at 999"):
+        RolloutConfig(sampler="unipc")
+    config = RolloutConfig(sampler="unipc", steps=(999, 500), first_steps=(999, 500))
+    assert with_steps(config, 3).steps == (999, 666, 333)
+
+
+def test_guidance_needs_an_embedding_of_no_prompt(network):
+    with pytest.raises(ValueError, match="guidance 3.0 needs the embedding of no prompt"):
+        Rollout(network, torch.ones(1, 5, network.config.text_dim), RolloutConfig(guidance=3.0), height=4, width=4)
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_first_chunk_steps_match_reference(steps):
     data, about = golden(f"cf_first_chunk_{steps}step")

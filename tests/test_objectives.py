@@ -174,7 +174,9 @@ def test_distribution_matching_agrees_with_the_reference(name, chunk, exit_step,
 
 
 @pytest.mark.parametrize("exit_step", [0, 1])
-@pytest.mark.parametrize(("chunk", "window", "positions", "camera"), [(1, 4, "window", True), (2, 5, "window", True), (1, 20, "absolute", False)])
+@pytest.mark.parametrize(
+    ("chunk", "window", "positions", "camera"), [(1, 4, "window", True), (2, 5, "window", True), (1, 20, "absolute", False)]
+)
 def test_a_rollout_read_again_is_the_rollout(chunk, window, positions, camera, exit_step):
     """Fast = plain: samples and gradients of one pass over all chunks are those of the pass of each."""
     case, model = golden("dmd_block1_exit2"), network("dmd_generator", camera=camera)

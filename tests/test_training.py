@@ -260,9 +260,9 @@ def test_every_stage_draws_a_picture_with_an_autoencoder(clips, straight):
         assert name == "autoencoder" or image.shape == (4 * 32, latents * 32, 3)
 
 
-@pytest.mark.parametrize("shared", ["false", "true"])
-def test_each_loss_of_dmd_moves_the_network_it_names_alone(clips, straight, shared):
-    recipe = load_recipe(TINY, overrides(clips, straight, f"dmd.shared={shared}"))
+@pytest.mark.parametrize(("shared", "judged"), [("false", 0), ("true", 2)])
+def test_each_loss_of_dmd_moves_the_network_it_names_alone(clips, straight, shared, judged):
+    recipe = load_recipe(TINY, overrides(clips, straight, f"dmd.shared={shared}", f"dmd.judged={judged}"))
     stage = build_stage("dmd", recipe, torch.device("cpu"))
     assert stage.batches == (1 if recipe.dmd.shared else 3)
     batch = torch.utils.data.default_collate([stage.dataset()[i] for i in range(stage.batches * recipe.dmd.batch)])
@@ -389,6 +389,7 @@ def test_every_recipe_is_valid(path):
         ("dmd: {steps: 0}", [], "steps must be at least 1, got 0"),
         ("dmd: {chunk: 4}", [], "data.frames is 10, not a multiple of dmd.chunk = 4"),
         ("dmd: {rollout: 8}", [], "dmd.rollout must be 0, or at least data.frames = 10"),
+        ("dmd: {judged: 4}", [], "dmd.judged must be 0 or a divisor of data.frames = 10, got 4"),
         ("dmd: {sigma_lookup: near}", [], "must be one of exact, grid, got 'near'"),
         ("dmd: [1]", [], "expected a mapping"),
         ("dmd: {lr: 1", [], "not valid YAML"),

@@ -78,9 +78,10 @@ class Demand:
         """Bytes in this tier."""
         rollout = tier.rollout(config, history)
         weights = self.blocks if tier.weights == "full" else self.quantised
-        remembered = (rollout.window + rollout.history) * self.stored + rollout.window * self.shown + rollout.history * self.rewound
-        fresh = (3 if rollout.merge_clean else 2) * rollout.chunk * self.stored  # what a pass leaves, and a chunk of it put together
-        return weights + self.rest + remembered + fresh
+        fresh = (3 if rollout.merge_clean else 2) * rollout.chunk  # latents that a pass leaves, and a chunk of them put together
+        remembered = (rollout.window + rollout.history + fresh) * self.stored + rollout.window * self.shown
+        rows = 1 if rollout.guidance == 1 else 2  # the dream without prompt remembers as much
+        return weights + self.rest + rows * remembered + rollout.history * self.rewound
 
 
 def demand(model: CausalWanTransformer, rows: int, columns: int, chunk: int, rest: int, rewound: int) -> Demand:

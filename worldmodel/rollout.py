@@ -6,15 +6,17 @@ first-frame rule).
 Source: Self-Forcing / minWM `CausalInferencePipeline`. Differs: window-relative positions and camera-relative projections (see `kv_cache`).
 """
 
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
 from worldmodel.kv_cache import CacheView, KVCache
-from worldmodel.schedule import add_noise, to_x0, warp_steps
+from worldmodel.schedule import CLOCK, add_noise, to_x0, warp_steps
 from worldmodel.transformer import CausalWanTransformer, TextContext, TimeContext
 
 
@@ -29,22 +31,31 @@ class RolloutConfig:
     window: int = 12  # latent frames attention may see, the current chunk included
     sinks: int = 0  # first latent frames that stay in the window for ever
     positions: str = "window"  # rotary positions: "window" (places in the window) or "absolute" (frame numbers, as the references)
-    sampler: str = "renoise"  # between steps: "renoise" (few-step models) or "euler" (diffusion models, deterministic)
+    sampler: str = "renoise"  # between steps: "renoise" (few-step models), "euler" or "unipc" (diffusion models, deterministic)
+    guidance: float = 1.0  # velocity u + guidance (c - u), u without prompt; 1 = c alone, as distilled models want; else twice the work
     merge_clean: bool = False  # run the clean pass of a chunk together with the first step of the next
     cache_gradient: str = "detached"  # in training, committed keys carry no gradient, or that of the last noisy pass: "straight_through"
     context_sigma: float = 0.0  # noise on a dreamed chunk before its clean pass; Causal-Forcing trains with 0.00498, plays with 0
     history: int = 0  # latent frames kept beyond the window for rewinding
 
     def __post_init__(self):
-        choices = {"positions": ("window", "absolute"), "sampler": ("renoise", "euler"), "cache_gradient": ("detached", "straight_through")}
+        choices = {
+            "positions": ("window", "absolute"),
+            "sampler": ("renoise", "euler", "unipc"),
+            "cache_gradient": ("detached", "straight_through"),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}: choose one of them")
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance must be at least 0, got {self.guidance}: 1 is none, 3 is usual")
         if not 1 <= self.chunk <= self.window - self.sinks:
             room = self.window - self.sinks
             raise ValueError(f"chunk must be 1 to window - sinks = {room} latents, got {self.chunk}: change one of them")
         for steps in (self.steps, self.first_steps):
             warp_steps(steps, self.shift)
+            if self.sampler == "unipc" and steps[0] >= CLOCK:
+                raise ValueError(f"unipc cannot start at pure noise, got steps from {steps[0]}: begin at 999, as published")
 
 
 class Pending(NamedTuple):
@@ -63,15 +74,20 @@ class Rollout:
     `height` and `width` count latent cells. Latents are `[B, C, F, H, W]` float32 outside the model; cameras come as w2c `viewmats`
     `[B, F, 4, 4]` (float64 keeps far-away places exact) and normalised `intrinsics`, `[B, 4]` or one a frame, `[B, F, 4]`, both on the
     `rope.exact_device` of `device`.
+    With guidance the dream without prompt goes along as further rows of the batch, with a past of its own; its embedding is
+    `unconditional` `[L, D]` or `[B, L, D]`.
     """
 
     def __init__(self, model: CausalWanTransformer, text: Tensor | TextContext, config: RolloutConfig, *,
-                 batch: int = 1, height: int, width: int, device: torch.device | str = "cpu"):
+                 batch: int = 1, height: int, width: int, device: torch.device | str = "cpu", unconditional: Tensor | None = None):
         self.model, self.config, self.batch, self.device = model, config, batch, torch.device(device)
-        self.cells = height, width
+        self.cells, self.guided, self._unconditional = (height, width), config.guidance != 1, unconditional
         self.sigmas = warp_steps(config.steps, config.shift).to(self.device).unbind()
         self.first_sigmas = warp_steps(config.first_steps, config.shift).to(self.device).unbind()
         self._clean = torch.zeros((), device=self.device)
+        self._told = {}  # what the network is told of a sigma, by its id: UniPC's clock is published in whole numbers
+        if config.sampler == "unipc":
+            self._told = {id(sigma): torch.floor(sigma * CLOCK) / CLOCK for sigma in (*self.sigmas, *self.first_sigmas)}
         self._times: dict[tuple[int, int], TimeContext] = {}  # by the sigma's id (they live as long as we do) and the frames of a pass
         self.cache = KVCache(model.config.num_attention_heads, config.window, config.sinks, config.positions == "absolute",
                              config.history, model.config.camera)
@@ -89,6 +105,11 @@ class Rollout:
         """Changes the prompt from the next chunk on; what is already remembered stays."""
         self.settle()
         if isinstance(text, Tensor):
+            if self.guided:
+                if self._unconditional is None:
+                    missing = f"guidance {self.config.guidance} needs the embedding of no prompt"
+                    raise ValueError(f"{missing}: pass unconditional, or set guidance to 1")
+                text = torch.cat([text.expand(self.batch, -1, -1), self._unconditional.to(text).expand(self.batch, -1, -1)])
             text = self.model.encode_text(text.to(self.device))
         self.text = text
 
@@ -106,11 +127,11 @@ class Rollout:
             self.settle()
         sigmas = self.first_sigmas if self.frames == 0 else self.sigmas
         last = len(sigmas) - 1 if exit_step is None else exit_step
-        intrinsics = a_frame(intrinsics, viewmats)
+        viewmats, intrinsics = self._rows(viewmats, a_frame(intrinsics, viewmats))
         shape = (self.batch, self.model.config.in_channels, viewmats.shape[1], *self.cells)
         x = self._draw(shape, generator) if noise is None else noise
         started = time.perf_counter()
-        view, projection, x0, fresh = None, None, None, None
+        view, projection, x0, fresh, solver = None, None, None, None, self._solver(sigmas)
         for i in range(last + 1):
             with torch.set_grad_enabled(grad and i == last):
                 if self.pending is not None:
@@ -122,7 +143,7 @@ class Rollout:
                     velocity = self._velocity(x, sigmas[i], view, projection)
                 fresh, x0 = dict(view.fresh) if grad else None, to_x0(x, velocity, sigmas[i])
             if i < last:
-                x = self._next_level(x, x0, velocity, sigmas[i], sigmas[i + 1], renoise[i] if renoise else None, generator)
+                x = self._next_level(x, x0, velocity, sigmas[i], sigmas[i + 1], renoise[i] if renoise else None, generator, solver)
         self.asked = x
         self.timings["network"] = (time.perf_counter() - started) * 1e3
         context = x0.detach()
@@ -138,14 +159,14 @@ class Rollout:
     def replay(self, noisy: Tensor, sigma: Tensor) -> Tensor:
         """Clean estimates of the newest committed frames, once more and all in one pass: `[B, C, F, H, W]`.
 
-        `noisy` `[B, C, F, H, W]` is what their last steps were `asked`, `sigma` `[B, F]` at which level. Every chunk sees what it saw
-        when it was dreamed, so the estimates are those of `step`; gradients flow through this pass and not into what is remembered,
-        as in `step` with `grad` and the cache_gradient "detached". ValueError where the past is not kept, see `KVCache.replay`.
+        `noisy` `[B, C, F, H, W]` is what their last steps were `asked`, `sigma` `[B, F]` at which level. Every chunk sees what it saw when
+        it was dreamed, so the estimates are those of `step`; gradients flow through this pass and not into what is remembered, as
+        in `step` with `grad` and the cache_gradient "detached". ValueError where the past is not kept, see `KVCache.replay`.
         """
         self.settle()
         with torch.no_grad():
             view, projection = self.cache.replay(noisy.shape[2], self.config.chunk, *self._grid())
-        return to_x0(noisy, self.model(noisy, sigma, self.text, projection, mode="cached", view=view), sigma)
+        return to_x0(noisy, self._velocity(noisy, sigma, view, projection), sigma)
 
     def settle(self) -> None:
         """Runs a clean pass that was put off, if there is one."""
@@ -168,7 +189,7 @@ class Rollout:
     def put_off(self, latents: Tensor, viewmats: Tensor, intrinsics: Tensor) -> None:
         """As `commit`, but the clean pass is left to `settle()` or to the next step."""
         self.settle()
-        self.pending = Pending(latents, viewmats, a_frame(intrinsics, viewmats))
+        self.pending = Pending(latents, *self._rows(viewmats, a_frame(intrinsics, viewmats)))
 
     def rewind(self, frames: int) -> None:
         """Forgets all but the first `frames` latents; ValueError when the cache no longer holds what the window then needs."""
@@ -181,10 +202,11 @@ class Rollout:
         `config`: that of the new one, e.g. with a shorter window; None = the same. Its ring is made by the pass that needs it first.
         """
         config = config or self.config
-        twin = Rollout(self.model, self.text, config, batch=self.batch, height=self.cells[0], width=self.cells[1], device=self.device)
+        twin = Rollout(self.model, self.text, config, batch=self.batch, height=self.cells[0], width=self.cells[1], device=self.device,
+                       unconditional=self._unconditional)
         twin.cache.restore(self.cache.frames, self.cache.committed)
         if self.pending is not None:
-            twin.put_off(*self.pending[:3])
+            twin.pending = Pending(*self.pending[:3])
         return twin
 
     def _draw(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
@@ -198,22 +220,43 @@ class Rollout:
         _, patch_h, patch_w = self.model.config.patch_size
         return self.cells[0] // patch_h, self.cells[1] // patch_w
 
+    def _rows(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The batch as the network sees it: with guidance twice, with prompt and without."""
+        return tuple(torch.cat([x, x]) if self.guided else x for x in tensors)
+
     def _velocity(self, x: Tensor, sigma: Tensor, view: CacheView, projection: Tensor, wanted: bool = True) -> Tensor | None:
-        time = self._time(sigma, x.shape[2]) if sigma.ndim == 0 else sigma
-        return self.model(x, time, self.text, projection, mode="cached", view=view, velocity=wanted)
+        """Velocity of `x` `[B, C, F, H, W]`, guided; `sigma` is one of our own noise levels or `[B, F]`."""
+        sigma = self._told.get(id(sigma), sigma)
+        time = self._time(sigma, x.shape[2]) if sigma.ndim == 0 else self._rows(sigma)[0]
+        velocity = self.model(*self._rows(x), time, self.text, projection, mode="cached", view=view, velocity=wanted)
+        if not self.guided or velocity is None:
+            return velocity
+        conditional, unconditional = velocity.chunk(2)
+        return unconditional + self.config.guidance * (conditional - unconditional)
 
     def _time(self, sigma: Tensor, frames: int) -> Tensor | TimeContext:
         """One of our own noise levels for a pass; embedded once, unless a gradient shall reach the embedder."""
-        levels, key = sigma.expand(self.batch, frames), (id(sigma), frames)
+        levels, key = self._rows(sigma.expand(self.batch, frames))[0], (id(sigma), frames)
         if torch.is_grad_enabled():
             return levels
         if key not in self._times:
             self._times[key] = self.model.encode_time(levels)
         return self._times[key]
 
-    def _next_level(self, x, x0, velocity, sigma, next_sigma, noise, generator) -> Tensor:
+    def _solver(self, sigmas: tuple[Tensor, ...]) -> UniPCMultistepScheduler | None:
+        """diffusers' UniPC for one chunk, where it is the sampler (as in minWM's `causal_diffusion_inference.py`)."""
+        if self.config.sampler != "unipc":
+            return None
+        solver = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+        solver.set_timesteps(sigmas=torch.stack(sigmas).cpu().numpy(), device=self.device)
+        solver.set_begin_index(0)
+        return solver
+
+    def _next_level(self, x, x0, velocity, sigma, next_sigma, noise, generator, solver) -> Tensor:
         if self.config.sampler == "euler":
             return x + (next_sigma - sigma) * velocity
+        if solver is not None:
+            return solver.step(velocity, solver.timesteps[0], x, return_dict=False)[0]  # it counts the steps itself
         return add_noise(x0.detach(), self._draw(x0.shape, generator) if noise is None else noise, next_sigma)
 
     def _clean_pass(self, chunk: Pending, noisy=None) -> None:
@@ -235,6 +278,7 @@ class Rollout:
         both = torch.cat([past.viewmats.double(), viewmats.double()], dim=1)
         lenses = torch.cat([past.intrinsics, intrinsics], dim=1)
         view, projection = self.cache.pair_view(both, count, lenses, *self._grid())
+        sigma = self._told.get(id(sigma), sigma)
         levels = torch.cat([torch.zeros(self.batch, count, device=self.device), sigma.expand(self.batch, count)], dim=1)
         velocity = self._velocity(torch.cat([past.latents, x], dim=2), levels, view, projection)
         clean = {layer: (k[:, :count], v[:, :count]) for layer, (k, v) in view.fresh.items()}
@@ -252,4 +296,5 @@ def with_steps(config: RolloutConfig, steps: int) -> RolloutConfig:
     """The same rollout with `steps` evenly spaced denoising steps a chunk (1 to 50) after the first chunk."""
     if not 1 <= steps <= 50:
         raise ValueError(f"steps must be 1 to 50, got {steps}: 1, 2 and 4 are what few-step models are made for")
-    return replace(config, steps=tuple(round(1000 * (steps - i) / steps) for i in range(steps)))
+    most = 999 if config.sampler == "unipc" else 1000
+    return replace(config, steps=tuple(round(most * (steps - i) / steps) for i in range(steps)))

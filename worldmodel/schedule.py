@@ -23,14 +23,15 @@ def sigma_grid(count: int, shift: float) -> Tensor:
     return shift_sigma(torch.linspace(1.0, 0.0, count + 1)[:-1], shift)
 
 
-def warp_steps(steps: list[int] | tuple[int, ...], shift: float) -> Tensor:
+def warp_steps(steps: list[float] | tuple[float, ...], shift: float) -> Tensor:
     """Turns a published step list such as (1000, 750, 500, 250) into shifted sigmas `[n]`, float32."""
     if not 0 < shift < math.inf:
         raise ValueError(f"shift must be above 0, got {shift}: 5 is usual")
     if not steps or any(not 0 < step <= CLOCK for step in steps) or list(steps) != sorted(set(steps), reverse=True):
         raise ValueError(f"steps must fall from at most 1000 to above 0, got {list(steps)}: write them like [1000, 500]")
-    grid = torch.cat([sigma_grid(1000, shift) * CLOCK, torch.zeros(1)])
-    return torch.stack([grid[1000 - int(step)] for step in steps]) / CLOCK
+    grid = torch.cat([sigma_grid(1000, shift) * CLOCK, torch.zeros(1)])  # rounded as the references' table is
+    exact = shift_sigma(torch.tensor(steps, dtype=torch.float64) / CLOCK, shift).float()
+    return torch.stack([grid[1000 - int(step)] / CLOCK if step == int(step) else sigma for step, sigma in zip(steps, exact, strict=True)])
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from worldmodel.camera import check_poses, invert
 from worldmodel.engine import HISTORY, is_out_of_memory
 from worldmodel.kv_cache import FrameMemory
 from worldmodel.options import as_dict
-from worldmodel.rollout import Rollout, RolloutConfig, with_steps
+from worldmodel.rollout import Pending, Rollout, RolloutConfig, with_steps
 from worldmodel.rope import exact_device
 from worldmodel.world import World, read_image, replace_folder
 
@@ -228,7 +228,7 @@ class Session:
         memories = [FrameMemory(i, *(tensors[f"frame.{i}.{part}"] for part in parts)) for i in indices]
         self.rollout.cache.restore(memories, values["frames"] - (tensors["pending.0"].shape[2] if "pending.0" in tensors else 0))
         if "pending.0" in tensors:
-            self.rollout.put_off(*(tensors[f"pending.{position}"] for position in range(3)))
+            self.rollout.pending = Pending(*(tensors[f"pending.{position}"] for position in range(3)))
         self.image = tensors["image"].cpu().numpy() if "image" in tensors else None
         self._poses = list(tensors["poses"].cpu().numpy())
         memories = tuple(tensors.get(f"decoder.{i}") for i in range(values["decoder"]["memories"]))
@@ -247,7 +247,8 @@ class Session:
     def _begin(self, text: Tensor) -> Rollout:
         """A dream without a past."""
         (rows, columns), device = self.world.latent_size, self.world.device
-        return Rollout(self.world.transformer, text, self._fitted(), height=rows, width=columns, device=device)
+        return Rollout(self.world.transformer, text, self._fitted(), height=rows, width=columns, device=device,
+                       unconditional=self.world.prompts.unconditional)  # fmt: skip
 
     def _in_memory(self, work: Callable, **first):
         """What `work` returns. When the device's memory is full, the world goes down a tier and it is done again, without what is `first`.

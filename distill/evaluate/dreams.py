@@ -90,7 +90,9 @@ def dream(
     lens = torch.tensor(world.config.intrinsics, dtype=torch.float64, device=device).expand(batch, 4)
     generator = torch.Generator("cpu").manual_seed(seed)
     text = torch.stack([world.prompts[name] for name in prompts])
-    rollout = Rollout(world.transformer, text, config, batch=batch, height=height, width=width, device=device)
+    rollout = Rollout(
+        world.transformer, text, config, batch=batch, height=height, width=width, device=device, unconditional=world.prompts.unconditional
+    )
     decoder = world.autoencoder.streaming_decoder()
     latents = world.autoencoder.encode(to_video(first[:, None], world.autoencoder)).float()
     rollout.commit(latents, viewmats[:, :1], lens)

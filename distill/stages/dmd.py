@@ -49,7 +49,10 @@ class DmdStage(TransformerStage):
         self.real = self.load_frozen(config.real)
         self.critic = self.load(config.critic or config.real)
         self.modules["critic"] = self.critic
+        for score in (self.real, self.critic):  # they always see windows of one length
+            super().compile(score)
         self.optimizers["critic"] = make_optimizer(self.critic, config.critic_lr, config.optimiser, recipe.optimiser)
+        self.judged = config.judged or recipe.data.frames
         self.batches = 1 if config.shared else config.critic_updates + 1
 
     def losses(self, batch: dict, step: int, generator: torch.Generator) -> Iterator[Loss]:
@@ -62,15 +65,27 @@ class DmdStage(TransformerStage):
             if not self.config.shared:
                 with torch.no_grad():
                     dream = self.dream_along(critic_parts[index], generator, shape, grad=False)
-            samples = dream.samples.detach()
+            start = _below(dream.samples.shape[2] - self.judged + 1, shape)
+            part = slice(start, start + self.judged)
+            samples = dream.samples[:, :, part].detach()
             sigma, noise = self._score_draws(samples, generator)
-            yield "critic", critic_loss(bidirectional(self.critic, dream.windows), samples, sigma, noise, **self._reading()), {}
+            yield "critic", critic_loss(bidirectional(self.critic, dream.windows.cut(part)), samples, sigma, noise, **self._reading()), {}
 
     def _student_loss(self, dream: Dream, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         samples, windows, anchored = dream
+        parts = [slice(start, start + self.judged) for start in range(0, samples.shape[2], self.judged)]
+        gradient = torch.cat([self._gradient(samples[:, :, part].detach(), windows.cut(part), generator) for part in parts], dim=2)
+        loss, metrics = distribution_loss(samples, gradient), {"gradient": gradient.abs().mean(), "spread": samples.detach().std()}
+        if self.config.truth and anchored:
+            pull = truth_loss(samples, windows.latents, self.config.truth_scale)
+            loss, metrics["truth"] = loss + self.config.truth * pull, pull.detach()
+        return loss, metrics
+
+    def _gradient(self, samples: Tensor, windows: Windows, generator: torch.Generator) -> Tensor:
+        """Where both scores want samples `[B, C, F, H, W]` to go."""
         sigma, noise = self._score_draws(samples, generator)
-        gradient = distribution_gradient(
-            samples.detach(),
+        return distribution_gradient(
+            samples,
             sigma,
             noise,
             fake=bidirectional(self.critic, windows),
@@ -79,21 +94,16 @@ class DmdStage(TransformerStage):
             guidance=self.config.guidance,
             **self._reading(),
         )
-        loss, metrics = distribution_loss(samples, gradient), {"gradient": gradient.abs().mean(), "spread": samples.detach().std()}
-        if self.config.truth and anchored:
-            pull = truth_loss(samples, windows.latents, self.config.truth_scale)
-            loss, metrics["truth"] = loss + self.config.truth * pull, pull.detach()
-        return loss, metrics
 
     def compile(self, network: CausalWanTransformer) -> None:
-        """Nothing: every latent of a rollout sees a longer past, and each length would be compiled anew."""
+        """Nothing for the student: every latent of a rollout sees a longer past, and each length would be compiled anew."""
 
     def dream_along(self, windows: Windows, generator: torch.Generator, shape: torch.Generator, *, grad: bool) -> Dream:
         """The last `data.frames` latents of a self-rollout, and the windows cut to them.
 
-        The rollout's length and place are drawn (from `shape`, as is the step that learns), up to all of the windows; a share of the rollouts
-        begins with the true first chunk. What comes before the last frames is dreamed as in play, without gradient, so that the student meets
-        its own long past (Self-Forcing++, arXiv 2510.02283).
+        The rollout's length and place are drawn (from `shape`, as is the step that learns), up to all of the windows; a share of the
+        rollouts begins with the true first chunk. What comes before the last frames is dreamed as in play, without gradient, so that
+        the student meets its own long past (Self-Forcing++, arXiv 2510.02283).
         """
         frames, chunk = self.recipe.data.frames, self.config.chunk
         longest = (windows.latents.shape[2] - frames) // chunk
