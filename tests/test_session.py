@@ -22,7 +22,10 @@ def same(ours, theirs):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.fixture(scope="module", params=[{"chunk": 1}, {"chunk": 2, "window": 6}, {"merge_clean": True}, {"guidance": 3.0}, {"wan": True}])
+VARIANTS = [{"chunk": 1}, {"chunk": 2, "window": 6}, {"merge_clean": True}, {"guidance": 3.0}, {"wan": True}]
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
 def variant(request, tmp_path_factory):
     """(world, walk cut into what a step takes) frame-wise, chunk-wise, with the clean pass merged, with guidance, and with Wan2.1's autoencoder."""
     folder = make_tiny_bundle(tmp_path_factory.mktemp("variant") / "tiny", **request.param)
