@@ -27,7 +27,7 @@ VARIANTS = [{"chunk": 1}, {"chunk": 2, "window": 6}, {"merge_clean": True}, {"gu
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request, tmp_path_factory):
-    """(world, walk cut into what a step takes) frame-wise, chunk-wise, with the clean pass merged, with guidance, and with Wan2.1's autoencoder."""
+    """(world, walk cut into what a step takes) frame-wise, chunk-wise, clean pass merged, with guidance, with Wan2.1's autoencoder."""
     folder = make_tiny_bundle(tmp_path_factory.mktemp("variant") / "tiny", **request.param)
     chunk = request.param.get("chunk", 1)
     return World.from_pretrained(folder, dtype=torch.float32), WALK[:12].reshape(-1, chunk, 4, 4)
