@@ -1,17 +1,28 @@
 """The engine: a world in little memory, in 8 bits, compiled while it is played. Devices are played by numbers here."""
 
+import gc
+import itertools
+import threading
+import weakref
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
 
+from worldmodel import engine
+from worldmodel import session as session_room
+from worldmodel.autoencoder import StreamingDecoder, StreamingEncoder
 from worldmodel.camera import MotionStep, parse_trajectory
+from worldmodel.client.scenes import fastest_device
 from worldmodel.compiled import CompiledBlocks
-from worldmodel.engine import HISTORY, TIERS, EngineOptions, Tier, choose_attention, demand, fitting, quantise, tiers_from
+from worldmodel.engine import HISTORY, TIERS, Engine, EngineOptions, Tier, choose_attention, demand, fitting, quantise, tiers_from
+from worldmodel.kv_cache import KVCache
 from worldmodel.rollout import RolloutConfig
 from worldmodel.session import Session
 from worldmodel.transformer import CausalWanTransformer
-from worldmodel.world import World
+from worldmodel.world import World, open_device
 
 GIB = 2**30
 WALK = parse_trajectory("w*4,w+l*8", MotionStep(0.5, 6.0), style="walk")[1:]
@@ -36,6 +47,9 @@ def test_memory_decides_the_tier(wan, free, tier):
     config = RolloutConfig(window=12)
     assert fitting(TIERS, wan, config, HISTORY, int(free * GIB)) == TIERS[tier:]
     assert wan.of(TIERS[tier], config, HISTORY) < free * GIB
+    merged = wan.of(TIERS[tier], replace(config, merge_clean=True), HISTORY)  # a pass leaves two chunks' keys
+    assert merged == wan.of(TIERS[tier], config, HISTORY) + wan.stored
+    assert wan.of(TIERS[tier], replace(config, guidance=3.0), HISTORY) > wan.of(TIERS[tier], config, HISTORY) + config.chunk * wan.shown
 
 
 def test_full_device_is_one_sentence(wan):
@@ -45,6 +59,7 @@ def test_full_device_is_one_sentence(wan):
 
 
 def test_a_world_opens_in_what_is_free_or_asked_for(tiny_bundle, monkeypatch):
+    monkeypatch.setattr(engine, "_has_torchao", lambda: True)
     assert World.from_pretrained(tiny_bundle).engine.tiers == TIERS  # a CPU
     small = World.from_pretrained(tiny_bundle, engine=EngineOptions(memory="16"))
     assert small.engine.tiers == TIERS[2:] and Session(small, history=9).config.history == 1
@@ -54,6 +69,23 @@ def test_a_world_opens_in_what_is_free_or_asked_for(tiny_bundle, monkeypatch):
         World.from_pretrained(tiny_bundle)
     monkeypatch.setattr("worldmodel.world.free_memory", lambda device: GIB)
     assert World.from_pretrained(tiny_bundle).engine.tier == TIERS[0]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_a_device_without_a_free_byte_is_not_an_unknown_one(monkeypatch, device):
+    out_of_memory(monkeypatch, torch, "zeros", {0}, RuntimeError, "CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+    with pytest.raises(ValueError, match=f"^The memory of the device '{device}' is full, not one number fits: close other programs"):
+        open_device(device)
+    out_of_memory(monkeypatch, torch, "zeros", {0}, AssertionError, "Torch not compiled with CUDA enabled")
+    with pytest.raises(ValueError, match=f"expected a device that torch can compute on here, .* got '{device}'"):
+        open_device(device)
+
+
+@pytest.mark.parametrize(("here", "device"), [("cuda mps", "cuda"), ("mps", "mps"), ("", "cpu")])
+def test_play_takes_the_fastest_device(monkeypatch, here, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in here)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in here)
+    assert fastest_device() == device
 
 
 def test_a_tier_holds_a_chunk_and_the_sinks():
@@ -74,16 +106,20 @@ def test_a_kernel_that_is_not_there_is_refused():
         choose_attention("fa3", torch.device("cpu"))
 
 
-def out_of_memory(world, monkeypatch, at):
-    """Lets the passes with the numbers `at` fail as a full GPU does."""
-    plain, passes = world.transformer.forward, iter(range(10**6))
+def out_of_memory(monkeypatch, place, name, at, kind=torch.OutOfMemoryError, words="CUDA out of memory."):
+    """Lets the calls of `place.name` with the numbers `at` fail as on a full GPU."""
+    plain, calls = getattr(place, name), itertools.count()
 
-    def forward(*inputs, **options):
-        if next(passes) in at:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+    def call(*inputs, **options):
+        if next(calls) in at:
+            raise kind(words)
         return plain(*inputs, **options)
 
-    monkeypatch.setattr(world.transformer, "forward", forward)
+    monkeypatch.setattr(place, name, call)
+
+
+SMALL = Tier("small", window=3, history=1)
+DOWN = "Memory is full: going on as with small"
 
 
 @pytest.mark.parametrize("failing", [{0, 1}, {1}])  # the clean pass of latent 6, twice; the first pass of latent 7
@@ -94,29 +130,114 @@ def test_a_full_memory_goes_down_a_tier_and_loses_nothing(world, monkeypatch, fa
             assert session.step(pose).notice == ""
         return session
 
-    small, session, expected = Tier("small", window=3, history=1), walked(), walked()
+    session, expected = walked(), walked()
     if 0 not in failing:
         expected.settle()
-    expected.rollout = expected.rollout.fork(small.rollout(expected.config, HISTORY))
-    world.engine.tiers = (TIERS[0], small)
-    out_of_memory(world, monkeypatch, failing)
+    expected.rollout = expected.rollout.fork(SMALL.rollout(expected.config, HISTORY))
+    world.engine.tiers = (TIERS[0], SMALL)
+    out_of_memory(monkeypatch, world.transformer, "forward", failing)
     session.settle()
     chunk = session.step(WALK[6])
-    assert chunk.notice == "Memory is full: going on as with small"
+    assert chunk.notice == DOWN
     np.testing.assert_array_equal(chunk.frames, expected.step(WALK[6]).frames)
     assert (chunk.index, session.frames, session.config.window, session.config.history) == (7, 8, 3, 1)
     assert len(session.rollout.cache.frames) <= 4 and len(session._states) <= 2
     assert all(session.step(pose).notice == "" for pose in WALK[7:])
 
 
-def test_the_smallest_tier_says_that_it_is_full(world, monkeypatch):
-    world.engine.tiers = TIERS[-1:]
+def test_the_old_ring_is_gone_before_anything_new_is_made(world, monkeypatch):
+    world.engine.tiers, session = (TIERS[0], SMALL), Session(world, image="grey-0")
+    for pose in WALK[:4]:
+        session.step(pose)
+    old = weakref.ref(session.rollout.cache)
+    ring = [weakref.ref(tensor) for layer in session.rollout.cache._ring.values() for tensor in layer]
+    left = []  # of the old ring, when weights are stored and when the new window is made
+    for place, name in ((Engine, "refit"), (KVCache, "_new_window")):
+        def watched(owner, *inputs, plain=getattr(place, name)):
+            if owner is not old():
+                left.append(sum(tensor() is not None for tensor in ring))
+            return plain(owner, *inputs)
+
+        monkeypatch.setattr(place, name, watched)
+    out_of_memory(monkeypatch, world.transformer, "forward", {1})
+    gc.disable()  # nobody collects cycles while memory is full
+    try:
+        assert session.step(WALK[4]).notice == DOWN
+    finally:
+        gc.enable()
+    assert len(ring) == 4 and old() is None and left == [0, 0]
+
+
+FULL = [(torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB."),
+        (RuntimeError, "CUDA error: out of memory"),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        (RuntimeError, "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        (RuntimeError, "MPS backend out of memory (MPS allocated: 8.00 GB)")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "words"), FULL)
+def test_every_failure_is_a_tier_until_there_is_none(world, monkeypatch, kind, words):
+    world.engine.tiers = (TIERS[0], Tier("middle", window=4), SMALL)
     session = Session(world)
     session.step(WALK[0])
-    out_of_memory(world, monkeypatch, set(range(100)))
-    with pytest.raises(MemoryError, match=r"full in the smallest tier \(8 GB\)"):
-        session.step(WALK[1])
-    assert session.frames == 1
+    out_of_memory(monkeypatch, world.transformer, "forward", {0, 1}, kind, words)  # the clean pass, and again with the middle tier
+    chunk = session.step(WALK[1])
+    assert (chunk.notice, chunk.index, world.engine.tiers) == (DOWN, 1, (SMALL,))
+    out_of_memory(monkeypatch, world.transformer, "forward", {1}, kind, words)
+    with pytest.raises(MemoryError, match=r"full in the smallest tier \(small\): close other programs"):
+        session.step(WALK[2])
+    assert session.frames == 2 and session.step(WALK[2]).index == 2  # somebody did
+
+
+@pytest.mark.parametrize(("place", "name"), [(KVCache, "_new_window"), (engine, "quantise")])
+def test_a_failure_while_going_down_is_a_tier_too(world, monkeypatch, place, name):
+    world.engine.tiers = (TIERS[0], Tier("middle", "int8", window=4), replace(SMALL, weights="int8"))
+    monkeypatch.setattr(engine, "quantise", lambda *_: None)
+    session = Session(world)
+    session.step(WALK[0])
+    session.settle()
+    out_of_memory(monkeypatch, world.transformer, "forward", {0})
+    out_of_memory(monkeypatch, place, name, {0})
+    assert session.step(WALK[1]).notice == DOWN
+
+
+def test_what_was_shown_before_memory_ran_out_is_shown_once(world, monkeypatch):
+    plain, early = Session(world, image="grey-0").step(WALK[0]), []
+    world.engine.tiers, session = (TIERS[0], SMALL), Session(world, image="grey-0")
+    out_of_memory(monkeypatch, session_room, "to_frames", {1})  # of the second frame
+    chunk = session.step(WALK[0], early.append)
+    assert (chunk.notice, len(early)) == (DOWN, 1)
+    np.testing.assert_array_equal(early[0], chunk.frames[:1])
+    np.testing.assert_array_equal(chunk.frames, plain.frames)
+
+
+def test_another_error_is_none_of_memory(world, monkeypatch):
+    session = Session(world)
+    out_of_memory(monkeypatch, world.transformer, "forward", {0}, RuntimeError, "shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="multiplied"):
+        session.step(WALK[0])
+    assert len(world.engine.tiers) == len(TIERS)
+
+
+@pytest.mark.parametrize(("place", "name"), [(StreamingEncoder, "step"), (StreamingDecoder, "frames"), (KVCache, "_new_window"),
+                                             (CausalWanTransformer, "forward"), (CausalWanTransformer, "encode_text")])  # fmt: skip
+def test_a_start_without_memory_goes_down_a_tier(world, monkeypatch, place, name):
+    world.engine.tiers = (TIERS[0], SMALL)
+    out_of_memory(monkeypatch, place, name, {0})
+    session = Session(world, image="grey-0")
+    assert session.start().notice == DOWN and session.config.window == 3 and session.frames == 1
+    expected = Session(world, image="grey-0")
+    np.testing.assert_array_equal(session.start().frames, expected.start().frames)
+    np.testing.assert_array_equal(session.step(WALK[0]).frames, expected.step(WALK[0]).frames)
+
+
+def test_a_prompt_without_memory_goes_down_a_tier(world, monkeypatch):
+    world.engine.tiers, session = (TIERS[0], SMALL), Session(world)
+    session.step(WALK[0])
+    out_of_memory(monkeypatch, world.transformer, "encode_text", {0})
+    session.set_prompt("loud")
+    chunk = session.step(WALK[1])
+    assert (chunk.notice, chunk.prompt, session.step(WALK[2]).notice) == (DOWN, "loud", "")
 
 
 @pytest.mark.parametrize(("weights", "most"), [("int8", 0.02), ("fp8", 0.08)])
@@ -135,6 +256,46 @@ def test_eight_bits_without_torchao_are_refused(tiny_bundle, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="torchao, which is not installed"):
         World.from_pretrained(tiny_bundle, dtype=torch.float32, engine=EngineOptions(weights="int8"))
+
+
+def test_without_torchao_the_weights_stay_full(wan, world, monkeypatch):
+    monkeypatch.setattr(engine, "_has_torchao", lambda: False)
+    world.engine.tiers = tiers_from(EngineOptions())
+    session = Session(world)
+    out_of_memory(monkeypatch, world.transformer, "forward", set(range(4)))
+    assert session.step(WALK[0]).notice == "Memory is full: going on as with 8 GB" and session.config.window == 4
+    assert "weights full (int8 with torchao, which is not installed)" in world.engine.describe(session.config)
+    with pytest.raises(ValueError, match=r"install torchao \(int8 weights need less\), or play a smaller world"):
+        fitting(tiers_from(EngineOptions()), wan, RolloutConfig(), HISTORY, 7 * GIB)
+    assert tiers_from(EngineOptions(memory="8", weights="full"))[0].missed == ""
+
+
+def test_weights_that_change_are_compiled_anew(tiny_bundle, monkeypatch):
+    compiled_by = []
+
+    def compile(half, **_):
+        def run(*inputs, **options):
+            compiled_by.append(threading.current_thread().name)
+            return half(*inputs, **options)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile)
+    world = World.from_pretrained(tiny_bundle, dtype=torch.float32, engine=EngineOptions(compile="on"))
+    world.engine.tiers, session = (TIERS[0], replace(SMALL, weights="int8")), Session(world)
+    session.step(WALK[0])
+    old = world.engine.compiled
+    old.wait()
+    session.step(WALK[1])
+    assert old.ready and threading.main_thread().name in compiled_by  # taken over
+    stopped = []
+    monkeypatch.setattr(engine, "quantise", lambda *_: stopped.append(old._stopped))
+    out_of_memory(monkeypatch, world.transformer, "forward", {0})
+    compiled_by.clear()
+    assert session.step(WALK[2]).notice == DOWN and stopped == [True]
+    new = world.engine.compiled
+    new.wait()
+    assert compiled_by[0] == "compiler" and new is not old and new.ready  # the new thread meets the new weights first
 
 
 @pytest.mark.slow

@@ -54,6 +54,29 @@ def test_no_chunk_waits_for_the_device(merge):
             torch.cuda.set_sync_debug_mode("default")
 
 
+def test_no_step_of_a_session_waits_for_the_device(tiny_bundle):
+    session = Session(World.from_pretrained(tiny_bundle, "cuda", torch.float32, EngineOptions(compile="off")), image="grey-0")
+    poses = [advance(np.eye(4), [0.0, 0.0, 0.1 * step], 0.0, 0.0) for step in range(12)]
+    for pose in poses[:4]:  # libraries set themselves up
+        session.step(pose)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for pose in poses[4:]:  # the window is made anew in between
+            session.step(pose)
+            session.settle()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_ring_stays_where_it_is_on_cuda(tiny_bundle):
+    session = Session(World.from_pretrained(tiny_bundle, "cuda", torch.float32, EngineOptions(compile="off")), image="grey-0")
+    rings = []
+    for step in range(10):
+        session.step(advance(np.eye(4), [0.0, 0.0, 0.1 * step], 0.0, 0.0))
+        rings.append([x.data_ptr() for layer in session.rollout.cache._ring.values() for x in layer])
+    assert rings[0] and all(ring == rings[0] for ring in rings)
+
+
 def test_decoding_aside_changes_no_frame(tiny_bundle):
     world = World.from_pretrained(tiny_bundle, "cuda", torch.float32, EngineOptions(compile="off"))
     aside, plain = Session(world), Session(world)

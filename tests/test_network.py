@@ -3,16 +3,21 @@
 import gc
 import json
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from worldmodel import attention, prope, rope, schedule
+from worldmodel import attention, prope, rope, schedule, session, transformer
+from worldmodel.camera import advance
 from worldmodel.checkpoint import load_transformer
+from worldmodel.kv_cache import Window
 from worldmodel.rollout import Rollout, RolloutConfig, with_steps
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -329,6 +334,58 @@ def test_a_ring_that_lives_on_equals_windows_made_anew(network, config):
         torch.testing.assert_close(latents, lasting[:, :, i : i + config.chunk], atol=2e-5, rtol=0)
 
 
+def ring(rollout):
+    """Addresses of the tensors that attention reads."""
+    return [x.data_ptr() for layer in rollout.cache._ring.values() for x in layer]
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_the_ring_stays_where_it_is(network, merge):
+    config = RolloutConfig(window=4, sinks=1, history=6, merge_clean=merge)  # a new anchor every second latent
+    _, rollout = dream(network, config, frames=3)
+    first, (viewmats, lens) = ring(rollout), walk(10)
+    assert len(first) == 2 * network.config.num_layers
+    with torch.no_grad():
+        for i in range(3, 10):
+            rollout.step(viewmats[:, i : i + 1], lens)
+            assert ring(rollout) == first
+        rollout.rewind(6)
+        twin = rollout.fork()
+        for one in (rollout, twin):
+            one.step(viewmats[:, 6:7], lens)
+        assert ring(rollout) == first and not set(ring(twin)) & set(first)
+    rollout.step(viewmats[:, 6:7], lens, grad=True)
+    assert ring(rollout) == []  # a graph may hold its own window, and nothing else is kept beside it
+
+
+class Full(Exception):
+    """No memory for a pass."""
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_pass_that_failed_half_way_can_be_tried_again(network, merge, monkeypatch):
+    config = RolloutConfig(window=4, sinks=1, merge_clean=merge)
+    plain, broken = (dream(network, config, frames=7)[1] for _ in range(2))
+    (viewmats, lens), write, calls = walk(9), Window.write, iter(range(100))
+
+    def failing(window, *inputs):
+        if next(calls) == 1:  # the first layer has written already
+            raise Full
+        write(window, *inputs)
+
+    def on(rollout):
+        draw = torch.Generator().manual_seed(5)
+        return torch.cat([rollout.step(viewmats[:, i : i + 1], lens, generator=draw, settle=False) for i in (7, 8)], 2)
+
+    with torch.no_grad():
+        monkeypatch.setattr(Window, "write", failing)
+        with pytest.raises(Full):
+            on(broken)
+        broken.settle()
+        plain.settle()
+        torch.testing.assert_close(on(broken), on(plain), atol=2e-5, rtol=0)
+
+
 def test_a_pass_without_velocity_leaves_the_same_memory(network):
     rollout = dream(network, RolloutConfig(window=4))[1]
     latents, text = torch.randn(1, network.config.in_channels, 1, 4, 4), rollout.text
@@ -380,6 +437,63 @@ def test_no_chunk_waits_for_the_device(network, merge, positions):
         rollout.settle()
         with pytest.raises(AssertionError, match="makes the host wait"):
             lens[0, 0].item()
+
+
+def test_no_step_of_a_session_waits_for_the_device(tiny_world, monkeypatch):
+    uploads = []
+    monkeypatch.setattr(session, "uploaded", lambda tensor, device: uploads.append(tuple(tensor.shape)) or tensor)
+    player = session.Session(tiny_world, image="grey-0")
+    assert uploads == [(1, 4), (32, 48, 3), (1, 1, 4, 4)]  # lens, picture, camera
+    uploads.clear()
+    with NoWaiting():
+        for step in range(6):
+            player.step(advance(np.eye(4), [0.0, 0.0, 0.1 * step], 0.0, 0.0))
+            player.settle()
+    assert uploads == [(2, 1, 16, 1, 4, 6), (1, 1, 4, 4)] * 6  # noise and camera
+
+
+class Elsewhere(TorchDispatchMode):
+    """Plays a device, without numbers: one that has no float64 (MPS), or one that nothing may be sent back from (CUDA)."""
+
+    def __init__(self, exact):
+        super().__init__()
+        self.exact = exact
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if self.exact == "cpu" and "_to_copy" in str(operation) and (kwargs or {}).get("device") == torch.device("cpu"):
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)  # "meta" itself refuses
+        result = operation(*args, **(kwargs or {}))
+        for tensor in (x for x in tree_leaves(result) if isinstance(x, torch.Tensor)):
+            double = tensor.dtype == torch.float64
+            assert not double or tensor.device.type == self.exact, f"{operation} makes float64 numbers on {tensor.device}"
+        return result
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("exact", ["cpu", "meta"])  # as on MPS, and as on CUDA
+def test_exact_numbers_stay_where_there_are_such(monkeypatch, exact, merge):
+    monkeypatch.setattr(transformer, "exact_device", lambda device: torch.device(exact))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # "meta" has none
+    config = RolloutConfig(window=4, sinks=1, merge_clean=merge, context_sigma=0.005, history=4)
+    model = transformer.CausalWanTransformer(
+        num_attention_heads=2, attention_head_dim=24, text_dim=8, freq_dim=16, ffn_dim=64, num_layers=2
+    )
+    rollout = Rollout(model.to("meta"), torch.ones(1, 5, 8, device="meta"), config, height=4, width=4, device="meta")
+    viewmats, lens = (torch.ones(1, *shape, dtype=torch.float64, device=exact) for shape in ((1, 4, 4), (4,)))
+    with torch.no_grad(), Elsewhere(exact):
+        for _ in range(6):
+            rollout.step(viewmats, lens, settle=False)
+        rollout.settle()
+        rollout.rewind(4)
+        latents = rollout.step(viewmats, lens)
+        rollout.settle()
+    assert latents.device.type == rollout.cache.frames[-1].keys.device.type == "meta"
+    assert rollout.cache.frames[-1].viewmats.device.type == exact
+
+
+def test_exact_numbers_have_a_place():
+    places = {name: str(rope.exact_device(torch.device(name))) for name in ("cpu", "cuda:1", "mps:0")}
+    assert places == {"cpu": "cpu", "cuda:1": "cuda:1", "mps:0": "cpu"}
 
 
 def test_far_away_is_the_same_world(network):

@@ -22,9 +22,12 @@ def same(ours, theirs):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.fixture(scope="module", params=[{"chunk": 1}, {"chunk": 2, "window": 6}, {"chunk": 1, "merge_clean": True}, {"wan": True}])
+VARIANTS = [{"chunk": 1}, {"chunk": 2, "window": 6}, {"merge_clean": True}, {"guidance": 3.0}, {"wan": True}]
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
 def variant(request, tmp_path_factory):
-    """(world, walk cut into what a step takes) frame-wise, chunk-wise, with the clean pass merged, and with Wan2.1's autoencoder."""
+    """(world, walk cut into what a step takes) frame-wise, chunk-wise, clean pass merged, with guidance, with Wan2.1's autoencoder."""
     folder = make_tiny_bundle(tmp_path_factory.mktemp("variant") / "tiny", **request.param)
     chunk = request.param.get("chunk", 1)
     return World.from_pretrained(folder, dtype=torch.float32), WALK[:12].reshape(-1, chunk, 4, 4)

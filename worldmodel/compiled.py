@@ -29,6 +29,7 @@ class CompiledBlocks:
         self._ready: set[tuple] = set()
         self._asked: set[tuple] = set()
         self._jobs: queue.Queue = queue.Queue()
+        self._stopped = False
         for block in blocks:
             for name in _HALVES:
                 setattr(block, name, partial(self._run, name, block))
@@ -38,13 +39,18 @@ class CompiledBlocks:
         """Until everything that has been asked for is compiled, or cannot be."""
         self._jobs.join()
 
+    def stop(self) -> None:
+        """All blocks run as they are from now on, and the thread ends with what it is compiling; for blocks that are to be changed."""
+        self._stopped = True
+        self._jobs.put(None)
+
     @property
     def ready(self) -> int:
         """How many kinds of halves run compiled."""
         return len(self._ready)
 
     def _run(self, name: str, block: WanBlock, *inputs, **options):
-        if not torch.is_grad_enabled() and not self.fault:
+        if not torch.is_grad_enabled() and not self.fault and not self._stopped:
             kind = (name, torch.is_inference_mode_enabled(), *options.items(), *_layouts(inputs))
             if kind in self._ready:
                 return self._compiled[name](block, *inputs, **options)
@@ -54,8 +60,8 @@ class CompiledBlocks:
         return getattr(WanBlock, name)(block, *inputs, **options)
 
     def _work(self) -> None:
-        while True:
-            kind, block, inputs, options = self._jobs.get()
+        while (job := self._jobs.get()) and not self._stopped:
+            kind, block, inputs, options = job
             name, inference = kind[:2]
             try:
                 with torch.inference_mode(inference), torch.no_grad():
@@ -64,7 +70,7 @@ class CompiledBlocks:
             except Exception as error:  # a compiler can fail in any way; the plain blocks go on
                 self.fault = f"Blocks cannot be compiled here ({first_line(error)}); they run as they are."
             finally:
-                del block, inputs
+                del job, block, inputs
                 self._jobs.task_done()
 
 

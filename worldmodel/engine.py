@@ -2,7 +2,7 @@
 
 The memory of a GPU is what a dream runs out of: a latent frame of Wan2.1-1.3B at 480x832 is 290 MB of keys and values, and three times as
 much while it stands in the window. So there are tiers. The first one whose demand fits into what is free is taken and said aloud;
-when memory runs out all the same, the session goes down one tier, says so, and dreams the chunk again (`Session.step`).
+when memory runs out all the same, the session goes down one tier, says so, and does it again (`Session.step`).
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from worldmodel.transformer import CausalWanTransformer
 
 WEIGHTS = ("full", "int8", "fp8")
 HISTORY = 64  # latents that can be taken back, where memory allows
-_SPARE = 0.92  # share of the free memory that may be planned with: allocators round up and fragment
+_SPARE = 0.95  # share of the free memory that may be planned with: allocators round up, and the ring, which is the most, never moves
 _GIB = 2**30
 
 
@@ -29,6 +29,7 @@ class Tier:
     weights: str = "full"  # of the blocks' linear layers: "full" (the networks' type), "int8" or "fp8"
     window: int | None = None  # latents of the window at most; None = the world's
     history: int | None = None  # latents kept for rewinding at most; None = as many as are wanted
+    missed: str = ""  # the weights that it would have with torchao, which is not installed
 
     def rollout(self, config: RolloutConfig, history: int) -> RolloutConfig:
         """`config` within this tier, where `history` latents to rewind are wanted. A chunk and the sinks always fit."""
@@ -77,8 +78,10 @@ class Demand:
         """Bytes in this tier."""
         rollout = tier.rollout(config, history)
         weights = self.blocks if tier.weights == "full" else self.quantised
-        remembered = (rollout.window + rollout.history) * self.stored + rollout.window * self.shown + rollout.history * self.rewound
-        return weights + self.rest + remembered
+        fresh = (3 if rollout.merge_clean else 2) * rollout.chunk  # latents that a pass leaves, and a chunk of them put together
+        remembered = (rollout.window + rollout.history + fresh) * self.stored + rollout.window * self.shown
+        rows = 1 if rollout.guidance == 1 else 2  # the dream without prompt remembers as much
+        return weights + self.rest + rows * remembered + rollout.history * self.rewound
 
 
 def demand(model: CausalWanTransformer, rows: int, columns: int, chunk: int, rest: int, rewound: int) -> Demand:
@@ -103,16 +106,31 @@ def fitting(tiers: tuple[Tier, ...], need: Demand, config: RolloutConfig, histor
         if need.of(tier, config, history) <= _SPARE * free:
             return tiers[place:]
     least = need.of(tiers[-1], config, history) / _SPARE / _GIB
+    install = f"install torchao ({tiers[-1].missed} weights need less), " if tiers[-1].missed else ""
     raise ValueError(
         f"This world needs {least:.1f} GiB of free memory on the device at least, {free / _GIB:.1f} GiB are free: close other programs "
-        "that use it, or play a smaller world."
+        f"that use it, {install}or play a smaller world."
     )
 
 
 def tiers_from(options: EngineOptions) -> tuple[Tier, ...]:
-    """The tiers that may be used, from the largest that is allowed down, with the weights that were asked for."""
+    """The tiers that may be used, from the largest that is allowed down, with the weights that were asked for.
+
+    Where nothing was asked for and torchao is not installed, all have full weights: nobody should learn that in the middle of play.
+    """
     first = next((i for i, tier in enumerate(TIERS) if tier.name.split()[0] == options.memory), 0)
-    return tuple(tier if options.weights == "auto" else replace(tier, weights=options.weights) for tier in TIERS[first:])
+    if options.weights != "auto":
+        return tuple(replace(tier, weights=options.weights) for tier in TIERS[first:])
+    if _has_torchao():
+        return TIERS[first:]
+    return tuple(tier if tier.weights == "full" else replace(tier, weights="full", missed=tier.weights) for tier in TIERS[first:])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device's memory is full: torch's own kind, or what driver, cuBLAS and cuDNN say as RuntimeError."""
+    said = str(error).lower()
+    words = ("out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
+    return isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and any(word in said for word in words)
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -139,9 +157,10 @@ class Engine:
     def describe(self, config: RolloutConfig) -> str:
         """One line for the player, who would have `config`."""
         rollout, compiled = self.tier.rollout(config, HISTORY), "compiled while playing" if self.compiled else "not compiled"
+        missed = f" ({self.tier.missed} with torchao, which is not installed)" if self.tier.missed else ""
         return (
-            f"Memory as with {self.tier.name}: window {rollout.window} latents, {rollout.history} to rewind, weights {self.tier.weights}; "
-            f"attention {self.attention}, blocks {compiled}"
+            f"Memory as with {self.tier.name}: window {rollout.window} latents, {rollout.history} to rewind, weights {self.tier.weights}"
+            f"{missed}; attention {self.attention}, blocks {compiled}"
         )
 
     def news(self) -> str:
@@ -151,19 +170,27 @@ class Engine:
         fault, self.compiled = self.compiled.fault, None
         return fault
 
-    def step_down(self, model: CausalWanTransformer) -> str:
-        """Takes the next smaller tier; returns a sentence for the player. MemoryError when there is none."""
+    def step_down(self) -> str:
+        """Takes the next smaller tier; returns a sentence for the player. MemoryError when there is none. `refit` makes it so."""
         if len(self.tiers) == 1:
             raise MemoryError(
                 f"The device's memory is full in the smallest tier ({self.tier.name}): close other programs that use it, or play "
                 "a smaller world."
             )
-        before, self.tiers = self.tier, self.tiers[1:]
-        if self.tier.weights != before.weights:
-            quantise(model, self.tier.weights, model.device)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        self.tiers = self.tiers[1:]
         return f"Memory is full: going on as with {self.tier.name}"
+
+    def refit(self, model: CausalWanTransformer) -> None:
+        """Gives unused memory back to the device and stores the model's weights as the tier says; can be called again when it failed."""
+        if model.device.type != "cpu":
+            getattr(torch, model.device.type).empty_cache()
+        if self.tier.weights == "full" or not _linear_layers(model.blocks):
+            return
+        if self.compiled:
+            self.compiled.stop()  # its code is for other weights: the playing thread would wait for new one
+        quantise(model, self.tier.weights, model.device)
+        if self.compiled:
+            self.compiled = CompiledBlocks(model.blocks)
 
 
 def start_engine(options: EngineOptions, tiers: tuple[Tier, ...], model: CausalWanTransformer, device: torch.device) -> Engine:
@@ -198,7 +225,7 @@ def quantise(model: CausalWanTransformer, weights: str, device: torch.device) ->
     """
     if weights == "full":
         return
-    if importlib.util.find_spec("torchao") is None:
+    if not _has_torchao():
         raise ValueError(f"weights {weights} are stored by torchao, which is not installed: pip install torchao, or choose weights full.")
     from torchao.quantization import (
         Float8DynamicActivationFloat8WeightConfig,
@@ -214,6 +241,11 @@ def quantise(model: CausalWanTransformer, weights: str, device: torch.device) ->
     quantize_(model.blocks, config, filter_fn=lambda layer, _: id(layer) in chosen, device=device)
 
 
+def _has_torchao() -> bool:
+    return importlib.util.find_spec("torchao") is not None
+
+
 def _linear_layers(blocks: nn.ModuleList) -> list[nn.Linear]:
-    """What is stored in 8 bits: nearly all of the weights."""
-    return [m for name, m in blocks.named_modules() if isinstance(m, nn.Linear) and not name.endswith("prope_out")]
+    """What can be stored in 8 bits and is not yet: nearly all of the weights."""
+    linear = [m for name, m in blocks.named_modules() if isinstance(m, nn.Linear) and not name.endswith("prope_out")]
+    return [layer for layer in linear if type(layer.weight) is nn.Parameter]

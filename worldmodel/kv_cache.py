@@ -3,7 +3,7 @@
 Store once: a frame keeps, for all layers together, its normalised un-rotated keys, its raw values and its camera. Turn once: the window
 is a ring in fixed memory; the passes of a chunk write their keys, rotated and projected, to the places of the frames that have just left
 it, and those of the clean pass stay. Attention asks for differences of positions and cameras only, so all of them are relative to
-an anchor, a frame a few latents back; every `KVCache.period` latents there is a new one and the window is made from the store again. So
+an anchor, a frame a few latents back; every `KVCache.period` latents there is a new one and the ring is written from the store again. So
 positions never run out, the numbers stay small however far the player walks, rewinding is truncation, a fork shares the frames (they
 are never written again), and a sink is a frame that is not dropped.
 """
@@ -19,7 +19,8 @@ from worldmodel.rope import rope_table, rotate
 
 @dataclass(frozen=True)
 class FrameMemory:
-    """One committed latent frame: keys and values `[layers, B, N, width]`, w2c `[B, 4, 4]` float64, intrinsics `[B, 4]` float64."""
+    """One committed latent frame: keys and values `[layers, B, N, width]`, w2c `[B, 4, 4]` and intrinsics `[B, 4]` in float64, which stay
+    on the `rope.exact_device`."""
 
     index: int
     keys: Tensor
@@ -179,7 +180,8 @@ class KVCache:
         self.period = max(1, window - sinks - 1)  # latents to a new anchor; so long the old one is among the frames that are kept
         self.frames: list[FrameMemory] = []
         self.committed = 0
-        self._window: Window | None = None
+        self._window: Window | None = None  # what stands in the ring, when that is known
+        self._ring: dict[int, tuple[Tensor, Tensor]] = {}  # its memory, which every window without gradients takes over
 
     def commit(self, view: CacheView, viewmats: Tensor, intrinsics: Tensor, fresh: dict[int, tuple[Tensor, Tensor]]) -> None:
         """Remembers a chunk: the `view` that its clean pass was the last to read, cameras `viewmats` `[B, F, 4, 4]` and `intrinsics`
@@ -240,10 +242,10 @@ class KVCache:
                 f"everything from latent {min(oldest)} on kept (got {min(kept, default=None)}); keep more history"
             )
         past = [kept[index] for index in wanted]
-        keys, dtype = past[0].keys, past[0].keys.dtype
-        cos, sin = self._table(torch.arange(len(past), device=keys.device), past, rows, columns)
+        keys = past[0].keys
+        cos, sin = self._table(torch.arange(len(past), device=past[0].viewmats.device), past, rows, columns)
         anchor = _inverse(past[0].viewmats[:, None])
-        inverse = self._inverse_cameras(past, anchor).to(dtype) if self.camera else None
+        inverse = self._inverse_cameras(past, anchor) if self.camera else None
         layers = []
         for layer in range(len(keys)):
             k, v = (torch.stack([getattr(f, name)[layer].detach() for f in past], dim=1) for name in ("keys", "values"))
@@ -268,6 +270,11 @@ class KVCache:
         window.oldest, self._window = oldest, None if grad else window
         return window
 
+    def holds(self, view: CacheView | None, chunk: int) -> bool:
+        """Whether a view of a chunk of `chunk` new frames can still be read: nothing was committed or written over since it was made."""
+        window = self._window
+        return view is not None and view.window is window and (window.held, window.oldest) == (self.committed, self._oldest(chunk))
+
     def _since(self, oldest: int) -> list[FrameMemory]:
         return [f for f in self.frames if f.index < self.sinks or f.index >= oldest]
 
@@ -287,19 +294,24 @@ class KVCache:
     def _new_window(self, phase: int, oldest: int, rows: int, columns: int, camera: Tensor | None) -> Window:
         """The sinks and the frames from `oldest` on out of the store, layer by layer, so that what comes in between stays small.
 
-        The anchor is the last frame before the phase (in the first phase the first of all), or the nearest to it that is kept.
+        The anchor is the last frame before the phase (in the first phase the first of all), or the nearest to it that is kept. Without
+        gradients it is written over the window before it: two of them would be gigabytes.
         """
         if self.frames:
             camera = min(self.frames, key=lambda frame: abs(frame.index - max(0, phase - 1))).viewmats
-        window = Window(self.window * rows * columns, _inverse(camera[:, None]), phase, self.committed, oldest)
+        grad, size = torch.is_grad_enabled(), self.window * rows * columns
+        if grad or any(keys.shape[2] != size for keys, _ in self._ring.values()):
+            self._ring = {}
+        self._window = None  # not known until all is written
+        window = Window(size, _inverse(camera[:, None]), phase, self.committed, oldest, {} if grad else self._ring)
         frames = self._since(oldest)
         if not frames:
             return window
-        dtype, device = frames[0].keys.dtype, frames[0].keys.device
+        device = frames[0].viewmats.device
         sinks = self._sink_positions(window, oldest, device)[: len(frames)]
         recent = torch.arange(oldest, max(oldest, self.committed), device=device) - (0 if self.absolute else phase)
         cos, sin = self._table(torch.cat([sinks, recent]), frames, rows, columns)
-        inverse = self._inverse_cameras(frames, window.anchor).to(dtype) if self.camera else None
+        inverse = self._inverse_cameras(frames, window.anchor) if self.camera else None
         runs = _runs([self._slot(f.index) for f in frames], rows * columns)
         for layer in range(len(frames[0].keys)):
             k, v = (torch.stack([getattr(f, name)[layer] for f in frames], dim=1) for name in ("keys", "values"))
@@ -311,7 +323,7 @@ class KVCache:
         sinks = self.frames[: self.sinks]
         if self.absolute or not sinks or oldest == window.oldest:
             return []
-        cos, sin = self._table(self._sink_positions(window, oldest, sinks[0].keys.device), sinks, rows, columns)
+        cos, sin = self._table(self._sink_positions(window, oldest, sinks[0].viewmats.device), sinks, rows, columns)
         layers = torch.stack([f.keys for f in sinks], dim=2).unflatten(-1, (self.heads, -1))
         return [by_head([rotate(k, cos, sin)]) for k in layers]
 
@@ -321,16 +333,18 @@ class KVCache:
         return torch.arange(first, first + self.sinks, device=device)
 
     def _table(self, positions: Tensor, frames: list[FrameMemory], rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Rotary tables `[F, N, 1, head_dim]` in the type of the frames' keys."""
+        """Rotary tables `[F, N, 1, head_dim]` in the type of the frames' keys, and beside them."""
         keys = frames[0].keys
-        return tuple(t.unsqueeze(2).to(keys.dtype) for t in rope_table(positions, rows, columns, keys.shape[-1] // self.heads))
+        return tuple(t.unsqueeze(2).to(keys.device, keys.dtype) for t in rope_table(positions, rows, columns, keys.shape[-1] // self.heads))
 
     @staticmethod
     def _inverse_cameras(frames: list[FrameMemory], anchor: Tensor) -> Tensor:
-        """P^-1 of every frame, relative to the anchor `[B, 1, 4, 4]`: `[B, F, m, m]` float32, see `prope.camera_matrices`."""
+        """P^-1 of every frame, relative to the anchor `[B, 1, 4, 4]`: `[B, F, m, m]` in the type of the frames' keys and beside them, see
+        `prope.camera_matrices`."""
         viewmats = torch.stack([f.viewmats for f in frames], dim=1) @ anchor
         cameras = prope.projection(viewmats, torch.stack([f.intrinsics for f in frames], dim=1))
-        return prope.camera_matrices(cameras.float(), torch.float32, frames[0].keys.shape[-1]).key
+        keys = frames[0].keys
+        return prope.camera_matrices(cameras.float(), keys.dtype, keys.shape[-1], keys.device).key
 
     def truncate(self, committed: int) -> None:
         """Forgets every frame from number `committed` on; ValueError when that reaches back beyond what is kept."""

@@ -33,14 +33,16 @@ def projection(viewmats: Tensor, intrinsics: Tensor) -> Tensor:
     return focal[..., :, None] * viewmats
 
 
-def camera_matrices(projections: Tensor, dtype: torch.dtype, width: int = 4) -> CameraMatrices:
-    """Inverts projections `[B, F, 4, 4]` once for a whole forward pass; computed in their own type, returned in `dtype`.
+def camera_matrices(projections: Tensor, dtype: torch.dtype, width: int = 4, device: torch.device | None = None) -> CameraMatrices:
+    """Inverts projections `[B, F, 4, 4]` once for a whole forward pass; computed in their own type where they are, returned in `dtype`
+    on `device` (None: there).
 
     For features of `width` channels the matrices come several times along a diagonal, up to 64x64: the product is the same, and
     processors that multiply tiles do it several times faster than many products with 4x4.
     """
     inverse, times = torch.linalg.inv_ex(projections).inverse, math.gcd(width, 64) // 4
-    return CameraMatrices(*(_repeat(matrix, times).to(dtype) for matrix in (projections.transpose(-1, -2), inverse, projections)))
+    matrices = projections.transpose(-1, -2), inverse, projections
+    return CameraMatrices(*(_repeat(matrix, times).to(device=device, dtype=dtype) for matrix in matrices))
 
 
 def _repeat(matrix: Tensor, times: int) -> Tensor:

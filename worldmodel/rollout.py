@@ -59,20 +59,21 @@ class RolloutConfig:
 
 
 class Pending(NamedTuple):
-    """A dreamed or given chunk before its clean pass, with the view of the past that it was dreamed from."""
+    """A dreamed or given chunk before its clean pass, with the view of the past that it was dreamed from, if it was dreamed here."""
 
     latents: Tensor
     viewmats: Tensor
     intrinsics: Tensor
-    view: CacheView
-    projection: Tensor
+    view: CacheView | None = None
+    projection: Tensor | None = None
 
 
 class Rollout:
     """A dream in progress: the model, its prompt, and what it remembers.
 
     `height` and `width` count latent cells. Latents are `[B, C, F, H, W]` float32 outside the model; cameras come as w2c `viewmats`
-    `[B, F, 4, 4]` (float64 keeps far-away places exact) and normalised `intrinsics`, `[B, 4]` or one a frame, `[B, F, 4]`.
+    `[B, F, 4, 4]` (float64 keeps far-away places exact) and normalised `intrinsics`, `[B, 4]` or one a frame, `[B, F, 4]`, both on the
+    `rope.exact_device` of `device`.
     With guidance the dream without prompt goes along as further rows of the batch, with a past of its own; its embedding is
     `unconditional` `[L, D]` or `[B, L, D]`.
     """
@@ -140,7 +141,7 @@ class Rollout:
                         with torch.set_grad_enabled(grad):  # the window is read by the last step too, which may send gradient into it
                             view, projection = self._view(viewmats, intrinsics)
                     velocity = self._velocity(x, sigmas[i], view, projection)
-                fresh, x0 = dict(view.fresh), to_x0(x, velocity, sigmas[i])
+                fresh, x0 = dict(view.fresh) if grad else None, to_x0(x, velocity, sigmas[i])
             if i < last:
                 x = self._next_level(x, x0, velocity, sigmas[i], sigmas[i + 1], renoise[i] if renoise else None, generator, solver)
         self.asked = x
@@ -152,7 +153,7 @@ class Rollout:
         if not grad and (self.config.merge_clean or not settle):
             self.pending = Pending(context, viewmats, intrinsics, view, projection)
         else:
-            self._clean_pass(Pending(context, viewmats, intrinsics, view, projection), fresh if grad else None)
+            self._clean_pass(Pending(context, viewmats, intrinsics, view, projection), fresh)
         return x0
 
     def replay(self, noisy: Tensor, sigma: Tensor) -> Tensor:
@@ -170,8 +171,11 @@ class Rollout:
     def settle(self) -> None:
         """Runs a clean pass that was put off, if there is one."""
         if self.pending is not None:
-            started = time.perf_counter()
-            self._clean_pass(self.pending)
+            started, chunk = time.perf_counter(), self.pending
+            if not self.cache.holds(chunk.view, chunk.latents.shape[2]):
+                with torch.no_grad():
+                    self.pending = chunk = Pending(*chunk[:3], *self._view(*chunk[1:3]))
+            self._clean_pass(chunk)
             if not self.config.merge_clean:  # in play nobody waits for the next window now, and its cameras are not needed
                 with torch.no_grad():
                     self.cache.prepare(self.config.chunk, *self._grid())
@@ -185,8 +189,7 @@ class Rollout:
     def put_off(self, latents: Tensor, viewmats: Tensor, intrinsics: Tensor) -> None:
         """As `commit`, but the clean pass is left to `settle()` or to the next step."""
         self.settle()
-        viewmats, intrinsics = self._rows(viewmats, a_frame(intrinsics, viewmats))
-        self.pending = Pending(latents, viewmats, intrinsics, *self._view(viewmats, intrinsics))
+        self.pending = Pending(latents, *self._rows(viewmats, a_frame(intrinsics, viewmats)))
 
     def rewind(self, frames: int) -> None:
         """Forgets all but the first `frames` latents; ValueError when the cache no longer holds what the window then needs."""
@@ -196,14 +199,14 @@ class Rollout:
     def fork(self, config: RolloutConfig | None = None) -> "Rollout":
         """An independent rollout with the same past (the frames are shared, since they are never written again).
 
-        `config`: that of the new one, e.g. with a shorter window; None = the same.
+        `config`: that of the new one, e.g. with a shorter window; None = the same. Its ring is made by the pass that needs it first.
         """
         config = config or self.config
         twin = Rollout(self.model, self.text, config, batch=self.batch, height=self.cells[0], width=self.cells[1], device=self.device,
                        unconditional=self._unconditional)
         twin.cache.restore(self.cache.frames, self.cache.committed)
-        if self.pending is not None:  # with a window of its own
-            twin.put_off(self.pending.latents, *(x[: self.batch] for x in self.pending[1:3]))
+        if self.pending is not None:
+            twin.pending = Pending(*self.pending[:3])
         return twin
 
     def _draw(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
@@ -279,12 +282,9 @@ class Rollout:
         levels = torch.cat([torch.zeros(self.batch, count, device=self.device), sigma.expand(self.batch, count)], dim=1)
         velocity = self._velocity(torch.cat([past.latents, x], dim=2), levels, view, projection)
         clean = {layer: (k[:, :count], v[:, :count]) for layer, (k, v) in view.fresh.items()}
-        own = {layer: (k[:, count:], v[:, count:]) for layer, (k, v) in view.fresh.items()}
         self.cache.commit(view, past.viewmats.double(), past.intrinsics.double(), clean)
         self.pending = None
-        view, projection = self._view(viewmats, intrinsics)
-        view.fresh.update(own)
-        return velocity[:, :, count:], view, projection
+        return velocity[:, :, count:], *self._view(viewmats, intrinsics)
 
 
 def a_frame(intrinsics: Tensor, viewmats: Tensor) -> Tensor:

@@ -10,6 +10,11 @@ from torch import Tensor
 THETA = 10000.0
 
 
+def exact_device(device: torch.device) -> torch.device:
+    """Where float64 numbers of a device are kept and computed with: there, but on the CPU for MPS, which has none."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def band_widths(head_dim: int) -> tuple[int, int, int]:
     """Features a head gives to (frame, row, column); they sum to `head_dim`, which must be even."""
     if head_dim % 2:
@@ -22,7 +27,7 @@ def rope_table(frames: Tensor, rows: int, columns: int, head_dim: int) -> tuple[
     """Cosines and signed sines for the tokens of some latent frames.
 
     `frames` `[F]` holds frame positions (any numbers; only differences matter to attention). Returns two float32 tensors
-    `[F, rows * columns, head_dim]`: cos, and sin with the sign of `rotate` folded in. Angles are computed in float64.
+    `[F, rows * columns, head_dim]`: cos, and sin with the sign of `rotate` folded in. Angles are computed in float64 (see `exact_device`).
     """
     device = frames.device
     bands = zip(band_widths(head_dim), (frames, torch.arange(rows, device=device), torch.arange(columns, device=device)), strict=True)

@@ -6,7 +6,8 @@ import shutil
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -19,10 +20,11 @@ from torch import Tensor
 
 from worldmodel.autoencoder import StreamState, to_frames, to_pixels
 from worldmodel.camera import check_poses, invert
-from worldmodel.engine import HISTORY
+from worldmodel.engine import HISTORY, is_out_of_memory
 from worldmodel.kv_cache import FrameMemory
 from worldmodel.options import as_dict
-from worldmodel.rollout import Rollout, RolloutConfig, with_steps
+from worldmodel.rollout import Pending, Rollout, RolloutConfig, with_steps
+from worldmodel.rope import exact_device
 from worldmodel.world import World, read_image, replace_folder
 
 _FORMAT = 1
@@ -55,7 +57,7 @@ class Session:
                  history: int = HISTORY):  # fmt: skip
         self.world, self.steps, self.history = world, steps, max(history, world.config.rollout.history)
         self._aside = torch.cuda.Stream(world.device, priority=-1) if world.device.type == "cuda" else None
-        self._intrinsics = torch.tensor([world.config.intrinsics], dtype=torch.float64, device=world.device)
+        self._intrinsics = uploaded(torch.tensor([world.config.intrinsics], dtype=torch.float64), exact_device(world.device))
         self.restart(seed, prompt, image)
 
     @torch.no_grad()
@@ -66,16 +68,15 @@ class Session:
         prompt = self.world.config.prompts.default if prompt is None else prompt
         embedding = self.world.prompt_encoder.embed(prompt)
         picture = None if image is None else _picture(self.world, image)
-        rows, columns = self.world.latent_size
-        self.rollout = Rollout(
-            self.world.transformer, embedding[None], self._fitted(), height=rows, width=columns, device=self.world.device,
-            unconditional=self.world.prompts.unconditional,
-        )  # fmt: skip
+        self._fitted()  # refuses wrong `steps`
         self.seed, self.prompt, self.image = seed, prompt, picture
         self._decoder = self.world.autoencoder.streaming_decoder()
         self._states: OrderedDict[int, StreamState] = OrderedDict()  # decoder after so many latents
         self._poses: list[np.ndarray] = []
         self._start: FrameChunk | None = None
+        self._notice = ""  # for the next chunk
+        self.rollout: Rollout | None = None  # the old memory is given back before the new one is made
+        self.rollout = self._in_memory(partial(self._begin, embedding[None]))
         if picture is None:
             self._remember()
         else:
@@ -111,35 +112,29 @@ class Session:
 
         `early` is called with the first frames, uint8 [n,H,W,3], as soon as they are decoded. When the device's memory is full, the world
         goes down a tier (`worldmodel/engine.py`), `notice` of the result says so, and the chunk is dreamed with that; MemoryError when
-        there is no smaller one.
+        there is no smaller one. The same goes for `restart` and `set_prompt`, whose notice comes with the next chunk.
         """
         poses = check_poses(c2w, self.chunk, "Session.step")
         if len(poses) != self.chunk:
             raise ValueError(f"Session.step: {self.chunk} poses are needed (the world's chunk), got {len(poses)}.")
-        index = self.frames
-        noise, renoise = self._noise(index)
-        latents, notice = None, self.world.engine.news()
-        while True:
-            try:
-                if latents is None:
-                    latents = self.rollout.step(self._viewmats(poses), self._intrinsics, noise=noise, renoise=renoise, settle=False)
-                return replace(self._shown(latents, poses, index, dict(self.rollout.timings), early), notice=notice)
-            except torch.OutOfMemoryError:
-                notice, early = self._step_down(), None  # what was shown early is the same now
+        self._notice = self.world.engine.news() or self._notice
+        latents = self._in_memory(partial(self._dream, poses))
+        return self._in_memory(partial(self._shown, latents, poses, dict(self.rollout.timings)), early=early)
 
     def settle(self) -> None:
         """Commits the last chunk to memory: worth calling once it is shown; otherwise the next step does it first."""
         if not self.config.merge_clean:
             try:
                 self.rollout.settle()
-            except torch.OutOfMemoryError:
-                pass  # the next step meets it again, and makes room
+            except RuntimeError as error:  # the next step meets it again, and makes room
+                if not is_out_of_memory(error):
+                    raise
 
+    @torch.no_grad()
     def set_prompt(self, prompt: str) -> None:
         """The prompt (as in the constructor) from the next chunk on."""
         embedding = self.world.prompt_encoder.embed(prompt)
-        with torch.no_grad():
-            self.rollout.set_text(embedding[None])
+        self._in_memory(lambda: self.rollout.set_text(embedding[None]))
         self.prompt = prompt
 
     def rewind(self, latents: int) -> None:
@@ -196,7 +191,7 @@ class Session:
             values = yaml.safe_load((path / _FILES[0]).read_text(encoding="utf-8"))
             if values["format"] != _FORMAT:
                 raise ValueError(f"format {values['format']!r} instead of {_FORMAT}")
-            with safe_open(path / _FILES[1], framework="pt", device=str(world.device)) as file:
+            with safe_open(path / _FILES[1], framework="pt", device=str(exact_device(world.device))) as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except (OSError, SafetensorError, yaml.YAMLError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no complete saved session ({error}).") from None
@@ -206,6 +201,7 @@ class Session:
                     f"{path} was saved in the world {values['world']!r} with {key} {values[key]}, the opened world "
                     f"{world.config.name!r} has {ours}; open the same world in the same way."
                 )
+        tensors = {name: tensor if tensor.dtype == torch.float64 else tensor.to(world.device) for name, tensor in tensors.items()}
         session = cls(world, values["prompt"], None, values["seed"], values["steps"], values["history"])
         session._restore(tensors, values)
         return session
@@ -232,7 +228,7 @@ class Session:
         memories = [FrameMemory(i, *(tensors[f"frame.{i}.{part}"] for part in parts)) for i in indices]
         self.rollout.cache.restore(memories, values["frames"] - (tensors["pending.0"].shape[2] if "pending.0" in tensors else 0))
         if "pending.0" in tensors:
-            self.rollout.put_off(*(tensors[f"pending.{position}"] for position in range(3)))
+            self.rollout.pending = Pending(*(tensors[f"pending.{position}"] for position in range(3)))
         self.image = tensors["image"].cpu().numpy() if "image" in tensors else None
         self._poses = list(tensors["poses"].cpu().numpy())
         memories = tuple(tensors.get(f"decoder.{i}") for i in range(values["decoder"]["memories"]))
@@ -248,25 +244,60 @@ class Session:
         config = config if self.steps is None else with_steps(config, self.steps)
         return self.world.engine.tier.rollout(config, self.history)
 
-    def _step_down(self) -> str:
-        """Goes on with the same past in less memory; returns a sentence that says so."""
-        self._decoder.restore(self._states[self.frames])
-        notice = self.world.engine.step_down(self.world.transformer)
-        self.rollout = self.rollout.fork(self._fitted())
+    def _begin(self, text: Tensor) -> Rollout:
+        """A dream without a past."""
+        (rows, columns), device = self.world.latent_size, self.world.device
+        return Rollout(self.world.transformer, text, self._fitted(), height=rows, width=columns, device=device,
+                       unconditional=self.world.prompts.unconditional)  # fmt: skip
+
+    def _in_memory(self, work: Callable, **first):
+        """What `work` returns. When the device's memory is full, the world goes down a tier and it is done again, without what is `first`.
+
+        `work` must find the rollout through the session: one that it held would keep the old memory alive.
+        """
+        full = False
+        while True:
+            try:
+                if full:  # not in the `except`: the error's traceback holds the pass that failed, and its memory
+                    self._step_down()
+                return work(**({} if full else first))
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            full = True
+
+    def _step_down(self) -> None:
+        """Goes on with the same past in less memory, without a ring until the next pass makes one."""
+        self._notice = self.world.engine.step_down()
+        if self.frames:
+            self._decoder.restore(self._states[self.frames])
+        else:
+            self._decoder.reset()
+        if self.rollout is not None:
+            self.rollout = self.rollout.fork(self._fitted())
         self._trim_states()
-        return notice
+        self.world.engine.refit(self.world.transformer)  # in the memory that the old ring has left
+
+    def _dream(self, poses: np.ndarray) -> Tensor:
+        """Clean latents of the next chunk."""
+        noise, renoise = self._noise(self.frames)
+        return self.rollout.step(self._viewmats(poses), self._intrinsics, noise=noise, renoise=renoise, settle=False)
 
     def _show_picture(self, picture: np.ndarray) -> FrameChunk:
-        video = torch.from_numpy(picture).to(self.world.device).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
-        started = time.perf_counter()
-        latents = self.world.autoencoder.streaming_encoder().step(video).float()
-        pose = np.eye(4)[None]
-        self.rollout.commit(latents, self._viewmats(pose), self._intrinsics)
+        started, pose = time.perf_counter(), np.eye(4)[None]
+        latents = self._in_memory(partial(self._encoded, picture))
+        self.rollout.put_off(latents, self._viewmats(pose), self._intrinsics)
+        self._in_memory(lambda: self.rollout.settle())
         clean = (time.perf_counter() - started) * 1e3
-        return self._shown(latents, pose, 0, {"network": 0.0, "clean": clean})
+        return self._in_memory(partial(self._shown, latents, pose, {"network": 0.0, "clean": clean}))
+
+    def _encoded(self, picture: np.ndarray) -> Tensor:
+        """A picture, uint8 [H,W,3], as latent 0."""
+        video = uploaded(torch.from_numpy(picture), self.world.device).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
+        return self.world.autoencoder.streaming_encoder().step(video).float()
 
     def _shown(
-        self, latents: Tensor, poses: np.ndarray, index: int, timings: dict[str, float], early: Callable[[np.ndarray], object] | None = None
+        self, latents: Tensor, poses: np.ndarray, timings: dict[str, float], early: Callable[[np.ndarray], object] | None = None
     ) -> FrameChunk:
         """Decodes a chunk that has been committed and remembers that it was shown."""
         started, pieces = time.perf_counter(), []
@@ -275,9 +306,10 @@ class Session:
             if early is not None and len(pieces) == 1:
                 early(frames)
         timings["decode"] = (time.perf_counter() - started) * 1e3
+        index, notice, self._notice = self.frames, self._notice, ""
         self._poses.extend(poses)
         self._remember()
-        return FrameChunk(np.concatenate(pieces), index, len(poses), self.prompt, timings)
+        return FrameChunk(np.concatenate(pieces), index, len(poses), self.prompt, timings, notice)
 
     def _pictures(self, latents: Tensor) -> Iterator[np.ndarray]:
         """The frames of a chunk, uint8 [n,H,W,3] at a time, as the decoder makes them.
@@ -301,12 +333,12 @@ class Session:
         self._trim_states()
 
     def _trim_states(self) -> None:
-        while next(iter(self._states)) < self.frames - self.config.history:
+        while self._states and next(iter(self._states)) < self.frames - self.config.history:
             self._states.popitem(last=False)
 
     def _viewmats(self, c2w: np.ndarray) -> Tensor:
-        """c2w [F,4,4] -> w2c [1,F,4,4] float64 on the device."""
-        return torch.from_numpy(invert(c2w))[None].to(self.world.device)
+        """c2w [F,4,4] -> w2c [1,F,4,4] float64 on the device, or where that keeps its float64."""
+        return uploaded(torch.from_numpy(invert(c2w))[None], exact_device(self.world.device))
 
     def _noise(self, index: int) -> tuple[Tensor, list[Tensor]]:
         """Start noise and re-noise of the chunk at latent `index`: every latent has its own generator, seeded by (seed, number)."""
@@ -316,8 +348,13 @@ class Session:
         for number in range(index, index + self.chunk):
             mixed = int(np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0]) >> 1
             draws.append(torch.randn(shape, generator=torch.Generator().manual_seed(mixed)))
-        first, *later = torch.stack(draws, dim=2).unsqueeze(1).to(self.world.device)  # [steps, 1, C, F, h, w]
+        first, *later = uploaded(torch.stack(draws, dim=2).unsqueeze(1), self.world.device)  # [steps, 1, C, F, h, w]
         return first, later
+
+
+def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the computer's memory on `device`; on CUDA through pinned memory, so that nobody waits until it is there."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _to_pinned_memory(video: Tensor) -> tuple[Tensor, torch.cuda.Event]:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from worldmodel import attention, prope
 from worldmodel.kv_cache import CacheView, by_head, turned
-from worldmodel.rope import rope_table, rotate
+from worldmodel.rope import exact_device, rope_table, rotate
 from worldmodel.schedule import CLOCK
 
 
@@ -112,9 +112,10 @@ class ConditionEmbedder(nn.Module):
 
     def embed_time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """sigma `[B, F]` -> embedding `[B, F, width]` and modulation `[B, F, 6, width]`, float32 even under autocast."""
-        half = torch.arange(self.freq_dim // 2, dtype=torch.float64, device=sigma.device)
-        angle = (sigma.float() * CLOCK).double()[..., None] * 10000.0 ** (-half / (self.freq_dim // 2))
-        wave = torch.cat([angle.cos(), angle.sin()], dim=-1).float()
+        exact = exact_device(sigma.device)
+        half = torch.arange(self.freq_dim // 2, dtype=torch.float64, device=exact)
+        angle = (sigma.float() * CLOCK).to(exact).double()[..., None] * 10000.0 ** (-half / (self.freq_dim // 2))
+        wave = torch.cat([angle.cos(), angle.sin()], dim=-1).float().to(sigma.device)
         with torch.autocast(sigma.device.type, enabled=False):
             embedding = self.time_embedder(wave.to(self.time_embedder.linear_1.weight.dtype))
             modulation = self.time_proj(F.silu(embedding).to(self.time_proj.weight.dtype))
@@ -347,11 +348,12 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
             return view.tables[1]
         index = torch.arange(frames, device=self.device) if view is None else view.positions(frames)
         index = index.repeat(2) if mode == "teacher_forcing" else index
-        cos, sin = rope_table(index, *grid, self.config.attention_head_dim)
+        cos, sin = rope_table(index.to(exact_device(index.device)), *grid, self.config.attention_head_dim)
         cameras = None
         if projection is not None and self.config.camera:
-            cameras = prope.camera_matrices(projection, dtype, self.config.num_attention_heads * self.config.attention_head_dim)
-        positions = FramePositions(*(table.unsqueeze(2).to(dtype) for table in (cos, sin)), cameras)
+            width = self.config.num_attention_heads * self.config.attention_head_dim
+            cameras = prope.camera_matrices(projection, dtype, width, self.device)
+        positions = FramePositions(*(table.unsqueeze(2).to(self.device, dtype) for table in (cos, sin)), cameras)
         if view is not None:
             view.tables = projection, positions
         return positions

@@ -24,7 +24,19 @@ from worldmodel.autoencoder import Autoencoder, TinyAutoencoder, WanAutoencoder
 from worldmodel.checkpoint import check_tensors
 from worldmodel.command_line import first_line
 from worldmodel.controls import Envelope
-from worldmodel.engine import HISTORY, Demand, Engine, EngineOptions, demand, fitting, free_memory, quantise, start_engine, tiers_from
+from worldmodel.engine import (
+    HISTORY,
+    Demand,
+    Engine,
+    EngineOptions,
+    demand,
+    fitting,
+    free_memory,
+    is_out_of_memory,
+    quantise,
+    start_engine,
+    tiers_from,
+)
 from worldmodel.options import as_dict, build
 from worldmodel.rollout import RolloutConfig
 from worldmodel.text import PromptBook
@@ -226,11 +238,15 @@ def fast_dtype(device) -> torch.dtype:
 
 
 def open_device(name) -> torch.device:
-    """"cpu", "cuda", "cuda:1", ... or a torch.device; ValueError for one that cannot compute here."""
+    """"cpu", "cuda", "cuda:1", ... or a torch.device; ValueError for one that cannot compute here, or whose memory is full."""
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError):  # no such name; not compiled in, no driver, no such number
+    except (RuntimeError, AssertionError) as error:  # no such name; not compiled in, no driver, no such number
+        if is_out_of_memory(error):
+            raise ValueError(
+                f"The memory of the device {str(name)!r} is full, not one number fits: close other programs that use it, or choose another."
+            ) from None
         raise ValueError(f"expected a device that torch can compute on here, such as cpu or cuda, got {str(name)!r}.") from None
     return device
 

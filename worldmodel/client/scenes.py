@@ -37,10 +37,17 @@ def open_scenes(options: PlayOptions, tell: Callable[[str, float], None]) -> "Sc
     from worldmodel.world import World
 
     engine = EngineOptions(options.memory, options.weights, options.compile, options.attention)
-    world = World.from_pretrained(options.world, device="cuda" if torch.cuda.is_available() else "cpu", engine=engine)
+    world = World.from_pretrained(options.world, device=fastest_device(), engine=engine)
     if world.device.type != "cpu":
         print(world.engine.describe(world.config.rollout), file=sys.stderr)
     return Scenes(world, options.steps, tell)
+
+
+def fastest_device() -> str:
+    """"cuda", "mps" or "cpu": the first of them that is here."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 class Scenes:
