@@ -367,6 +367,7 @@ def test_commands(says, factory, tiny_bundle, tmp_path, monkeypatch, main, words
     ("error", "status", "sentence"),
     [
         (KeyboardInterrupt(), 130, "game: stopped before the end."),
+        (command_line.Stopped(15, "Halfway; go on."), 143, "game: Halfway; go on.\n"),
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), 1, "game: a/b: No space left on device; make room and start again."),
         (ValueError("two\n  lines"), 2, "game: two lines"),
         (RuntimeError("CUDA out of memory. Tried to allocate 9 GiB"), 1, "game: there is not enough memory (CUDA out of memory)"),
