@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import cv2
@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from distill.lock import alone
 from worldmodel.command_line import first_line
 
 KEEP = 2  # checkpoints
@@ -36,6 +37,10 @@ class RunFolder:
     def __init__(self, root: Path, config: dict):
         self.root, self.config = Path(root), config
         self.checkpoints = self.root / "checkpoints"
+
+    def held(self) -> AbstractContextManager[None]:
+        """Keeps other trainings out of this run; ValueError when one is in it."""
+        return alone(self.root)
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint, or None."""

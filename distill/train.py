@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ def train(recipe: Recipe, name: str, *, resume: bool = False, export_only: bool 
     """Trains stage `name` of a recipe to its end and returns the folder of the exported result.
 
     SIGTERM and Ctrl-C leave a checkpoint, export nothing and raise `Stopped`. ValueError for a run folder that is in use without
-    `resume` or belongs to another config, and for a loss that is no number.
+    `resume`, that another process trains in, or that belongs to another config, and for a loss that is no number.
     """
     config: StageConfig = getattr(recipe, name)
     folder = RunFolder(Path(recipe.run.folder) / name, _identity(recipe, name))
@@ -64,17 +65,18 @@ def train(recipe: Recipe, name: str, *, resume: bool = False, export_only: bool 
     for optimizer in stage.optimizers.values():
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
-    step, drawn = folder.restore(stage)
-    if not export_only:
+    with folder.held() if processes.is_main and not export_only else nullcontext():
+        step, drawn = folder.restore(stage)
+        if not export_only:
+            if processes.is_main:
+                folder.drop_metrics_after(step)
+            accelerator.init_trackers("tensorboard")
+            stopped = _loop(recipe, config, stage, folder, processes, accelerator, step, drawn)
+            accelerator.end_training()
+            if stopped:
+                raise stopped  # what comes next must not begin from half-trained weights
         if processes.is_main:
-            folder.drop_metrics_after(step)
-        accelerator.init_trackers("tensorboard")
-        stopped = _loop(recipe, config, stage, folder, processes, accelerator, step, drawn)
-        accelerator.end_training()
-        if stopped:
-            raise stopped  # what comes next must not begin from half-trained weights
-    if processes.is_main:
-        folder.export(stage)
+            folder.export(stage)
     return folder.root / "export"
 
 

@@ -21,6 +21,7 @@ from distill.__main__ import main
 from distill.config import StageConfig, load_recipe
 from distill.data.clips import write_clip, write_latents
 from distill.ema import MovingAverage
+from distill.lock import LOCK, alone
 from distill.prompts import make_prompt_book
 from distill.stages import STAGES, build_stage
 from distill.train import learning_rate_factor, train
@@ -159,6 +160,16 @@ def test_a_run_folder_in_use_is_left_alone(clips, straight):
     with pytest.raises(ValueError, match=r"trained with run.seed = 0, not 1"):
         train(load_recipe(TINY, overrides(clips, straight, "run.seed=1")), "dmd", resume=True)
     assert before == {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file()}
+
+
+def test_two_trainings_do_not_share_a_run(clips, tmp_path):
+    recipe = load_recipe(TINY, overrides(clips, tmp_path))
+    with alone(tmp_path / "bidirectional"), pytest.raises(ValueError, match="another process is writing into .*bidirectional"):
+        train(recipe, "bidirectional", resume=True)
+    assert [path.name for path in (tmp_path / "bidirectional").iterdir()] == [LOCK]
+    train(recipe, "bidirectional")
+    with alone(tmp_path / "bidirectional"):  # the newest checkpoint of a run in progress may be exported
+        train(recipe, "bidirectional", export_only=True)
 
 
 def test_a_broken_checkpoint_is_one_sentence(clips, tmp_path):

@@ -179,7 +179,7 @@ class _Files:
         if middle:
             session.save(folder / STATE)
         self._log = (folder / LOG).open("w", encoding="utf-8")
-        _lock(self._log)
+        lock(self._log)
         self._line(_header(session, middle))
         self._raw = (folder / VIDEO).open("wb")
         self._container = av.open(self._raw, "w", format="mp4", options=_FRAGMENTS)
@@ -295,7 +295,7 @@ def recover(folder) -> int:
     if log.closed:
         return len(log.lines)
     with (folder / LOG).open("a", encoding="utf-8") as file:
-        if not _lock(file):
+        if not lock(file):
             raise ValueError(f"{folder} is still being recorded; close it first.")
         frames = _count_frames(folder / VIDEO)
         latents = min(len(log.lines), (frames + 3) // 4)
@@ -453,7 +453,7 @@ def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _lock(file) -> bool:
+def lock(file) -> bool:
     """Marks an open file as being written; False when another one has. Where there is no flock (Windows) an open file
     cannot be replaced anyway."""
     try:

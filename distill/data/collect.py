@@ -17,6 +17,7 @@ from distill.data.clips import frames_of, read_meta, write_clip
 from distill.data.renderer import render
 from distill.data.town import MOODS, Town
 from distill.data.walker import FRAMES_PER_LATENT, walk
+from distill.lock import alone
 
 FPS = 16
 SPLITS = ("train", "heldout")
@@ -99,10 +100,15 @@ def collect_clips(config: CollectConfig) -> None:
 def make_missing(config: CollectConfig, make: Callable[[CollectConfig, int], Path], identity: Callable[[CollectConfig, int], dict]) -> None:
     """Calls `make(config, index)` for the clips that are not there yet, in several processes; may be killed and started again at any time.
 
-    identity: what the meta.yaml of clip `index` must say. Raises ValueError when the folder already holds footage of other settings.
+    identity: what the meta.yaml of clip `index` must say. Raises ValueError when the folder already holds footage of other settings,
+    or another process writes into it.
     """
-    todo = [index for index in range(config.clips) if not _finished(config.output / clip_name(config, index), identity(config, index))]
-    config.output.mkdir(parents=True, exist_ok=True)
+    with alone(config.output):
+        todo = [index for index in range(config.clips) if not _finished(config.output / clip_name(config, index), identity(config, index))]
+        _make(config, make, todo)
+
+
+def _make(config: CollectConfig, make: Callable[[CollectConfig, int], Path], todo: list[int]) -> None:
     with tqdm(total=config.clips, initial=config.clips - len(todo), unit="clip", desc=f"{config.output}") as bar:
         if config.workers == 1:
             for index in todo:
