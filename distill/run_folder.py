@@ -32,10 +32,13 @@ _UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError, Attribute
 
 
 class RunFolder:
-    """Reads and writes one stage's run; `config` is the plain dictionary that a checkpoint must agree with."""
+    """Reads and writes one stage's run; `config` is the plain dictionary that a checkpoint must agree with.
 
-    def __init__(self, root: Path, config: dict):
-        self.root, self.config = Path(root), config
+    defaults: the same of a recipe that names nothing: what a checkpoint was trained with that is older than an option.
+    """
+
+    def __init__(self, root: Path, config: dict, defaults: dict):
+        self.root, self.config, self.defaults = Path(root), config, defaults
         self.checkpoints = self.root / "checkpoints"
 
     def held(self) -> AbstractContextManager[None]:
@@ -111,8 +114,8 @@ class RunFolder:
     def _check_config(self, saved: dict, folder: Path) -> None:
         for section in self.config:
             for key, value in self.config[section].items():
-                if saved.get(section, {}).get(key) != value:
-                    was = saved.get(section, {}).get(key)
+                was = saved.get(section, {}).get(key, self.defaults[section][key])
+                if was != value:
                     raise ValueError(
                         f"{folder} was trained with {section}.{key} = {was}, not {value}: set it back, or give this run another run.folder"
                     )

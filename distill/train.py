@@ -51,7 +51,7 @@ def train(recipe: Recipe, name: str, *, resume: bool = False, export_only: bool 
     `resume`, that another process trains in, or that belongs to another config, and for a loss that is no number.
     """
     config: StageConfig = getattr(recipe, name)
-    folder = RunFolder(Path(recipe.run.folder) / name, _identity(recipe, name))
+    folder = RunFolder(Path(recipe.run.folder) / name, _identity(recipe, name), _identity(Recipe(), name))
     if folder.newest() and not (resume or export_only):
         raise ValueError(f"{folder.root} holds a run already ({folder.newest().name}): add --resume, or choose another run.folder")
     if export_only and not folder.newest():

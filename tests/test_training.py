@@ -162,6 +162,19 @@ def test_a_run_folder_in_use_is_left_alone(clips, straight):
     assert before == {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file()}
 
 
+def test_a_run_older_than_an_option_goes_on_with_its_default(clips, tmp_path):
+    options = overrides(clips, tmp_path)
+    train(load_recipe(TINY, options), "bidirectional")
+    state = tmp_path / "bidirectional/checkpoints/step-00000004/state.json"
+    saved = json.loads(state.read_text())
+    del saved["config"]["bidirectional"]["optimiser"], saved["config"]["optimiser"]
+    state.write_text(json.dumps(saved))
+    train(load_recipe(TINY, options), "bidirectional", resume=True)
+    for change, was in (("bidirectional.optimiser=muon", "adamw, not muon"), ("optimiser.grad_clip=2", "1.0, not 2.0")):
+        with pytest.raises(ValueError, match=f"{change.partition('=')[0]} = {was}: set it back"):
+            train(load_recipe(TINY, [*options, change]), "bidirectional", resume=True)
+
+
 def test_two_trainings_do_not_share_a_run(clips, tmp_path):
     recipe = load_recipe(TINY, overrides(clips, tmp_path))
     with alone(tmp_path / "bidirectional"), pytest.raises(ValueError, match="another process is writing into .*bidirectional"):
