@@ -6,6 +6,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +124,10 @@ def _make(config: CollectConfig, make: Callable[[CollectConfig, int], Path], tod
 
 @contextmanager
 def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes of one thread each; Ctrl-C is left to this one, and what waits is dropped when the block fails."""
+    """Processes of one thread each; Ctrl-C is left to this one, and what waits is dropped when the block fails.
+
+    Raises ChildProcessError when one of them was killed.
+    """
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
     with ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # processes inherit this
@@ -133,6 +137,10 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
             signal.signal(signal.SIGINT, heard)
         try:
             yield pool
+        except BrokenProcessPool:
+            raise ChildProcessError(
+                "a worker process died (out of memory?): run again, finished clips are kept; --workers 1 needs less"
+            ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
