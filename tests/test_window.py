@@ -13,7 +13,8 @@ import numpy as np
 import pygame
 import pytest
 
-from worldmodel.client.loop import Loop
+from worldmodel.client.loop import Loop, Status
+from worldmodel.client.pacer import Pacer
 from worldmodel.client.scenes import Scene
 from worldmodel.client.window import Window, WindowOptions, fit, open_display
 from worldmodel.controls import Envelope
@@ -162,6 +163,13 @@ def test_the_window_never_waits_for_the_network(dummy, tmp_path):
     thread.join()
     assert len(seen["pictures"]) == 1
     assert any(words.startswith("Looking up and down is locked") for words in seen["notices"])
+
+
+def test_figures_before_there_is_a_pose():
+    window = Window(Loop(lambda tell: OneRoom()))
+    window.loop.pacer = Pacer(16)
+    figures = {figure.name: figure.value for figure in window._figures(Status(), 0.0)}
+    assert figures["position"] == "x +0.00   y +0.00   z +0.00"
 
 
 @pytest.mark.parametrize(("error", "status"), [(ValueError("No such mood."), 2), (RuntimeError("It broke."), 1)])

@@ -283,8 +283,8 @@ class Window:
 
     def _figures(self, status, now: float) -> list[Figure]:
         pacer, latency = self.loop.pacer, self.loop.pacer.latency()
-        position = status.pose[:3, 3]
-        ahead = status.pose[:3, 2]
+        pose = np.eye(4) if status.pose is None else status.pose  # F1 may be pressed before there is one
+        position, ahead = pose[:3, 3], pose[:3, 2]
         yaw, pitch = math.degrees(math.atan2(ahead[0], ahead[2])), -math.degrees(math.asin(np.clip(ahead[1], -1, 1)))
         parts = "  ".join(f"{name} {value:.0f}" for name, value in status.timings)
         slow = status.speed < 0.99
