@@ -367,7 +367,9 @@ def test_moods_and_towns_go_round(tiny_world):
 
 def test_bindings_are_data():
     bindings = Bindings({"z": "forward"})
-    assert bindings.action("z") == "forward" and bindings.action("w") is None and Bindings().action("w") == "forward"
+    assert bindings.action("z") == "forward" and bindings.action("w") is None and bindings.action("w", 26) == "forward"
+    with pytest.raises(ValueError, match="Key 5 is bound to the unknown action 'jump'"):
+        Bindings(places={5: "jump"})
     with pytest.raises(ValueError, match="unknown action 'jump'"):
         Bindings({"space": "jump"})
 

@@ -126,7 +126,7 @@ class Window:
         if event.type == pygame.QUIT:
             self._quit = True
         elif event.type in (pygame.KEYDOWN, pygame.KEYUP):
-            action = self.options.bindings.action(pygame.key.name(event.key))
+            action = self.options.bindings.action(pygame.key.name(event.key), event.dict.get("scancode"))
             if action in MOTIONS:
                 self._move(action, event.type == pygame.KEYDOWN, now)
             elif action and event.type == pygame.KEYDOWN:
