@@ -5,6 +5,7 @@ import json
 import shlex
 import shutil
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from distill.config import Recipe, StageConfig, load_recipe
 from distill.data.clips import list_clips, read_meta
 from distill.data.collect import FPS, CollectConfig
+from distill.data.footage import Footage
 from distill.data.renderer import render
 from distill.data.town import MOODS, Town
 from distill.data.walker import Gait, Walker
@@ -26,6 +28,7 @@ from distill.prompts import open_prompts
 from worldmodel.autoencoder import Autoencoder
 from worldmodel.controls import Envelope
 from worldmodel.machine import describe_commit, describe_machine
+from worldmodel.options import as_dict, build
 from worldmodel.rollout import RolloutConfig, with_steps
 from worldmodel.text import PromptBook
 from worldmodel.transformer import CausalWanTransformer
@@ -41,9 +44,12 @@ TITLE = "An endless town of blocks in four moods"
 class ExportOptions:
     """What a bundle is made of besides the networks."""
 
-    images: int = 4  # start images a mood
-    height: int = 96  # pixels, as the footage
-    width: int = 160  # pixels, as the footage
+    images: int = 4  # start images a caption
+    height: int | None = None  # pixels; None = as the footage
+    width: int | None = None  # pixels; None = as the footage
+    fps: float | None = None  # video frames a second; None = as the footage
+    title: str | None = None  # a line for menus; None = what it was learned from
+    envelope: tuple[str, ...] = ()  # AXIS=VALUE, instead of the footage's motion
     dtype: str = "bfloat16"  # of the stored weights
     steps: int | None = None  # denoising steps a chunk; None = the recipe's `dmd.denoise`
     sampler: str = "renoise"  # "euler" for a diffusion model that was not distilled
@@ -54,6 +60,25 @@ class ExportOptions:
             raise ValueError(
                 f"expected at least one of --images and a --seed of at least 0, got {self.images} and {self.seed}"
             )
+        for name in ("height", "width", "fps"):
+            value = vars(self)[name]
+            if value is not None and not value > 0:
+                raise ValueError(f"expected --{name} above 0, got {value}")
+
+
+@dataclass(frozen=True)
+class Scenery:
+    """What a world shows and how one moves in it: all of a bundle that the networks do not say."""
+
+    title: str
+    height: int  # pixels
+    width: int  # pixels
+    fps: float
+    intrinsics: tuple[float, ...]
+    envelope: Envelope
+    licence: str
+    images: dict[str, list[np.ndarray]]  # start images uint8 [H, W, 3] by caption, the usual caption first
+    default: str  # caption
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,14 +100,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, required=True, help="the bundle; an older one is replaced only by a complete one"
     )
     parser.add_argument(
-        "--images", type=int, default=default.images, help=f"start images of each mood (default: {default.images})"
+        "--images", type=int, default=default.images, help=f"start images of each caption (default: {default.images})"
     )
+    parser.add_argument("--height", type=int, help="pixels (default: as the footage)")
+    parser.add_argument("--width", type=int, help="pixels (default: as the footage)")
+    parser.add_argument("--fps", type=float, help="video frames a second (default: as the footage)")
+    parser.add_argument("--title", help="a line for menus (default: what the world was learned from)")
     parser.add_argument(
-        "--height", type=int, default=default.height, help=f"pixels, as the footage (default: {default.height})"
-    )
-    parser.add_argument(
-        "--width", type=int, default=default.width, help=f"pixels, as the footage (default: {default.width})"
-    )
+        "--envelope", nargs="*", default=[], metavar="AXIS=VALUE",
+        help="motion a latent that the player may make, e.g. vertical=0 yaw=6 (default: what is common in the footage)",
+    )  # fmt: skip
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
@@ -114,13 +141,13 @@ def run(args: argparse.Namespace) -> None:
     dtype = getattr(torch, options.dtype)
     transformer = load_transformer(folder, torch.device("cpu"), dtype)
     autoencoder = open_autoencoder(recipe.export_folder(args.autoencoder), dtype=dtype)
-    stored = folder / "prompts.safetensors"
-    prompts = PromptBook.load(stored) if stored.is_file() else open_prompts(recipe, MOODS)
+    footage = open_footage(recipe, folder)
+    prompts = open_captions(recipe, folder, footage)
     evaluation = _read_evaluation(args.evaluation) if args.evaluation else None
-    config = world_config(args.output.name, recipe, options)
+    scenery = make_scenery(options, footage, prompts, autoencoder.spatial_factor)
+    config, pictures = world_config(args.output.name, recipe, options, scenery), scenery.images
     networks = transformer, autoencoder
     kept = {name: load_transformer(recipe.export_folder(name), torch.device("cpu"), dtype) for name in args.stages}
-    pictures = start_images(options)
     size = _check_size((*networks, *kept.values()), pictures)
     readme = make_readme(args, recipe, config, networks, evaluation)
     draft = args.output.with_name(f".{args.output.name}.draft")
@@ -135,13 +162,74 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.output}: {size / 1e6:.1f} MB; play it with: python play.py --world {shlex.quote(str(args.output))}")
 
 
-def world_config(name: str, recipe: Recipe, options: ExportOptions) -> WorldConfig:
-    """`world.yaml`: the walker's gait is the envelope, what stage 3 rolled out with is the rollout."""
-    gait, dmd = Gait(), recipe.dmd
+def open_footage(recipe: Recipe, folder: Path) -> Footage | None:
+    """The clips of `data.root`; None where they are gone, which only the town's may be (ValueError for another world's)."""
+    stored = folder / "prompts.safetensors"
+    try:
+        return Footage(recipe.data.root)
+    except ValueError as error:
+        if not stored.is_file() or set(PromptBook.load(stored).names) & set(MOODS):
+            return None
+        raise ValueError(f"{error}; export takes captions, picture size, motion and start images from them") from None
+
+
+def open_captions(recipe: Recipe, folder: Path, footage: Footage | None) -> PromptBook:
+    """The embeddings that the transformer in `folder` was trained with; ValueError when the clips have other captions."""
+    captions = MOODS if footage is None or footage.of_blocks else footage.captions
+    stored = folder / "prompts.safetensors"
+    if not stored.is_file():
+        return open_prompts(recipe, captions)
+    prompts = PromptBook.load(stored)
+    unknown = [caption for caption in footage.captions if caption not in prompts] if footage else []
+    if unknown:
+        raise ValueError(
+            f"{folder} was not trained with the caption {unknown[0]!r} of the clips in {footage.root}: set data.root to its footage"
+        )
+    return prompts
+
+
+def make_scenery(options: ExportOptions, footage: Footage | None, prompts: PromptBook, factor: int) -> Scenery:
+    """What the options and the footage say; `factor`: pixels of a latent cell's side. None: the town's footage, which is gone."""
+    height, width = footage.size(factor) if footage else (CollectConfig.height, CollectConfig.width)
+    height, width = options.height or height, options.width or width
+    if footage is None or footage.of_blocks:
+        scenery = town_scenery(options, [mood for mood in MOODS if mood in prompts], height, width)
+    else:
+        scenery = Scenery(
+            footage.title, height, width, options.fps or footage.fps, footage.intrinsics, footage.envelope, footage.licence,
+            footage.pictures(height, width, options.images), footage.captions[0],
+        )  # fmt: skip
+    return replace(
+        scenery, title=options.title or scenery.title, fps=options.fps or scenery.fps, envelope=_changed(scenery.envelope, options.envelope)
+    )
+
+
+def town_scenery(options: ExportOptions, moods: list[str], height: int, width: int) -> Scenery:
+    """The town of blocks: the walker's gait is the envelope, the start images are rendered."""
+    gait = Gait()
     envelope = Envelope(
         forward=gait.walk, strafe=gait.strafe, vertical=0.0, run=gait.run, yaw=gait.yaw, pitch=gait.pitch,
         pitch_limit=gait.pitch_limit, smoothing=0.5, style="walk",
     )  # fmt: skip
+    lens = CollectConfig("blocks", Path(), height=height, width=width).intrinsics
+    images = town_images(options, moods, lens, height, width)
+    return Scenery(TITLE, height, width, float(FPS), lens, envelope, "Apache-2.0", images, moods[0])
+
+
+def _changed(envelope: Envelope, changes: Iterable[str]) -> Envelope:
+    """The envelope with every AXIS=VALUE of `changes` in its place."""
+    values = as_dict(envelope)
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise ValueError(f"expected AXIS=VALUE after --envelope, got {change!r}")
+        values[name] = value
+    return build(Envelope, values, "--envelope")
+
+
+def world_config(name: str, recipe: Recipe, options: ExportOptions, scenery: Scenery) -> WorldConfig:
+    """`world.yaml`: what stage 3 rolled out with is the rollout."""
+    dmd = recipe.dmd
     rollout = RolloutConfig(
         steps=tuple(round(step) for step in dmd.denoise), first_steps=tuple(round(step) for step in dmd.first_denoise),
         shift=dmd.shift, chunk=dmd.chunk, window=dmd.window, sinks=dmd.sinks, sampler=options.sampler,
@@ -150,22 +238,24 @@ def world_config(name: str, recipe: Recipe, options: ExportOptions) -> WorldConf
         rollout = with_steps(rollout, options.steps)
     if options.sampler == "euler":
         rollout = replace(rollout, first_steps=rollout.steps)
-    footage = CollectConfig("blocks", Path(), height=options.height, width=options.width)
     return WorldConfig(
-        name=name, title=TITLE, height=options.height, width=options.width, fps=float(FPS),
-        intrinsics=footage.intrinsics, envelope=envelope, rollout=rollout, prompts=PromptConfig(next(iter(MOODS))),
-        licence="Apache-2.0",
+        name=name, title=scenery.title, height=scenery.height, width=scenery.width, fps=scenery.fps,
+        intrinsics=scenery.intrinsics, envelope=scenery.envelope, rollout=rollout, prompts=PromptConfig(scenery.default),
+        licence=scenery.licence,
     )  # fmt: skip
 
 
-def start_images(options: ExportOptions) -> dict[str, list[np.ndarray]]:
+def town_images(
+    options: ExportOptions, moods: list[str], intrinsics: tuple[float, ...], height: int, width: int
+) -> dict[str, list[np.ndarray]]:
     """Pictures uint8 [H, W, 3] of streets of held-out towns, by mood."""
-    intrinsics = CollectConfig("blocks", Path(), height=options.height, width=options.width).intrinsics
-    images: dict[str, list[np.ndarray]] = {mood: [] for mood in MOODS}
+    images: dict[str, list[np.ndarray]] = {mood: [] for mood in moods}
     for index in tqdm(range(len(MOODS) * options.images), "start images", unit="picture"):
         town = held_out_town(options.seed, index)
+        if town.mood not in images:
+            continue
         poses = np.stack([Walker(town, [options.seed, index, candidate]).pose() for candidate in range(CANDIDATES)])
-        views = render(town, poses, intrinsics, options.height, options.width)
+        views = render(town, poses, intrinsics, height, width)
         images[town.mood].append(views[int(sharpness(to_unit(views)).argmax())].numpy())
     return images
 

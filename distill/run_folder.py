@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import cv2
@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from distill.lock import alone
 from worldmodel.command_line import first_line
 
 KEEP = 2  # checkpoints
@@ -31,11 +32,18 @@ _UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError, Attribute
 
 
 class RunFolder:
-    """Reads and writes one stage's run; `config` is the plain dictionary that a checkpoint must agree with."""
+    """Reads and writes one stage's run; `config` is the plain dictionary that a checkpoint must agree with.
 
-    def __init__(self, root: Path, config: dict):
-        self.root, self.config = Path(root), config
+    defaults: the same of a recipe that names nothing: what a checkpoint was trained with that is older than an option.
+    """
+
+    def __init__(self, root: Path, config: dict, defaults: dict):
+        self.root, self.config, self.defaults = Path(root), config, defaults
         self.checkpoints = self.root / "checkpoints"
+
+    def held(self) -> AbstractContextManager[None]:
+        """Keeps other trainings out of this run; ValueError when one is in it."""
+        return alone(self.root)
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint, or None."""
@@ -106,8 +114,8 @@ class RunFolder:
     def _check_config(self, saved: dict, folder: Path) -> None:
         for section in self.config:
             for key, value in self.config[section].items():
-                if saved.get(section, {}).get(key) != value:
-                    was = saved.get(section, {}).get(key)
+                was = saved.get(section, {}).get(key, self.defaults[section][key])
+                if was != value:
                     raise ValueError(
                         f"{folder} was trained with {section}.{key} = {was}, not {value}: set it back, or give this run another run.folder"
                     )

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from distill.parallel import Processes
 from distill.run_folder import RunFolder
 from distill.stages import STAGES, build_stage
 from distill.stages.stage import Stage
+from worldmodel.command_line import Stopped
 from worldmodel.options import as_dict
 
 # What a continued run may change without becoming another run.
@@ -45,11 +47,11 @@ def run(args: argparse.Namespace) -> None:
 def train(recipe: Recipe, name: str, *, resume: bool = False, export_only: bool = False) -> Path:
     """Trains stage `name` of a recipe to its end and returns the folder of the exported result.
 
-    SIGTERM and Ctrl-C leave a checkpoint and stop. ValueError for a run folder that is in use without `resume` or
-    belongs to another config, and for a loss that is no number.
+    SIGTERM and Ctrl-C leave a checkpoint, export nothing and raise `Stopped`. ValueError for a run folder that is in use without
+    `resume`, that another process trains in, or that belongs to another config, and for a loss that is no number.
     """
     config: StageConfig = getattr(recipe, name)
-    folder = RunFolder(Path(recipe.run.folder) / name, _identity(recipe, name))
+    folder = RunFolder(Path(recipe.run.folder) / name, _identity(recipe, name), _identity(Recipe(), name))
     if folder.newest() and not (resume or export_only):
         raise ValueError(f"{folder.root} holds a run already ({folder.newest().name}): add --resume, or choose another run.folder")
     if export_only and not folder.newest():
@@ -63,21 +65,24 @@ def train(recipe: Recipe, name: str, *, resume: bool = False, export_only: bool 
     for optimizer in stage.optimizers.values():
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
-    step, drawn = folder.restore(stage)
-    if not export_only:
+    with folder.held() if processes.is_main and not export_only else nullcontext():
+        step, drawn = folder.restore(stage)
+        if not export_only:
+            if processes.is_main:
+                folder.drop_metrics_after(step)
+            accelerator.init_trackers("tensorboard")
+            stopped = _loop(recipe, config, stage, folder, processes, accelerator, step, drawn)
+            accelerator.end_training()
+            if stopped:
+                raise stopped  # what comes next must not begin from half-trained weights
         if processes.is_main:
-            folder.drop_metrics_after(step)
-        accelerator.init_trackers("tensorboard")
-        _loop(recipe, config, stage, folder, processes, accelerator, step, drawn)
-        accelerator.end_training()
-    if processes.is_main:
-        folder.export(stage)
+            folder.export(stage)
     return folder.root / "export"
 
 
 def _loop(
     recipe: Recipe, config: StageConfig, stage: Stage, folder: RunFolder, processes: Processes, accelerator, step: int, drawn: int
-) -> None:
+) -> Stopped | None:
     """Steps `step` .. `config.steps`, or until a signal asks to stop."""
     options = recipe.run
     autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=options.precision == "bfloat16")
@@ -95,7 +100,7 @@ def _loop(
                 meter.add(*update)
             step, drawn = step + 1, drawn + count
             bar.update()
-            stopping = processes.any(stop.requested, accelerator.device)
+            stopping = processes.any(stop.number > 0, accelerator.device)
             if not processes.is_main:
                 continue
             save = _due(step, config, options, saved, stopping)
@@ -110,8 +115,10 @@ def _loop(
                 folder.save(step, stage, drawn)
                 saved = time.monotonic()
     processes.wait()
-    if step < config.steps and processes.is_main:
-        print(f"stopped at step {step} of {config.steps}; --resume goes on from there")
+    if step == config.steps:
+        return None
+    sentence = f"stopped at step {step} of {config.steps}, export/ is left as it was; --resume goes on from there."
+    return Stopped(stop.number or signal.SIGTERM, sentence if processes.is_main else "")
 
 
 def train_step(
@@ -246,7 +253,7 @@ class StopRequest:
     """SIGTERM and the first Ctrl-C ask the loop to stop after the current step; a second Ctrl-C stops at once."""
 
     def __init__(self):
-        self.requested = False
+        self.number = 0  # of the signal
 
     def __enter__(self) -> "StopRequest":
         self._before = {}
@@ -259,7 +266,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame) -> None:
-        self.requested = True
+        self.number = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -332,14 +332,17 @@ def test_encode_resumes_and_follows_the_encoder(tmp_path, capsys):
 
 def test_encode_names_what_is_wrong(tmp_path, capsys):
     root = tmp_path / "clips"
-    good, bad = clip(root, "a"), clip(root, "b")
+    good, bad, later, empty = (clip(root, name) for name in "abcd")
     tiny().save_pretrained(tmp_path / "ae")
     command = ["encode", "--clips", str(root), "--autoencoder", str(tmp_path / "ae")]
     shutil.copy(clip(tmp_path, "short", frames=5) / "video.mp4", bad)  # fewer frames than poses
+    (empty / "session.jsonl").write_text('{"format": 1}\n')
     assert main(command) == 2
-    error = capsys.readouterr().err
-    assert error.splitlines()[-1].startswith(f"encode: {bad}: expected 9 video frames")
-    assert (good / LATENTS).exists() and not (bad / LATENTS).exists()
+    told = capsys.readouterr()
+    error = told.err.splitlines()[-1]
+    assert error.startswith(f"encode: {bad}: expected 9 video frames") and "; 2 of 4 clips could not be encoded, the others are" in error
+    assert f"{bad}: expected 9" in told.out and f"{empty / 'session.jsonl'} is damaged" in told.out
+    assert [(folder / LATENTS).exists() for folder in (good, bad, later, empty)] == [True, False, True, False]
     assert main(["encode", "--clips", str(root), "--autoencoder", str(tmp_path / "none")]) == 2
     assert "train one first" in capsys.readouterr().err
     assert main([*command, "--device", "nowhere"]) == 2

@@ -325,6 +325,21 @@ def test_encoding_twice_and_a_recording(factory, take, tmp_path, capsys):
         assert distill(encode) == 0 and capsys.readouterr().out.startswith(f"{made} of 1 clips encoded")
 
 
+def test_encoding_beside_a_recording_that_goes_on(says, factory, take, tmp_path):
+    """One that is being recorded and one that holds nothing do not keep the others from being encoded."""
+    for name in ("a", "b", "c"):
+        shutil.copytree(take, tmp_path / "takes" / name)
+        (tmp_path / "takes" / name / "latents.safetensors").unlink(missing_ok=True)
+    for name, rows in (("a", -1), ("b", 1)):  # neither has an end line
+        log = tmp_path / "takes" / name / "session.jsonl"
+        log.write_text("".join(line + "\n" for line in log.read_text().splitlines()[:rows]))
+    encode = ["encode", "--clips", tmp_path / "takes", "--autoencoder", factory[0] / "runs/autoencoder/export"]
+    with (tmp_path / "takes/a/session.jsonl").open("a") as file:
+        assert recording.lock(file)
+        says("a is still being recorded; close it first; 2 of 3 clips could not be encoded", distill, *encode)
+    assert [(tmp_path / "takes" / name / "latents.safetensors").exists() for name in "abc"] == [False, False, True]
+
+
 COLLECT = ["collect", "blocks", "--output", "OUT", "--clips", "1", "--latents", "1"]
 EXPORT = ["export", "--config", TINY, "--output", "OUT", "--autoencoder", "ROOT/runs/autoencoder/export"]
 EVALUATE = ["evaluate", "--output", "OUT.json"]
@@ -367,6 +382,7 @@ def test_commands(says, factory, tiny_bundle, tmp_path, monkeypatch, main, words
     ("error", "status", "sentence"),
     [
         (KeyboardInterrupt(), 130, "game: stopped before the end."),
+        (command_line.Stopped(15, "Halfway; go on."), 143, "game: Halfway; go on.\n"),
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), 1, "game: a/b: No space left on device; make room and start again."),
         (ValueError("two\n  lines"), 2, "game: two lines"),
         (RuntimeError("CUDA out of memory. Tried to allocate 9 GiB"), 1, "game: there is not enough memory (CUDA out of memory)"),

@@ -233,6 +233,19 @@ def test_restart_shows_nothing_stale_and_records_on(tmp_path):
     assert recorders[0].taken[-1][1] == ("forward",)
 
 
+@pytest.mark.parametrize("pictures", [True, False])
+def test_a_frame_is_never_ahead_of_its_figures(monkeypatch, pictures):
+    machine, told, put = Machine(pictures=pictures), [], Pacer.put
+
+    def spy(pacer, frames, now, period):
+        told.append((machine.loop.status.pose is None, frames[0].latent - machine.loop.status.latent))
+        put(pacer, frames, now, period)
+
+    monkeypatch.setattr(Pacer, "put", spy)
+    machine.play(3.0)
+    assert told[0] == (False, -1) and set(told) == {(False, -1), (False, 0)}  # 0: the frame that is there early
+
+
 def test_the_benchmark_simulates_this_client():
     assert MARGIN * 1e3 == benchmark.MARGIN
 
@@ -354,7 +367,9 @@ def test_moods_and_towns_go_round(tiny_world):
 
 def test_bindings_are_data():
     bindings = Bindings({"z": "forward"})
-    assert bindings.action("z") == "forward" and bindings.action("w") is None and Bindings().action("w") == "forward"
+    assert bindings.action("z") == "forward" and bindings.action("w") is None and bindings.action("w", 26) == "forward"
+    with pytest.raises(ValueError, match="Key 5 is bound to the unknown action 'jump'"):
+        Bindings(places={5: "jump"})
     with pytest.raises(ValueError, match="unknown action 'jump'"):
         Bindings({"space": "jump"})
 

@@ -1,7 +1,13 @@
 """The clip format on disk, the latent windows for training, and `distill collect`."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,10 +27,12 @@ from distill.data.clips import (
     write_clip,
     write_latents,
 )
-from distill.data.collect import CollectConfig, town_of
+from distill.data.collect import CollectConfig, clip_name, collect_clip, make_missing, town_of
 from distill.data.renderer import truth
 from worldmodel.camera import invert
+from worldmodel.command_line import run
 
+ROOT = Path(__file__).resolve().parents[1]
 LENS = (0.5, 0.8, 0.5, 0.5)
 
 
@@ -219,6 +227,42 @@ def test_collect_refuses_other_settings(tmp_path, capsys):
     assert main(["collect", "blocks", *output, "--height", "90"]) == 2
     assert "multiple of 8" in capsys.readouterr().err
     assert [folder.name for folder in list_clips(tmp_path)] == ["blocks-00000"]
+
+
+def one_dies(config, index):
+    """Collects, except that the second clip kills its process once the first is there."""
+    if index == 1:
+        while not (config.output / clip_name(config, 0)).is_dir():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return collect_clip(config, index)
+
+
+def test_a_killed_worker_is_one_sentence_and_finished_clips_stay(tmp_path, capsys):
+    config = CollectConfig("blocks", tmp_path, clips=2, latents=1, height=24, width=40, samples=1)
+    assert run("collect", lambda: make_missing(config, one_dies, lambda config, index: {})) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "collect: a worker process died (out of memory?): run again, finished clips are kept; --workers 1 needs less"
+    assert [folder.name for folder in list_clips(tmp_path)] == ["blocks-00000"]
+
+
+def test_two_collectors_do_not_share_a_folder(tmp_path, capsys):
+    """The second one says so and touches nothing; a process that was killed keeps nobody out."""
+    output = ["--output", str(tmp_path / "clips"), "--workers", "1", "--clips", "1"]
+    holder = "import sys, time; from pathlib import Path; from distill.lock import alone\n"
+    holder += "with alone(Path(sys.argv[1])): print('in', flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", holder, tmp_path / "clips"], stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
+        assert other.stdout.readline() == "in\n"
+        half = tmp_path / "clips" / ".blocks-00000.partial" / VIDEO
+        half.parent.mkdir()
+        half.write_bytes(b"half written")
+        assert main([*COLLECT, *output]) == 2
+        error = capsys.readouterr().err
+        assert error == f"collect: another process is writing into {tmp_path / 'clips'}: wait for its end, or choose another folder\n"
+        assert half.read_bytes() == b"half written"
+        other.kill()
+    assert main([*COLLECT, *output]) == 0
+    assert [folder.name for folder in list_clips(tmp_path / "clips")] == ["blocks-00000"] and not half.parent.exists()
 
 
 def test_heldout_towns_never_occur_in_training(tmp_path):

@@ -1,6 +1,7 @@
 """Recordings: exact replay, kill -9, a full disk, and what they are as training clips."""
 
 import json
+import re
 import resource
 import shutil
 import signal
@@ -14,9 +15,12 @@ import pytest
 import torch
 import yaml
 from conftest import make_tiny_bundle
+from safetensors import SafetensorError
 
 from distill.data.clips import read_clip
 from worldmodel.camera import MotionStep, parse_trajectory
+from worldmodel.client.loop import Loop, LoopOptions
+from worldmodel.client.scenes import Scenes
 from worldmodel.recording import Recorder, read_log, recover, replay, verify
 from worldmodel.session import Session
 from worldmodel.world import World
@@ -169,6 +173,39 @@ def test_full_disk(tiny_world, tmp_path):
     latents = recover(tmp_path / "take")
     assert 3 < latents < 60 and len(read_clip(tmp_path / "take").c2w) == latents
     assert verify(tmp_path / "take", tiny_world)["exact"]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(SafetensorError("I/O error: No space left on device (os error 28)"), r"I/O error: No space left on device \(os error 28\)"),
+     (OSError(28, "No space left on device"), "No space left on device"), (RuntimeError("CUDA out of memory.\nTry"), "CUDA out of memory")],
+)  # fmt: skip
+def test_a_take_from_the_middle_onto_a_full_disk(tiny_world, tmp_path, monkeypatch, error, reason):
+    """F9: the state cannot be saved, so one sentence says that, nothing is left, and the walk goes on."""
+    scenes = Scenes(tiny_world)
+    loop = Loop(lambda tell: scenes, LoopOptions(recordings=tmp_path / "takes"))
+    loop.open()
+    loop._dream()
+    loop._dream()
+
+    def full(tensors, path):
+        Path(path).write_bytes(b"half")
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("worldmodel.session.save_file", full)
+        loop.command("record")
+        loop.turn()
+    assert re.fullmatch(rf"Recording cannot begin in {tmp_path}\S+: {reason}\.", loop.notices[-1])
+    assert list((tmp_path / "takes").iterdir()) == [] and loop.status.recording is None
+    loop._dream()
+    loop.command("record")  # there is room again
+    loop.turn()
+    loop._dream()
+    loop.stop()
+    loop._stop_recording()
+    (take,) = (tmp_path / "takes").iterdir()
+    assert loop.status.latent >= 4 and verify(take, tiny_world)["exact"]
 
 
 def test_one_unbroken_take(tiny_world, tmp_path):

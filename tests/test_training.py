@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from distill import train as training
+from distill.__main__ import main
 from distill.config import StageConfig, load_recipe
 from distill.data.clips import write_clip, write_latents
 from distill.ema import MovingAverage
+from distill.lock import LOCK, alone
 from distill.prompts import make_prompt_book
 from distill.stages import STAGES, build_stage
 from distill.train import learning_rate_factor, train
@@ -160,6 +162,29 @@ def test_a_run_folder_in_use_is_left_alone(clips, straight):
     assert before == {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file()}
 
 
+def test_a_run_older_than_an_option_goes_on_with_its_default(clips, tmp_path):
+    options = overrides(clips, tmp_path)
+    train(load_recipe(TINY, options), "bidirectional")
+    state = tmp_path / "bidirectional/checkpoints/step-00000004/state.json"
+    saved = json.loads(state.read_text())
+    del saved["config"]["bidirectional"]["optimiser"], saved["config"]["optimiser"]
+    state.write_text(json.dumps(saved))
+    train(load_recipe(TINY, options), "bidirectional", resume=True)
+    for change, was in (("bidirectional.optimiser=muon", "adamw, not muon"), ("optimiser.grad_clip=2", "1.0, not 2.0")):
+        with pytest.raises(ValueError, match=f"{change.partition('=')[0]} = {was}: set it back"):
+            train(load_recipe(TINY, [*options, change]), "bidirectional", resume=True)
+
+
+def test_two_trainings_do_not_share_a_run(clips, tmp_path):
+    recipe = load_recipe(TINY, overrides(clips, tmp_path))
+    with alone(tmp_path / "bidirectional"), pytest.raises(ValueError, match="another process is writing into .*bidirectional"):
+        train(recipe, "bidirectional", resume=True)
+    assert [path.name for path in (tmp_path / "bidirectional").iterdir()] == [LOCK]
+    train(recipe, "bidirectional")
+    with alone(tmp_path / "bidirectional"):  # the newest checkpoint of a run in progress may be exported
+        train(recipe, "bidirectional", export_only=True)
+
+
 def test_a_broken_checkpoint_is_one_sentence(clips, tmp_path):
     recipe = load_recipe(TINY, overrides(clips, tmp_path))
     train(recipe, "bidirectional")
@@ -168,28 +193,37 @@ def test_a_broken_checkpoint_is_one_sentence(clips, tmp_path):
         train(recipe, "bidirectional", resume=True)
 
 
-def test_sigterm_leaves_a_checkpoint(clips, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_training_leaves_a_checkpoint_and_no_export(clips, tmp_path, monkeypatch, capsys, number, status):
+    """`train --stage one && train --stage two` must not go on from half-trained weights."""
+
     def asked_to_stop(name, recipe, device):
         stage = build_stage(name, recipe, device)
         losses = stage.losses
 
         def losses_and_a_signal(batch, step, generator):
             if step == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
             yield from losses(batch, step, generator)
 
         stage.losses = losses_and_a_signal
         return stage
 
-    recipe = load_recipe(TINY, overrides(clips, tmp_path, "run.checkpoint_every=0"))
-    handler = signal.getsignal(signal.SIGTERM)
+    options = overrides(clips, tmp_path, "run.checkpoint_every=0")
+    command = ["train", str(TINY), "--stage", "bidirectional", *(word for option in options for word in ("--set", option))]
+    handler = signal.getsignal(number)
+    export = tmp_path / "bidirectional/export"
+    export.mkdir(parents=True)
+    (export / "older").write_text("")
     with monkeypatch.context() as patch:
         patch.setattr(training, "build_stage", asked_to_stop)
-        train(recipe, "bidirectional")
-    assert signal.getsignal(signal.SIGTERM) is handler
+        assert main(command) == status
+    assert "train: stopped at step 3 of 4, export/ is left as it was; --resume goes on" in capsys.readouterr().err.splitlines()[-1]
+    assert signal.getsignal(number) is handler
     assert [path.name for path in (tmp_path / "bidirectional/checkpoints").iterdir()] == ["step-00000003"]
-    train(recipe, "bidirectional", resume=True)
-    assert (tmp_path / "bidirectional/checkpoints/step-00000004").is_dir()
+    assert [path.name for path in export.iterdir()] == ["older"]
+    assert main([*command, "--resume"]) == 0
+    assert (tmp_path / "bidirectional/checkpoints/step-00000004").is_dir() and (export / "config.json").is_file()
 
 
 def test_a_loss_that_is_no_number_is_never_saved(clips, tmp_path, monkeypatch):

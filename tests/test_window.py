@@ -13,7 +13,10 @@ import numpy as np
 import pygame
 import pytest
 
-from worldmodel.client.loop import Loop
+from worldmodel.client.bindings import Bindings
+from worldmodel.client.hud import Hud
+from worldmodel.client.loop import Loop, Status
+from worldmodel.client.pacer import Pacer
 from worldmodel.client.scenes import Scene
 from worldmodel.client.window import Window, WindowOptions, fit, open_display
 from worldmodel.controls import Envelope
@@ -138,8 +141,67 @@ def dummy(monkeypatch):
     pygame.quit()
 
 
-def press(key):
-    pygame.event.post(pygame.event.Event(pygame.KEYDOWN, key=key))
+def press(key, **place):
+    pygame.event.post(pygame.event.Event(pygame.KEYDOWN, key=key, **place))
+
+
+def moved_by(envelope, *events):
+    """Controls and notices after key events (type, key, scancode) of 0.1 s and a latent's time."""
+    room = OneRoom()
+    room.envelope = envelope
+    room.go.set()
+    window = Window(Loop(lambda tell: room))
+    window.loop.open()
+    for kind, key, scancode in events:
+        window._handle(pygame.event.Event(kind, key=key, scancode=scancode))
+    pose = window.loop._controls.pose_until(window.loop.clock() + 0.25)
+    return pose[:3, 3], [words for words, _ in window._notices]
+
+
+@pytest.mark.parametrize(
+    ("key", "scancode", "axis", "sign"),
+    [
+        (pygame.K_w, pygame.KSCAN_W, 2, 1),
+        (pygame.K_z, pygame.KSCAN_W, 2, 1),  # AZERTY writes Z where W lies, and Q where A lies
+        (pygame.K_q, pygame.KSCAN_A, 0, -1),
+        (0x446, pygame.KSCAN_W, 2, 1),  # Cyrillic
+        (0x44B, pygame.KSCAN_S, 2, -1),
+        (0x432, pygame.KSCAN_D, 0, 1),
+        (pygame.K_SPACE, pygame.KSCAN_SPACE, 1, -1),  # y is down
+        (pygame.K_LCTRL, pygame.KSCAN_LCTRL, 1, 1),
+    ],
+)
+def test_movement_keys_are_places(dummy, key, scancode, axis, sign):
+    place, notices = moved_by(Envelope(forward=0.1, strafe=0.1, vertical=0.1), (pygame.KEYDOWN, key, scancode))
+    assert place[axis] * sign == pytest.approx(0.1, rel=0.05) and np.count_nonzero(np.abs(place) > 1e-9) == 1 and not notices
+
+
+def test_what_only_looks_like_a_movement_key_moves_nothing(dummy):
+    for key, scancode in ((pygame.K_w, pygame.KSCAN_Z), (pygame.K_a, pygame.KSCAN_Q)):  # the letters of AZERTY
+        assert not moved_by(Envelope(), (pygame.KEYDOWN, key, scancode))[0].any()
+    down, up = ((kind, pygame.K_q, pygame.KSCAN_A) for kind in (pygame.KEYDOWN, pygame.KEYUP))
+    assert np.abs(moved_by(Envelope(), down, up)[0]).max() < 0.01
+
+
+def test_rising_is_locked_where_it_was_not_learned(dummy):
+    place, notices = moved_by(Envelope(), (pygame.KEYDOWN, pygame.K_SPACE, pygame.KSCAN_SPACE))
+    assert not place.any() and notices == ["Rising and sinking is locked: this world has not learned it"]
+
+
+def test_commands_are_letters_and_on_a_cyrillic_keyboard_places():
+    bindings = Bindings()
+    assert bindings.action("m", pygame.KSCAN_SEMICOLON) == "change_mood" and bindings.action(",", pygame.KSCAN_M) is None  # AZERTY
+    assert bindings.action("\u044c", pygame.KSCAN_M) == "change_mood" and bindings.action("\u043a", pygame.KSCAN_R) == "restart"
+
+
+@pytest.mark.parametrize("size", [(960, 576), (1920, 1080)])
+def test_the_key_hints_fit_the_window(dummy, size):
+    pygame.font.init()
+    screen = pygame.Surface(size)
+    screen.fill((1, 2, 3))
+    Hud(screen).help(frozenset(), frozenset(("rise", "sink")), 1.0)
+    touched = np.any(pygame.surfarray.array3d(screen) != (1, 2, 3), axis=2)
+    assert touched.any() and not touched[[0, -1]].any()
 
 
 def test_the_window_never_waits_for_the_network(dummy, tmp_path):
@@ -162,6 +224,13 @@ def test_the_window_never_waits_for_the_network(dummy, tmp_path):
     thread.join()
     assert len(seen["pictures"]) == 1
     assert any(words.startswith("Looking up and down is locked") for words in seen["notices"])
+
+
+def test_figures_before_there_is_a_pose():
+    window = Window(Loop(lambda tell: OneRoom()))
+    window.loop.pacer = Pacer(16)
+    figures = {figure.name: figure.value for figure in window._figures(Status(), 0.0)}
+    assert figures["position"] == "x +0.00   y +0.00   z +0.00"
 
 
 @pytest.mark.parametrize(("error", "status"), [(ValueError("No such mood."), 2), (RuntimeError("It broke."), 1)])

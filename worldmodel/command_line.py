@@ -12,6 +12,14 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 _NO_MEMORY = ("out of memory", "allocate memory")  # in torch's RuntimeErrors, which on the CPU have no type of their own
 
 
+class Stopped(Exception):
+    """Work that a signal ended before its end; the sentence says what to do ("": another process says it)."""
+
+    def __init__(self, number: int, sentence: str):
+        super().__init__(sentence)
+        self.number = number  # of the signal
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are a ValueError of one sentence, not a page and an exit; its sub-parsers too."""
 
@@ -36,13 +44,15 @@ def threads(text: str) -> int:
 def run(program: str, work: Callable[[], int | None]) -> int:
     """Runs `work` and returns the exit status: its own (None = 0), or what went wrong, after one sentence on stderr.
 
-    ValueError: 2. OSError, SafetensorError (its writer's OSError), no memory: 1. Ctrl-C: 130. Anything else is a fault
-    of this program and passes through.
+    ValueError: 2. OSError, SafetensorError (its writer's OSError), no memory: 1. Ctrl-C: 130. Stopped: 128 and its signal's number.
+    Anything else is a fault of this program and passes through.
     """
     try:
         return work() or 0
     except KeyboardInterrupt:
         status, sentence = INTERRUPTED, "stopped before the end."
+    except Stopped as stop:
+        status, sentence = 128 + stop.number, str(stop)
     except OSError as error:
         status, sentence = FAILED, _of_the_system(error)
     except ValueError as error:
@@ -54,7 +64,8 @@ def run(program: str, work: Callable[[], int | None]) -> int:
             raise
         status, sentence = FAILED, f"there is not enough memory ({str(error).partition('.')[0]}); ask for less at a time."
     # Here the traceback is gone, and with it the progress bars it kept open: the sentence gets a line of its own.
-    print(f"{program}: {' '.join(sentence.split())}", file=sys.stderr)
+    if sentence:
+        print(f"{program}: {' '.join(sentence.split())}", file=sys.stderr)
     return status
 
 

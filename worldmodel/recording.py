@@ -30,9 +30,11 @@ import av
 import cv2
 import numpy as np
 import yaml
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from worldmodel.camera import check_poses, write_pose_json
+from worldmodel.command_line import first_line
 from worldmodel.session import FrameChunk, Session, engine
 from worldmodel.world import World, read_image
 
@@ -88,9 +90,9 @@ class Recorder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._files = _Files(self.folder, session, middle)
-        except OSError as error:
+        except (OSError, SafetensorError, av.FFmpegError, RuntimeError) as error:  # RuntimeError: no memory for the state's copy
             shutil.rmtree(self.folder, ignore_errors=True)
-            raise ValueError(f"Recording cannot begin in {self.folder}: {error.strerror or error}.") from None
+            raise ValueError(f"Recording cannot begin in {self.folder}: {_reason(error)}.") from None
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
         self._thread.start()
 
@@ -147,8 +149,7 @@ class Recorder:
                 return
             self._files.end()
         except Exception as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            self.error = f"Recording ended: {reason}; what was recorded before is kept in {self.folder}."
+            self.error = f"Recording ended: {_reason(error)}; what was recorded before is kept in {self.folder}."
         finally:
             self._files.abandon()
             if self._files.latents == 0:
@@ -178,7 +179,7 @@ class _Files:
         if middle:
             session.save(folder / STATE)
         self._log = (folder / LOG).open("w", encoding="utf-8")
-        _lock(self._log)
+        lock(self._log)
         self._line(_header(session, middle))
         self._raw = (folder / VIDEO).open("wb")
         self._container = av.open(self._raw, "w", format="mp4", options=_FRAGMENTS)
@@ -248,6 +249,10 @@ class _Files:
         self._log.flush()
 
 
+def _reason(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+
+
 # ------------------------------------------------------------------------------------------------ reading
 
 
@@ -290,7 +295,7 @@ def recover(folder) -> int:
     if log.closed:
         return len(log.lines)
     with (folder / LOG).open("a", encoding="utf-8") as file:
-        if not _lock(file):
+        if not lock(file):
             raise ValueError(f"{folder} is still being recorded; close it first.")
         frames = _count_frames(folder / VIDEO)
         latents = min(len(log.lines), (frames + 3) // 4)
@@ -448,7 +453,7 @@ def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _lock(file) -> bool:
+def lock(file) -> bool:
     """Marks an open file as being written; False when another one has. Where there is no flock (Windows) an open file
     cannot be replaced anyway."""
     try:

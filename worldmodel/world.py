@@ -4,9 +4,10 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from inspect import signature
@@ -390,11 +391,13 @@ def save_world(
 ) -> None:
     """Writes a bundle that `World.from_pretrained` opens; an older one of that name is replaced only by a complete one.
 
-    images: prompt -> uint8 [H,W,3] start images, stored as images/<prompt>-<n>.png (they replace `config.images`).
+    images: prompt -> uint8 [H,W,3] start images, stored as images/<prompt>-<n>.png (they replace `config.images`); of a prompt that
+    is no file name, its letters and digits.
     readme: README.md of the bundle. The networks are stored in the type they have, in files of at most `shard_size`.
     """
     folder = Path(folder)
-    names = {prompt: tuple(f"{prompt}-{n}.png" for n in range(len(group))) for prompt, group in images.items()}
+    stems = _file_stems(images)
+    names = {prompt: tuple(f"{stems[prompt]}-{n}.png" for n in range(len(group))) for prompt, group in images.items()}
     config = replace(config, images=names)
     for prompt in [config.prompts.default, *images]:
         prompts[prompt]
@@ -414,6 +417,15 @@ def save_world(
         replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _file_stems(prompts: Iterable[str]) -> dict[str, str]:
+    """A short file name for every prompt, each another."""
+    stems: dict[str, str] = {}
+    for prompt in prompts:
+        stem = re.sub(r"[^\w-]+", "-", prompt)[:40].strip("-") or "prompt"
+        stems[prompt] = f"{stem}-{len(stems)}" if stem in stems.values() else stem
+    return stems
 
 
 def _write_png(path: Path, picture: np.ndarray, config: WorldConfig) -> None:

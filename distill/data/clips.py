@@ -64,7 +64,7 @@ def write_clip(root, name: str, frames, c2w, intrinsics, caption: str, fps: floa
     _check_count(len(frames), len(c2w), name)
     if (root / name).exists():
         raise ValueError(f"{root / name} exists already; remove it or choose another name")
-    partial = root / f".{name}.partial"  # what a killed run left there goes
+    partial = root / f".{name}.partial"  # what a killed run left there goes; whoever shares a folder holds its lock
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:

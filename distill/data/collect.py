@@ -6,6 +6,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from distill.data.clips import frames_of, read_meta, write_clip
 from distill.data.renderer import render
 from distill.data.town import MOODS, Town
 from distill.data.walker import FRAMES_PER_LATENT, walk
+from distill.lock import alone
 
 FPS = 16
 SPLITS = ("train", "heldout")
@@ -99,10 +101,15 @@ def collect_clips(config: CollectConfig) -> None:
 def make_missing(config: CollectConfig, make: Callable[[CollectConfig, int], Path], identity: Callable[[CollectConfig, int], dict]) -> None:
     """Calls `make(config, index)` for the clips that are not there yet, in several processes; may be killed and started again at any time.
 
-    identity: what the meta.yaml of clip `index` must say. Raises ValueError when the folder already holds footage of other settings.
+    identity: what the meta.yaml of clip `index` must say. Raises ValueError when the folder already holds footage of other settings,
+    or another process writes into it.
     """
-    todo = [index for index in range(config.clips) if not _finished(config.output / clip_name(config, index), identity(config, index))]
-    config.output.mkdir(parents=True, exist_ok=True)
+    with alone(config.output):
+        todo = [index for index in range(config.clips) if not _finished(config.output / clip_name(config, index), identity(config, index))]
+        _make(config, make, todo)
+
+
+def _make(config: CollectConfig, make: Callable[[CollectConfig, int], Path], todo: list[int]) -> None:
     with tqdm(total=config.clips, initial=config.clips - len(todo), unit="clip", desc=f"{config.output}") as bar:
         if config.workers == 1:
             for index in todo:
@@ -117,7 +124,10 @@ def make_missing(config: CollectConfig, make: Callable[[CollectConfig, int], Pat
 
 @contextmanager
 def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes of one thread each; Ctrl-C is left to this one, and what waits is dropped when the block fails."""
+    """Processes of one thread each; Ctrl-C is left to this one, and what waits is dropped when the block fails.
+
+    Raises ChildProcessError when one of them was killed.
+    """
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
     with ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # processes inherit this
@@ -127,6 +137,10 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
             signal.signal(signal.SIGINT, heard)
         try:
             yield pool
+        except BrokenProcessPool:
+            raise ChildProcessError(
+                "a worker process died (out of memory?): run again, finished clips are kept; --workers 1 needs less"
+            ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -46,24 +46,38 @@ def encode_clips(folders: list[Path], autoencoder: Autoencoder) -> int:
     File: "latents" float16 [C,F,h,w], normalised; metadata `encoder` names the encoder that made it.
 
     Raises:
-        ValueError: a clip whose frame count is not 4F - 3 or whose size does not fit; clips before it are kept.
+        ValueError: clips that are broken, of no size that fits, empty or still being recorded; all others are encoded first.
     """
     encoder = encoder_fingerprint(autoencoder)
-    made = 0
+    made, faults = 0, []
     for folder in tqdm(folders, "encode", unit="clip"):
-        if latents_encoder(folder / LATENTS) == encoder:
-            continue
-        recorded = (folder / RECORDING).is_file()
-        if recorded:  # play may have been killed in the middle of a latent; footage must be whole
-            recover(folder)
-        frames = read_clip(folder, trim=recorded).frames
         try:
-            latents = encode_frames(autoencoder, torch.from_numpy(frames))
+            made += _encode_clip(folder, autoencoder, encoder)
         except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from None
-        write_latents(folder, latents, {"encoder": encoder})
-        made += 1
+            faults.append(str(error).rstrip("."))
+            tqdm.write(faults[-1])
+    if faults:
+        raise ValueError(
+            f"{faults[0]}; {len(faults)} of {len(folders)} clips could not be encoded, the others are: remove them, or encode again "
+            "when they are whole"
+        )
     return made
+
+
+def _encode_clip(folder: Path, autoencoder: Autoencoder, encoder: str) -> bool:
+    """Whether there was anything to do."""
+    if latents_encoder(folder / LATENTS) == encoder:
+        return False
+    recorded = (folder / RECORDING).is_file()
+    if recorded:  # play may have been killed in the middle of a latent; footage must be whole
+        recover(folder)
+    frames = read_clip(folder, trim=recorded).frames
+    try:
+        latents = encode_frames(autoencoder, torch.from_numpy(frames))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    write_latents(folder, latents, {"encoder": encoder})
+    return True
 
 
 @torch.inference_mode()

@@ -28,6 +28,7 @@ import yaml
 from tqdm import tqdm
 
 from distill.data.clips import META, POSES, frames_of, read_meta, write_clip, write_latents
+from distill.lock import alone
 from worldmodel.camera import check_poses, parse_trajectory, read_pose_json, vectors_to_poses, write_pose_json
 
 ENTRIES, VIDEO, LMDB = "preencode_input.json", "gen.mp4", "data.mdb"
@@ -102,10 +103,15 @@ def import_clips(config: ImportConfig) -> int:
     """Imports every entry that is not there yet; returns how many. May be killed and started again at any time.
 
     Raises:
-        ValueError: input of no known kind, nothing to import, or broken entries (all others are imported first).
+        ValueError: input of no known kind, nothing to import, an output that another process writes into, or broken entries (all
+            others are imported first).
     """
     jobs = list(_lmdb_jobs(config) if (config.input / LMDB).is_file() else _video_jobs(config))
-    config.output.mkdir(parents=True, exist_ok=True)
+    with alone(config.output):
+        return _import(config, jobs)
+
+
+def _import(config: ImportConfig, jobs: list[tuple[str, str, Callable]]) -> int:
     made, kept, faults = 0, 0, []
     for name, source, job in tqdm(jobs, "import", unit="clip"):
         try:

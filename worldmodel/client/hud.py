@@ -20,6 +20,7 @@ HELP = (
         ((("A", "left"), ("D", "right")), "strafe"),
         ((("<", "turn_left"), (">", "turn_right")), "turn"),
         ((("^", "look_up"), ("v", "look_down")), "look"),
+        ((("Space", "rise"), ("Ctrl", "sink")), "rise, sink"),
         ((("Shift", "run"),), "run"),
         ((("click", MOUSE),), "mouse look"),
     ),

@@ -237,14 +237,14 @@ class Loop:
 
     def _show(self, chunk, c2w: np.ndarray, early: int, period: float) -> None:
         """Shows and records a chunk, of which the first `early` frames are on their way already."""
-        self._put(chunk.frames[early:], chunk.index, (), period)
+        latent = chunk.index + len(c2w)
+        timings = tuple(chunk.timings.items())
+        self._tell(latent=latent, memory=min(latent, self._scenes.window), window=self._scenes.window, pose=c2w[-1], timings=timings)
+        self._put(chunk.frames[early:], chunk.index, (), period)  # after its figures, which the window may show with it
         if self._recorder and not self._recorder.write(chunk, c2w, self._controls.held):
             self._stop_recording()
         if chunk.notice:
             self.notices.append(chunk.notice)
-        latent = chunk.index + len(c2w)
-        timings = tuple(chunk.timings.items())
-        self._tell(latent=latent, memory=min(latent, self._scenes.window), window=self._scenes.window, pose=c2w[-1], timings=timings)
 
     def _put(self, pictures: np.ndarray, latent: int, edges: tuple[float, ...], period: float) -> None:
         """Sends pictures [n, H, W, 3] of a latent to the window; `edges`: the key edges that the first is the first to show."""

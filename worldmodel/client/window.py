@@ -126,7 +126,7 @@ class Window:
         if event.type == pygame.QUIT:
             self._quit = True
         elif event.type in (pygame.KEYDOWN, pygame.KEYUP):
-            action = self.options.bindings.action(pygame.key.name(event.key))
+            action = self.options.bindings.action(pygame.key.name(event.key), event.dict.get("scancode"))
             if action in MOTIONS:
                 self._move(action, event.type == pygame.KEYDOWN, now)
             elif action and event.type == pygame.KEYDOWN:
@@ -283,8 +283,8 @@ class Window:
 
     def _figures(self, status, now: float) -> list[Figure]:
         pacer, latency = self.loop.pacer, self.loop.pacer.latency()
-        position = status.pose[:3, 3]
-        ahead = status.pose[:3, 2]
+        pose = np.eye(4) if status.pose is None else status.pose  # F1 may be pressed before there is one
+        position, ahead = pose[:3, 3], pose[:3, 2]
         yaw, pitch = math.degrees(math.atan2(ahead[0], ahead[2])), -math.degrees(math.asin(np.clip(ahead[1], -1, 1)))
         parts = "  ".join(f"{name} {value:.0f}" for name, value in status.timings)
         slow = status.speed < 0.99
