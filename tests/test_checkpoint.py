@@ -30,6 +30,7 @@ from worldmodel.client.paths import tour
 from worldmodel.controls import MOTIONS
 from worldmodel.convert import Conversion, PublishedWorld, convert, open_vae
 from worldmodel.session import Session
+from worldmodel.sources import parse_source
 from worldmodel.text import PromptBook
 from worldmodel.world import World
 
@@ -425,14 +426,23 @@ def test_worlds_are_converted_too(tiny_bundle, tmp_path):
     assert opened.config == world.config and opened.config.prompts.default == "grey" and not opened.config.text_encoder
 
 
-def test_a_repository_on_the_hub(published, tmp_path, monkeypatch):
-    """One diffusers repository gives transformer, autoencoder and the text encoder's name, from the hub library's cache alone."""
-    root = tmp_path / "hub/models--Wan-AI--Wan2.1-T2V-1.3B-Diffusers"
+def cached_repository(cache, name):
+    """An empty snapshot of a repository in the hub library's cache."""
+    root = cache / f"models--{name.replace('/', '--')}"
     snapshot = root / "snapshots/0123456789abcdef0123456789abcdef01234567"
-    diffusers(published[1], snapshot)
-    shutil.copytree(published[0] / "vae", snapshot / "vae")
+    snapshot.mkdir(parents=True)
     (root / "refs").mkdir()
     (root / "refs/main").write_text(snapshot.name)
+    return snapshot
+
+
+def test_a_repository_on_the_hub(published, tmp_path, monkeypatch):
+    """One diffusers repository gives transformer, autoencoder and the text encoder's name, another the tiny autoencoder."""
+    repository, tiny = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", PublishedWorld.tiny_autoencoder
+    snapshot, light = (cached_repository(tmp_path / "hub", name) for name in (repository, "lightx2v/Autoencoders"))
+    diffusers(published[1], snapshot)
+    shutil.copytree(published[0] / "vae", snapshot / "vae")
+    torch.save(TinyAutoencoder().state_dict(), light / "taew2_1.pth")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     asked = []
@@ -444,7 +454,6 @@ def test_a_repository_on_the_hub(published, tmp_path, monkeypatch):
     monkeypatch.setattr("worldmodel.convert.embed_text", embed)
     monkeypatch.setattr("worldmodel.client.options.PUBLISHED", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-    repository = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     text = YAML.format(source=repository, autoencoder=repository, chunk=1) + f"text_encoder: {repository}\n"
     (tmp_path / "mine.yaml").write_text(text)
     folder = find_world("mine")
@@ -452,13 +461,18 @@ def test_a_repository_on_the_hub(published, tmp_path, monkeypatch):
     world = World.from_pretrained(folder, dtype=torch.float32)
     assert world.prompts.text("default") == "a street of noise" and world.config.text_encoder == repository
     assert Session(world).step(np.eye(4)).frames.shape == (1, 32, 48, 3)
-    shutil.rmtree(root)
-    assert find_world("mine") == folder and len(asked) == 1  # made once
-    shutil.rmtree(folder)
+    world = World.from_pretrained(find_world("mine-tiny"), dtype=torch.float32)
+    assert (world.folder.name, world.config.name) == ("mine-tiny", "mine-tiny") and isinstance(world.autoencoder, TinyAutoencoder)
+    assert f"autoencoder {tiny}." in world.config.licence and Session(world).step(np.eye(4)).frames.shape == (1, 32, 48, 3)
+    shutil.rmtree(tmp_path / "hub")
+    assert find_world("mine") == folder and len(asked) == 2  # made once
+    shutil.rmtree(folder.parent)
     with pytest.raises(ValueError, match=rf"mine could not be made: transformer/.* of {repository} cannot be had: HF_HUB_OFFLINE"):
         find_world("mine")
     assert not folder.exists()
-    with pytest.raises(ValueError, match="no world 'min'.*those of published weights, fetched on first use, are mine"):
+    with pytest.raises(ValueError, match=r"mine-tiny could not be made: .*/mine.yaml --output \S+/mine-tiny --autoencoder SOURCE"):
+        find_world("mine-tiny")
+    with pytest.raises(ValueError, match="no world 'min'.*those of published weights, fetched on first use, are mine .NAME-tiny:"):
         find_world("min")
 
 
@@ -466,17 +480,24 @@ def test_the_worlds_of_this_repository(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    causal, own = "zhuhz22/Causal-Forcing", "MIN-Lab/minWM/Wan21/Action2V"
     expected = {
-        "minwm-4step": (4, 1, 20, 0.08), "causal-forcing-2step": (2, 1, 21, None), "causal-forcing-1step": (1, 1, 21, None),
-        "causal-forcing-chunk-4step": (4, 3, 21, None), "self-forcing-chunk-4step": (4, 3, 21, None),
-    }  # fmt: skip
+        "minwm-4step": (f"{own}/dmd/model.pt", 4, 4, 20, 0.08),
+        "causal-forcing-4step": (f"{causal}/framewise/causal_forcing.pt", 4, 1, 21, None),
+        "causal-forcing-2step": (f"{causal}/causal-forcing++/framewise-2step.pt", 2, 1, 21, None),
+        "causal-forcing-1step": (f"{causal}/causal-forcing++/framewise-1step.pt", 1, 1, 21, None),
+        "causal-forcing-chunk-4step": (f"{causal}/chunkwise/causal_forcing.pt", 4, 3, 21, None),
+        "self-forcing-chunk-4step": ("gdhe17/Self-Forcing/checkpoints/self_forcing_dmd.pt", 4, 3, 21, None),
+    }
     assert {path.stem for path in PUBLISHED.glob("*.yaml")} == expected.keys()
-    for name, (steps, chunk, window, speed) in expected.items():
+    for name, (source, steps, chunk, window, speed) in expected.items():
         world = PublishedWorld.read(PUBLISHED / f"{name}.yaml")
-        assert (len(world.rollout.steps), world.rollout.chunk, world.rollout.window) == (steps, chunk, window)
+        assert (world.source, len(world.rollout.steps), world.rollout.chunk, world.rollout.window) == (source, steps, chunk, window)
         assert (world.height, world.width, world.fps, world.rollout.shift, len(world.rollout.first_steps)) == (480, 832, 16.0, 5.0, 4)
         assert speed is None or (world.envelope.forward, world.envelope.yaw) == (speed, 3.0)
-        with pytest.raises(ValueError, match=rf"The world {name} could not be made: .* cannot be had: HF_HUB_OFFLINE is set.* --output"):
+        place = parse_source(source)
+        reason = re.escape(f"The world {name} could not be made: {place.path} of {place.repository} cannot be had: HF_HUB_OFFLINE is set")
+        with pytest.raises(ValueError, match=f"{reason}.* --output"):
             find_world(name)
 
 

@@ -44,6 +44,7 @@ class PublishedWorld:
     autoencoder: str  # source of `vae/` in diffusers' layout, or of a tiny autoencoder in taew2_1's layout
     licence: str  # of the weights, and where it is written
     prompt: str  # the sentence that is dreamed where no prompts are given
+    tiny_autoencoder: str = "lightx2v/Autoencoders/taew2_1.pth"  # of the light variant; the place that public code names, not fetched here
     text_encoder: str = ""  # folder or hub id, diffusers' layout; empty: stored prompts only
     text_length: Count = 512  # tokens of an embedded prompt
     part: str = ""  # of a trainer's checkpoint; empty: the average if there is one

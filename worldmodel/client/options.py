@@ -14,6 +14,7 @@ from worldmodel.command_line import Parser, positive, threads
 
 WORLDS = Path(__file__).resolve().parents[2] / "assets" / "worlds"
 PUBLISHED = Path(__file__).resolve().parents[2] / "configs" / "worlds"  # NAME.yaml: worlds that are made of published weights
+TINY = "-tiny"  # after a published world's name: with the tiny autoencoder, for GPUs of 16 GB and less
 KEYS_HELP = (
     "keys: W A S D move, arrows and mouse look (a click captures the mouse), Shift run, R restart, N next mood, T new town, "
     "M another mood in this place, P pause, F9 record, F12 screenshot, F1 figures, Esc releases the mouse, then quits"
@@ -102,22 +103,24 @@ def _check_together(options: PlayOptions) -> None:
 def find_world(name: str) -> Path:
     """A bundle's folder, the name of one under assets/worlds, or of a published world (configs/worlds) -> folder.
 
-    A published world is fetched and made on first use, into the user's cache. ValueError when there is none of that name, or it cannot
-    be made.
+    A published world is fetched and made on first use, into the user's cache; with `TINY` after its name it is another one, with the
+    tiny autoencoder. ValueError when there is none of that name, or it cannot be made.
     """
     for folder in (WORLDS / name, Path(name)):
         if (folder / "world.yaml").is_file():
             return folder
-    if (PUBLISHED / f"{name}.yaml").is_file() and Path(name).name == name:
-        return _published_world(name)
+    for published in (name, name.removesuffix(TINY)):
+        if (PUBLISHED / f"{published}.yaml").is_file() and Path(published).name == published:
+            return _published_world(name, PUBLISHED / f"{published}.yaml", tiny=name != published)
     known = sorted(path.parent.name for path in WORLDS.glob("*/world.yaml"))
     listed = f"the worlds here are {', '.join(known)}" if known else f"there is none in {WORLDS} yet"
     published = sorted(path.stem for path in PUBLISHED.glob("*.yaml"))
-    listed += f"; those of published weights, fetched on first use, are {', '.join(published)}" if published else ""
+    if published:
+        listed += f"; those of published weights, fetched on first use, are {', '.join(published)} (NAME{TINY}: for less memory)"
     raise ValueError(f"There is no world {name!r} (a name or a folder with a world.yaml); {listed}.")
 
 
-def _published_world(name: str) -> Path:
+def _published_world(name: str, recipe: Path, tiny: bool) -> Path:
     """The world in the user's cache, made there first where it is not there yet."""
     from worldmodel.sources import world_cache
 
@@ -125,14 +128,15 @@ def _published_world(name: str) -> Path:
     if (folder / "world.yaml").is_file():
         return folder
     print(f"{name} is played for the first time: its weights are fetched and made into {folder}", file=sys.stderr)
-    from worldmodel.convert import PublishedWorld, convert  # torch: only when there is something to make
+    from worldmodel.convert import Conversion, PublishedWorld, convert  # torch: only when there is something to make
 
     try:
-        convert(PublishedWorld.read(PUBLISHED / f"{name}.yaml"), folder)
+        published = PublishedWorld.read(recipe)
+        convert(published, folder, Conversion(autoencoder=published.tiny_autoencoder if tiny else ""))
     except ValueError as error:
         raise ValueError(
             f"The world {name} could not be made: {error} With weights of your own: python -m worldmodel.checkpoint convert SOURCE "
-            f"--world {PUBLISHED / name}.yaml --output {folder}"
+            f"--world {recipe} --output {folder}{' --autoencoder SOURCE' if tiny else ''}"
         ) from None
     return folder
 
