@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -452,6 +453,7 @@ def test_a_repository_on_the_hub(published, tmp_path, monkeypatch):
         return torch.zeros(shape)
 
     monkeypatch.setattr("worldmodel.convert.embed_text", embed)
+    monkeypatch.setattr("worldmodel.convert.libraries", lambda *_: None)
     monkeypatch.setattr("worldmodel.client.options.PUBLISHED", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     text = YAML.format(source=repository, autoencoder=repository, chunk=1) + f"text_encoder: {repository}\n"
@@ -476,7 +478,20 @@ def test_a_repository_on_the_hub(published, tmp_path, monkeypatch):
         find_world("min")
 
 
+@pytest.mark.parametrize("missing", ["transformers", "ftfy"])
+def test_what_the_text_encoder_needs_is_asked_for_before_anything_is_fetched(published, tmp_path, monkeypatch, missing):
+    for name in ("transformers", "ftfy"):
+        monkeypatch.setitem(sys.modules, name, None if name == missing else sys)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.setattr("worldmodel.convert.fetch", lambda *_: pytest.fail("something was fetched"))
+    with pytest.raises(ValueError, match=rf"minwm-4step could not be made: .* needs {missing}, .*pip install transformers ftfy.*--prompts"):
+        find_world("minwm-4step")
+    with pytest.raises(ValueError, match="A world needs a stored prompt"):
+        convert(PublishedWorld.read(recipe(tmp_path, published)), tmp_path / "theirs")
+
+
 def test_the_worlds_of_this_repository(tmp_path, monkeypatch):
+    monkeypatch.setattr("worldmodel.convert.libraries", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
