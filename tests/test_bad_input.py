@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -116,6 +117,20 @@ def test_play(says, tiny_bundle, tmp_path, words, reason):
     film = [] if "--output" in words else ["--output", tmp_path / "walk.mp4"]
     says(reason, play, "--world", tiny_bundle, "--headless", *film, *words)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("width", "height"), [(20_000, 1), (1, 20_000)])
+def test_a_thin_picture(says, tiny_bundle, tmp_path, width, height):
+    cv2.imwrite(str(tmp_path / "thin.png"), np.zeros((height, width, 3), np.uint8))
+    walk = ["--world", tiny_bundle, "--headless", "--output", tmp_path / "walk.mp4", "--image", tmp_path / "thin.png"]
+    says(f"start picture of {width}x{height} pixels is too thin or too small", play, *walk)
+    assert [path.name for path in tmp_path.iterdir()] == ["thin.png"]
+
+
+def test_a_wide_picture_is_played(tiny_bundle, tmp_path):
+    cv2.imwrite(str(tmp_path / "wide.png"), np.zeros((300, 20_000, 3), np.uint8))
+    walk = ["--world", tiny_bundle, "--headless", "--trajectory", "w*1", "--threads", "1", "--image", tmp_path / "wide.png"]
+    assert play([str(word) for word in [*walk, "--output", tmp_path / "walk.mp4"]]) == 0 and (tmp_path / "walk.mp4").is_file()
 
 
 def cut(path: Path):
