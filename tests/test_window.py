@@ -13,7 +13,7 @@ import numpy as np
 import pygame
 import pytest
 
-from worldmodel.client.loop import Loop
+from worldmodel.client.loop import UNSTEERED, Loop
 from worldmodel.client.scenes import Scene
 from worldmodel.client.window import Window, WindowOptions, fit, open_display
 from worldmodel.controls import Envelope
@@ -106,7 +106,7 @@ class OneRoom:
     """Scenes with one grey session whose steps wait until `go` is set."""
 
     name, fps, chunk, frames_per_latent, window = "room", 16, 1, 4, 12
-    envelope = Envelope(pitch=0.0)
+    envelope, camera = Envelope(pitch=0.0), True
 
     def __init__(self):
         self.go, self.entered, self.index = threading.Event(), threading.Event(), 0
@@ -143,8 +143,9 @@ def press(key):
 
 
 def test_the_window_never_waits_for_the_network(dummy, tmp_path):
-    """While a step hangs, keys are still answered: a screenshot is taken and a locked key is named."""
+    """While a step hangs, keys are still answered: a screenshot is taken and a locked key is named. What the world had to say is there."""
     room, seen = OneRoom(), {}
+    room.camera = False
     window = Window(Loop(lambda tell: room), WindowOptions(screenshots=tmp_path))
 
     def player():
@@ -162,6 +163,7 @@ def test_the_window_never_waits_for_the_network(dummy, tmp_path):
     thread.join()
     assert len(seen["pictures"]) == 1
     assert any(words.startswith("Looking up and down is locked") for words in seen["notices"])
+    assert UNSTEERED in seen["notices"]
 
 
 @pytest.mark.parametrize(("error", "status"), [(ValueError("No such mood."), 2), (RuntimeError("It broke."), 1)])
