@@ -174,8 +174,12 @@ def find_weights(path: str | Path) -> Path:
         return path
     files = [*path.iterdir(), *(path / "transformer").glob("*")]
     found = weights_among([file.relative_to(path).as_posix() for file in files if file.is_file()])
-    if len(found) > 1:
+    named = _values(path / "config.json").get("_class_name", "")
+    foreign = named not in ("", *_NETWORKS)
+    if len(found) > 1 or foreign:
         found = [name for name in found if _holds_transformer(path / name)]
+    if foreign and not found:
+        raise CheckpointError(f"{path} holds a {named}, a {_NETWORKS[0]} is expected: name another folder.")
     if len(found) != 1:
         what = f"{len(found)} transformers, {_listing(found)}" if found else "no transformer's weights"
         raise CheckpointError(f"{path} holds {what}: name the file that is meant.")
@@ -297,16 +301,24 @@ def _open(source: str | Path) -> tuple[dict, int | None]:
 
 def _told_head_dim(path: Path) -> int | None:
     """From the config.json of a Wan (diffusers' or the original) beside the weights, or our training's state.json."""
-    file = path / "state.json" if path.is_dir() else path.with_name("config.json")
+    values = _values(path / "state.json" if path.is_dir() else path.with_name("config.json"))
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
         if path.is_dir():
             return int(values["config"]["model"]["head_dim"])
         if values["_class_name"] not in _NETWORKS:
             return None
         return int(values["attention_head_dim"]) if "attention_head_dim" in values else values["dim"] // values["num_heads"]
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+    except (ValueError, KeyError, TypeError, ZeroDivisionError):
         return None  # nothing told: the usual width is tried, and has to fit
+
+
+def _values(file: Path) -> dict:
+    """What a JSON file beside the weights says; empty where it says nothing."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _is_training(folder: Path) -> bool:
