@@ -1,14 +1,17 @@
 """Checkpoints: the reference's names and wrappers, strictness, safety."""
 
+import importlib.util
 import json
 import os
 import pickle
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -26,8 +29,10 @@ from worldmodel.checkpoint import (
     read_state,
     to_diffusers_names,
 )
+from worldmodel.client.loop import UNSTEERED, Loop
 from worldmodel.client.options import PUBLISHED, find_world
 from worldmodel.client.paths import tour
+from worldmodel.client.scenes import Scenes
 from worldmodel.controls import MOTIONS
 from worldmodel.convert import Conversion, PublishedWorld, convert, open_vae
 from worldmodel.session import Session
@@ -35,7 +40,8 @@ from worldmodel.sources import parse_source
 from worldmodel.text import PromptBook
 from worldmodel.world import World
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
 NAMES = json.loads((GOLDEN / "state_dict_names.json").read_text())
 HEAD_DIM = NAMES["diffusers_config"]["attention_head_dim"]
 FSDP = "model._fsdp_wrapped_module."
@@ -385,12 +391,25 @@ def ours(state, folder):
     return training(wrong, folder / "step-12", average=to_diffusers_names(state)), {}
 
 
+@pytest.fixture
+def play():
+    """play.py's `main`; it sets torch up for itself, the tests after it get theirs back."""
+    spec = importlib.util.spec_from_file_location("play", ROOT / "play.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    yield module.main
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+
+
 @pytest.mark.parametrize(
     ("form", "camera", "chunk"),
-    [(original, False, 1), (diffusers, False, 1), (minwm, True, 1), (forcing, False, 3), (ours, True, 1)],
+    [(original, False, 1), (diffusers, False, 1), (minwm, True, 4), (forcing, False, 3), (ours, True, 1)],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_every_published_form_is_played(published, tmp_path, form, camera, chunk, capsys):
+def test_every_published_form_is_played(published, tmp_path, play, form, camera, chunk, capsys):
+    """Converted, and played for 30 latents (with whole chunks, 32) as a user does it."""
     (tmp_path / "in").mkdir()
     source, options = form(published[1], tmp_path / "in")
     output = tmp_path / "worlds" / "theirs"
@@ -404,14 +423,37 @@ def test_every_published_form_is_played(published, tmp_path, form, camera, chunk
     readme = (output / "README.md").read_text()
     assert str(source) in world.config.licence and str(source) in readme and "Apache-2.0" in world.config.licence
     assert ("cannot be steered" in world.config.title) == ("every motion key is locked" in readme) == (not camera)
+    loop = Loop(lambda tell: Scenes(world))
+    loop.open()
+    assert (UNSTEERED in loop.notices) == (not camera)
+    path = f"w*12,l*{18 - chunk}" if camera else f"wait*{30 - chunk}"
+    walk = ["--headless", "--trajectory", path, "--threads", "1"]
+    words = ["--world", str(output), *walk, "--output", str(tmp_path / "walk.mp4")]
+    capsys.readouterr()
+    if form is minwm:  # the others without a process of their own: it starts slowly
+        told = subprocess.run([sys.executable, str(ROOT / "play.py"), *words], capture_output=True, text=True, check=True).stdout
+    else:
+        assert play(words) == 0
+        told = capsys.readouterr().out
+    report = json.loads(told)
+    assert (report["world"], report["latents"]) == ("theirs", 32 if chunk == 4 else 30)
+    with av.open(str(tmp_path / "walk.mp4")) as film:
+        pictures = [frame.to_ndarray(format="rgb24").astype(int) for frame in film.decode(video=0)]
+    assert len(pictures) == 4 * report["latents"] - 3 and min(picture.std() for picture in pictures) > 0
+    assert np.abs(pictures[-1] - pictures[4 * chunk]).mean() > 1  # it moves on by itself, or is steered
+
+
+def test_a_published_world_that_cannot_be_steered_refuses_keys(published, tmp_path, play, capsys):
+    source, _ = diffusers(published[1], tmp_path)
+    asked = Conversion(source=str(source), prompts=published[0] / "prompts.safetensors")
+    world = convert(PublishedWorld.read(recipe(tmp_path, published)), tmp_path / "theirs", asked)
+    assert len(tour(world.config.envelope)) >= 24  # standing still
     session = Session(world)
-    walk = tour(world.config.envelope)  # of a world that cannot be steered: standing still
-    assert len(walk) >= 24
-    walk = walk[:chunk]
-    frames = [session.step(walk).frames for _ in range(2)]
-    assert [len(group) for group in frames] == [4 * chunk - 3, 4 * chunk] and frames[1].std() > 0
-    session.rewind(chunk)
-    assert np.array_equal(session.step(walk).frames, frames[1])
+    frames = [session.step(np.eye(4)).frames for _ in range(2)]
+    session.rewind(1)
+    assert np.array_equal(session.step(np.eye(4)).frames, frames[1])
+    assert play(["--world", str(tmp_path / "theirs"), "--headless", "--trajectory", "w*3", "--output", str(tmp_path / "walk.mp4")]) == 2
+    assert "'w' is locked: this world has not learned that motion" in capsys.readouterr().err
 
 
 def test_worlds_are_converted_too(tiny_bundle, tmp_path):

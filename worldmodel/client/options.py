@@ -59,7 +59,7 @@ def parse_options(arguments: list[str]) -> PlayOptions:
     parser.add_argument("--attention", choices=("auto", "torch", "fa3"), default="auto", help="attention kernel")
     parser.add_argument("--headless", action="store_true", help="no window: walk a path and write an MP4")
     parser.add_argument(
-        "--trajectory", metavar="TEXT", help='path to walk until a motion key is pressed: "w*10,l*5,w+l*8"'
+        "--trajectory", metavar="TEXT", help='path to walk until a motion key is pressed: "w*10,l*5,w+l*8,wait*2"'
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="MP4 of a headless walk (default: out/walk.mp4)")
     parser.add_argument("--replay", type=Path, metavar="DIR", help="dream a recording again; P or R then walks on")
