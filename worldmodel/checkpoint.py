@@ -14,6 +14,7 @@ import importlib
 import json
 import pickle
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from inspect import signature
@@ -146,7 +147,8 @@ def read_state(path: str | Path) -> dict:
         if start[:2] == b"PK":  # a zip archive: torch.save since 1.6
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if start[:1] == b"\x80":  # torch.save before 1.6: a bare pickle
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):  # of an unusual protocol; what it holds is told below
+                return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds Python objects besides tensors and could run code, so it was not loaded: "

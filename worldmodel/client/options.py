@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,6 +171,7 @@ def _known(what: str, name: str, names: list[str]) -> None:
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)
         guess = f"did you mean {near[0]!r}? There are" if near else "there are"
+        name = textwrap.shorten(name, 60, placeholder=" ...")
         raise ValueError(f"This world has no {what} {name!r}; {guess} {', '.join(names) or 'none'}.")
 
 
