@@ -2,7 +2,7 @@
 
 A recipe is one file with all stages of a world: `load_recipe("configs/blocks/cpu.yaml", ["dmd.lr=2e-5"])`. Folders
 are relative to the working directory. Where a stage's weights are asked for (`init`, `real`, `critic`), the bare name
-of a stage means that stage's export in the same run folder.
+of a stage means that stage's export in the same run folder; anything else is read as `worldmodel.checkpoint` reads it.
 """
 
 import dataclasses
@@ -87,7 +87,7 @@ class StageConfig:
 class TransformerConfig(StageConfig):
     """What the stages that train the transformer share."""
 
-    init: str = ""  # export folder (or stage name) that the weights come from; empty = random weights
+    init: str = ""  # where the weights come from: a stage's name, or any published form (file, folder, hub id); empty = random weights
     optimiser: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices inside the blocks, adamw for the rest
     caption_dropout: Share = 0.1  # share of the captions replaced by the unconditional embedding, 0..1
     shift: Positive = 5.0  # of the sigma schedule

@@ -3,12 +3,15 @@
 import errno
 import importlib.util
 import json
+import os
+import pickle
 import re
 import shutil
 import sys
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -109,6 +112,8 @@ def change(path: Path, **values):
         (["--steps", "51"], "steps must be 1 to 50, got 51"),
         (["--seed", str(2**70)], "seed must be a whole number from 0"),
         (["--image", str(TINY)], "tiny.yaml is no complete PNG or JPEG"),
+        (["--prompt", "海边的红房子"], "has no mood '海边的红房子'; there are grey, loud"),
+        (["--prompt", "a red house " * 1000], r"has no mood 'a red [a-z ]{1,60} \.\.\.'; there are grey, loud"),
         (["--output", str(ROOT)], "must be a file such as .*walk.mp4, got the folder"),
     ],
 )
@@ -116,6 +121,59 @@ def test_play(says, tiny_bundle, tmp_path, words, reason):
     film = [] if "--output" in words else ["--output", tmp_path / "walk.mp4"]
     says(reason, play, "--world", tiny_bundle, "--headless", *film, *words)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"GIF89a" + bytes(40), b"%PDF-1.4", b""])
+def test_a_picture_of_the_wrong_kind(says, tiny_bundle, tmp_path, content):
+    (tmp_path / "photo.jpg").write_bytes(content)
+    walk = ["--world", tiny_bundle, "--headless", "--output", tmp_path / "walk.mp4", "--image", tmp_path / "photo.jpg"]
+    says("photo.jpg is no complete PNG or JPEG file", play, *walk)
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+
+
+def test_no_free_memory(says, tiny_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr("worldmodel.world.free_memory", lambda device: 0)
+    says("0.0 GiB are free: close other programs", play, "--world", tiny_bundle, "--headless", "--output", tmp_path / "walk.mp4")
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize(
+    ("save", "reason"),
+    [
+        (lambda path: torch.save({"generator": Payload(path.parent / "executed")}, path), "could run code, so it was not loaded"),
+        (lambda path: path.write_bytes(pickle.dumps(Payload(path.parent / "executed"))), "could run code, so it was not loaded"),
+        (lambda path: (torch.save({"a": torch.zeros(999)}, path), cut(path)), "damaged or incomplete .*: fetch it again"),
+        (lambda path: (save_file({"a": torch.zeros(999)}, path), cut(path)), "damaged or incomplete .*: fetch it again"),
+    ],
+    ids=["code", "bare-code", "half", "half-safetensors"],
+)
+def test_weights(says, tmp_path, save, reason):
+    save(tmp_path / "weights.pt")
+    says(reason, checkpoint, "inspect", tmp_path / "weights.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.pt"]
+
+
+@pytest.mark.parametrize(("width", "height"), [(20_000, 1), (1, 20_000)])
+def test_a_thin_picture(says, tiny_bundle, tmp_path, width, height):
+    cv2.imwrite(str(tmp_path / "thin.png"), np.zeros((height, width, 3), np.uint8))
+    walk = ["--world", tiny_bundle, "--headless", "--output", tmp_path / "walk.mp4", "--image", tmp_path / "thin.png"]
+    says(f"start picture of {width}x{height} pixels is too thin or too small", play, *walk)
+    assert [path.name for path in tmp_path.iterdir()] == ["thin.png"]
+
+
+def test_a_wide_picture_is_played(tiny_bundle, tmp_path):
+    cv2.imwrite(str(tmp_path / "wide.png"), np.zeros((300, 20_000, 3), np.uint8))
+    walk = ["--world", tiny_bundle, "--headless", "--trajectory", "w*1", "--threads", "1", "--image", tmp_path / "wide.png"]
+    assert play([str(word) for word in [*walk, "--output", tmp_path / "walk.mp4"]]) == 0 and (tmp_path / "walk.mp4").is_file()
 
 
 def cut(path: Path):

@@ -1,13 +1,17 @@
 """Checkpoints: the reference's names and wrappers, strictness, safety."""
 
+import importlib.util
 import json
 import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -25,15 +29,19 @@ from worldmodel.checkpoint import (
     read_state,
     to_diffusers_names,
 )
+from worldmodel.client.loop import UNSTEERED, Loop
 from worldmodel.client.options import PUBLISHED, find_world
 from worldmodel.client.paths import tour
+from worldmodel.client.scenes import Scenes
 from worldmodel.controls import MOTIONS
 from worldmodel.convert import Conversion, PublishedWorld, convert, open_vae
 from worldmodel.session import Session
+from worldmodel.sources import parse_source
 from worldmodel.text import PromptBook
 from worldmodel.world import World
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
 NAMES = json.loads((GOLDEN / "state_dict_names.json").read_text())
 HEAD_DIM = NAMES["diffusers_config"]["attention_head_dim"]
 FSDP = "model._fsdp_wrapped_module."
@@ -383,12 +391,25 @@ def ours(state, folder):
     return training(wrong, folder / "step-12", average=to_diffusers_names(state)), {}
 
 
+@pytest.fixture
+def play():
+    """play.py's `main`; it sets torch up for itself, the tests after it get theirs back."""
+    spec = importlib.util.spec_from_file_location("play", ROOT / "play.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    yield module.main
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+
+
 @pytest.mark.parametrize(
     ("form", "camera", "chunk"),
-    [(original, False, 1), (diffusers, False, 1), (minwm, True, 1), (forcing, False, 3), (ours, True, 1)],
+    [(original, False, 1), (diffusers, False, 1), (minwm, True, 4), (forcing, False, 3), (ours, True, 1)],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_every_published_form_is_played(published, tmp_path, form, camera, chunk, capsys):
+def test_every_published_form_is_played(published, tmp_path, play, form, camera, chunk, capsys):
+    """Converted, and played for 30 latents (with whole chunks, 32) as a user does it."""
     (tmp_path / "in").mkdir()
     source, options = form(published[1], tmp_path / "in")
     output = tmp_path / "worlds" / "theirs"
@@ -402,14 +423,37 @@ def test_every_published_form_is_played(published, tmp_path, form, camera, chunk
     readme = (output / "README.md").read_text()
     assert str(source) in world.config.licence and str(source) in readme and "Apache-2.0" in world.config.licence
     assert ("cannot be steered" in world.config.title) == ("every motion key is locked" in readme) == (not camera)
+    loop = Loop(lambda tell: Scenes(world))
+    loop.open()
+    assert (UNSTEERED in loop.notices) == (not camera)
+    path = f"w*12,l*{18 - chunk}" if camera else f"wait*{30 - chunk}"
+    walk = ["--headless", "--trajectory", path, "--threads", "1"]
+    words = ["--world", str(output), *walk, "--output", str(tmp_path / "walk.mp4")]
+    capsys.readouterr()
+    if form is minwm:  # the others without a process of their own: it starts slowly
+        told = subprocess.run([sys.executable, str(ROOT / "play.py"), *words], capture_output=True, text=True, check=True).stdout
+    else:
+        assert play(words) == 0
+        told = capsys.readouterr().out
+    report = json.loads(told)
+    assert (report["world"], report["latents"]) == ("theirs", 32 if chunk == 4 else 30)
+    with av.open(str(tmp_path / "walk.mp4")) as film:
+        pictures = [frame.to_ndarray(format="rgb24").astype(int) for frame in film.decode(video=0)]
+    assert len(pictures) == 4 * report["latents"] - 3 and min(picture.std() for picture in pictures) > 0
+    assert np.abs(pictures[-1] - pictures[4 * chunk]).mean() > 1  # it moves on by itself, or is steered
+
+
+def test_a_published_world_that_cannot_be_steered_refuses_keys(published, tmp_path, play, capsys):
+    source, _ = diffusers(published[1], tmp_path)
+    asked = Conversion(source=str(source), prompts=published[0] / "prompts.safetensors")
+    world = convert(PublishedWorld.read(recipe(tmp_path, published)), tmp_path / "theirs", asked)
+    assert len(tour(world.config.envelope)) >= 24  # standing still
     session = Session(world)
-    walk = tour(world.config.envelope)  # of a world that cannot be steered: standing still
-    assert len(walk) >= 24
-    walk = walk[:chunk]
-    frames = [session.step(walk).frames for _ in range(2)]
-    assert [len(group) for group in frames] == [4 * chunk - 3, 4 * chunk] and frames[1].std() > 0
-    session.rewind(chunk)
-    assert np.array_equal(session.step(walk).frames, frames[1])
+    frames = [session.step(np.eye(4)).frames for _ in range(2)]
+    session.rewind(1)
+    assert np.array_equal(session.step(np.eye(4)).frames, frames[1])
+    assert play(["--world", str(tmp_path / "theirs"), "--headless", "--trajectory", "w*3", "--output", str(tmp_path / "walk.mp4")]) == 2
+    assert "'w' is locked: this world has not learned that motion" in capsys.readouterr().err
 
 
 def test_worlds_are_converted_too(tiny_bundle, tmp_path):
@@ -425,14 +469,23 @@ def test_worlds_are_converted_too(tiny_bundle, tmp_path):
     assert opened.config == world.config and opened.config.prompts.default == "grey" and not opened.config.text_encoder
 
 
-def test_a_repository_on_the_hub(published, tmp_path, monkeypatch):
-    """One diffusers repository gives transformer, autoencoder and the text encoder's name, from the hub library's cache alone."""
-    root = tmp_path / "hub/models--Wan-AI--Wan2.1-T2V-1.3B-Diffusers"
+def cached_repository(cache, name):
+    """An empty snapshot of a repository in the hub library's cache."""
+    root = cache / f"models--{name.replace('/', '--')}"
     snapshot = root / "snapshots/0123456789abcdef0123456789abcdef01234567"
-    diffusers(published[1], snapshot)
-    shutil.copytree(published[0] / "vae", snapshot / "vae")
+    snapshot.mkdir(parents=True)
     (root / "refs").mkdir()
     (root / "refs/main").write_text(snapshot.name)
+    return snapshot
+
+
+def test_a_repository_on_the_hub(published, tmp_path, monkeypatch):
+    """One diffusers repository gives transformer, autoencoder and the text encoder's name, another the tiny autoencoder."""
+    repository, tiny = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", PublishedWorld.tiny_autoencoder
+    snapshot, light = (cached_repository(tmp_path / "hub", name) for name in (repository, "lightx2v/Autoencoders"))
+    diffusers(published[1], snapshot)
+    shutil.copytree(published[0] / "vae", snapshot / "vae")
+    torch.save(TinyAutoencoder().state_dict(), light / "taew2_1.pth")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     asked = []
@@ -442,9 +495,9 @@ def test_a_repository_on_the_hub(published, tmp_path, monkeypatch):
         return torch.zeros(shape)
 
     monkeypatch.setattr("worldmodel.convert.embed_text", embed)
+    monkeypatch.setattr("worldmodel.convert.libraries", lambda *_: None)
     monkeypatch.setattr("worldmodel.client.options.PUBLISHED", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-    repository = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     text = YAML.format(source=repository, autoencoder=repository, chunk=1) + f"text_encoder: {repository}\n"
     (tmp_path / "mine.yaml").write_text(text)
     folder = find_world("mine")
@@ -452,31 +505,56 @@ def test_a_repository_on_the_hub(published, tmp_path, monkeypatch):
     world = World.from_pretrained(folder, dtype=torch.float32)
     assert world.prompts.text("default") == "a street of noise" and world.config.text_encoder == repository
     assert Session(world).step(np.eye(4)).frames.shape == (1, 32, 48, 3)
-    shutil.rmtree(root)
-    assert find_world("mine") == folder and len(asked) == 1  # made once
-    shutil.rmtree(folder)
+    world = World.from_pretrained(find_world("mine-tiny"), dtype=torch.float32)
+    assert (world.folder.name, world.config.name) == ("mine-tiny", "mine-tiny") and isinstance(world.autoencoder, TinyAutoencoder)
+    assert f"autoencoder {tiny}." in world.config.licence and Session(world).step(np.eye(4)).frames.shape == (1, 32, 48, 3)
+    shutil.rmtree(tmp_path / "hub")
+    assert find_world("mine") == folder and len(asked) == 2  # made once
+    shutil.rmtree(folder.parent)
     with pytest.raises(ValueError, match=rf"mine could not be made: transformer/.* of {repository} cannot be had: HF_HUB_OFFLINE"):
         find_world("mine")
     assert not folder.exists()
-    with pytest.raises(ValueError, match="no world 'min'.*those of published weights, fetched on first use, are mine"):
+    with pytest.raises(ValueError, match=r"mine-tiny could not be made: .*/mine.yaml --output \S+/mine-tiny --autoencoder SOURCE"):
+        find_world("mine-tiny")
+    with pytest.raises(ValueError, match="no world 'min'.*those of published weights, fetched on first use, are mine .NAME-tiny:"):
         find_world("min")
 
 
+@pytest.mark.parametrize("missing", ["transformers", "ftfy"])
+def test_what_the_text_encoder_needs_is_asked_for_before_anything_is_fetched(published, tmp_path, monkeypatch, missing):
+    for name in ("transformers", "ftfy"):
+        monkeypatch.setitem(sys.modules, name, None if name == missing else sys)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.setattr("worldmodel.convert.fetch", lambda *_: pytest.fail("something was fetched"))
+    with pytest.raises(ValueError, match=rf"minwm-4step could not be made: .* needs {missing}, .*pip install transformers ftfy.*--prompts"):
+        find_world("minwm-4step")
+    with pytest.raises(ValueError, match="A world needs a stored prompt"):
+        convert(PublishedWorld.read(recipe(tmp_path, published)), tmp_path / "theirs")
+
+
 def test_the_worlds_of_this_repository(tmp_path, monkeypatch):
+    monkeypatch.setattr("worldmodel.convert.libraries", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    causal, own = "zhuhz22/Causal-Forcing", "MIN-Lab/minWM/Wan21/Action2V"
     expected = {
-        "minwm-4step": (4, 1, 20, 0.08), "causal-forcing-2step": (2, 1, 21, None), "causal-forcing-1step": (1, 1, 21, None),
-        "causal-forcing-chunk-4step": (4, 3, 21, None), "self-forcing-chunk-4step": (4, 3, 21, None),
-    }  # fmt: skip
+        "minwm-4step": (f"{own}/dmd/model.pt", 4, 4, 20, 0.08),
+        "causal-forcing-4step": (f"{causal}/framewise/causal_forcing.pt", 4, 1, 21, None),
+        "causal-forcing-2step": (f"{causal}/causal-forcing++/framewise-2step.pt", 2, 1, 21, None),
+        "causal-forcing-1step": (f"{causal}/causal-forcing++/framewise-1step.pt", 1, 1, 21, None),
+        "causal-forcing-chunk-4step": (f"{causal}/chunkwise/causal_forcing.pt", 4, 3, 21, None),
+        "self-forcing-chunk-4step": ("gdhe17/Self-Forcing/checkpoints/self_forcing_dmd.pt", 4, 3, 21, None),
+    }
     assert {path.stem for path in PUBLISHED.glob("*.yaml")} == expected.keys()
-    for name, (steps, chunk, window, speed) in expected.items():
+    for name, (source, steps, chunk, window, speed) in expected.items():
         world = PublishedWorld.read(PUBLISHED / f"{name}.yaml")
-        assert (len(world.rollout.steps), world.rollout.chunk, world.rollout.window) == (steps, chunk, window)
+        assert (world.source, len(world.rollout.steps), world.rollout.chunk, world.rollout.window) == (source, steps, chunk, window)
         assert (world.height, world.width, world.fps, world.rollout.shift, len(world.rollout.first_steps)) == (480, 832, 16.0, 5.0, 4)
         assert speed is None or (world.envelope.forward, world.envelope.yaw) == (speed, 3.0)
-        with pytest.raises(ValueError, match=rf"The world {name} could not be made: .* cannot be had: HF_HUB_OFFLINE is set.* --output"):
+        place = parse_source(source)
+        reason = re.escape(f"The world {name} could not be made: {place.path} of {place.repository} cannot be had: HF_HUB_OFFLINE is set")
+        with pytest.raises(ValueError, match=f"{reason}.* --output"):
             find_world(name)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from worldmodel import benchmark
 from worldmodel.client.bindings import Bindings
-from worldmodel.client.loop import MARGIN, Loop, LoopOptions
+from worldmodel.client.loop import MARGIN, UNSTEERED, Loop, LoopOptions
 from worldmodel.client.pacer import Frame, Pacer
 from worldmodel.client.paths import tour, written_path
 from worldmodel.client.scenes import Scene, Scenes
@@ -79,8 +79,8 @@ class FakeRecorder:
 class FakeScenes:
     name, fps, frames_per_latent, window, envelope = "fake", 16, 4, 12, ENVELOPE
 
-    def __init__(self, machine, chunk=1, pictures=True):
-        self.machine, self.chunk, self.pictures, self.sessions, self.recorders = machine, chunk, pictures, [], []
+    def __init__(self, machine, chunk=1, pictures=True, camera=True):
+        self.machine, self.chunk, self.pictures, self.camera, self.sessions, self.recorders = machine, chunk, pictures, camera, [], []
 
     def open(self, scene):
         self.sessions.append(FakeSession(self.machine, scene, len(self.sessions)))
@@ -254,6 +254,14 @@ def test_what_a_chunk_has_to_say_reaches_the_player():
     machine = Machine()
     machine.play(3.0)
     assert list(machine.loop.notices).count("Memory is full") == 1
+
+
+@pytest.mark.parametrize("camera", [True, False])
+def test_a_world_without_camera_weights_says_so_once(camera):
+    machine = Machine(camera=camera, pictures=camera)
+    machine.at(1.0, lambda now: machine.loop.command("restart"))
+    machine.play(2.0)
+    assert [words for words in machine.loop.notices if "camera" in words] == ([] if camera else [UNSTEERED])
 
 
 def test_a_change_of_mood_keeps_the_place():

@@ -190,3 +190,16 @@ def test_fit_picture():
     fitted = fit_picture(wide, 32, 32)
     assert fitted.shape == (32, 32, 3) and fitted.min() > 200
     assert fit_picture(np.zeros((500, 300, 3), np.uint8), 32, 48).shape == (32, 48, 3)
+    exact = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
+    np.testing.assert_array_equal(fit_picture(exact, 32, 48), exact)
+    tall = np.zeros((300, 20, 3), np.uint8)
+    tall[145:155] = 255
+    assert fit_picture(tall, 32, 64).min() > 200
+
+
+def test_fit_picture_of_any_width():
+    assert fit_picture(np.zeros((300, 20_000, 3), np.uint8), 480, 832).shape == (480, 832, 3)
+    assert fit_picture(np.zeros((20_000, 300, 3), np.uint8), 480, 832).shape == (480, 832, 3)
+    for rows, columns in ((1, 20_000), (20_000, 1), (1, 1), (0, 9)):
+        with pytest.raises(ValueError, match=f"{columns}x{rows} pixels is too thin or too small"):
+            fit_picture(np.zeros((rows, columns, 3), np.uint8), 480, 832)

@@ -25,6 +25,7 @@ from distill.lock import LOCK, alone
 from distill.prompts import make_prompt_book
 from distill.stages import STAGES, build_stage
 from distill.train import learning_rate_factor, train
+from worldmodel.checkpoint import load_transformer
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "blocks" / "tiny.yaml"
@@ -260,6 +261,38 @@ def test_weights_that_are_missing_are_named_before_training(clips, tmp_path):
         train(load_recipe(TINY, overrides(clips, tmp_path)), "teacher_forcing")
     with pytest.raises(ValueError, match=r"no exported autoencoder in .*autoencoder/export"):
         train(load_recipe(TINY, overrides(clips, tmp_path, "data.autoencoder=autoencoder")), "bidirectional")
+
+
+@pytest.mark.parametrize("form", ["file", "folder", "trainer"])
+def test_weights_without_a_camera_become_pose_conditioned(clips, tmp_path, capsys, form):
+    """A small Wan2.1 in its own names starts with the prediction it has without a camera; a step later the camera path has learned."""
+    weights = load_file(ROOT / "tests/golden/weights_cd_teacher.safetensors")
+    weights = {name: tensor for name, tensor in weights.items() if "prope" not in name}
+    (tmp_path / "wan").mkdir()
+    file = tmp_path / "wan/weights.pt"
+    torch.save({"generator": weights} if form == "trainer" else weights, file)
+    (tmp_path / "wan/config.json").write_text(json.dumps({"_class_name": "WanModel", "dim": 48, "num_heads": 2}))
+    init = f"bidirectional.init={f'{file.parent}/' if form == 'folder' else file}"
+    recipe = load_recipe(TINY, overrides(clips, tmp_path / "runs", "model.text_dim=24", "bidirectional.steps=1", init))
+    stage, plain = build_stage("bidirectional", recipe, torch.device("cpu")), load_transformer(file)
+    assert "has no camera weights: they begin as zeros" in capsys.readouterr().err
+    latents, text, projection = torch.randn(1, 16, 3, 4, 4), torch.randn(1, 2, 24), torch.randn(1, 3, 4, 4) + 4 * torch.eye(4)
+    with torch.no_grad():
+        expected, first = plain(latents, torch.tensor([0.5]), text), stage.student(latents, torch.tensor([0.5]), text, projection)
+    assert not plain.config.camera and stage.student.config.camera
+    torch.testing.assert_close(first, expected, rtol=0, atol=1e-5)
+    train(recipe, "bidirectional")
+    made = load_file(tmp_path / "runs/bidirectional/export/diffusion_pytorch_model.safetensors")
+    assert all(tensor.abs().max() > 0 for name, tensor in made.items() if ".prope_out.weight" in name)
+    teacher = load_recipe(TINY, overrides(clips, tmp_path / "runs", "model.text_dim=24"))
+    assert build_stage("teacher_forcing", teacher, torch.device("cpu")).student.config.camera  # its export goes on as any other
+
+
+def test_weights_stay_without_a_camera_where_the_recipe_has_none(clips, tmp_path, capsys):
+    new = build_stage("bidirectional", load_recipe(TINY, overrides(clips, tmp_path, "model.camera=false")), torch.device("cpu")).student
+    new.save_pretrained(tmp_path / "own")
+    recipe = load_recipe(TINY, overrides(clips, tmp_path, "model.camera=false", f"bidirectional.init={tmp_path / 'own'}"))
+    assert not build_stage("bidirectional", recipe, torch.device("cpu")).student.config.camera and capsys.readouterr().err == ""
 
 
 def test_it_learns(clips, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 
 from worldmodel.client.bindings import Bindings
 from worldmodel.client.hud import Hud
-from worldmodel.client.loop import Loop, Status
+from worldmodel.client.loop import UNSTEERED, Loop, Status
 from worldmodel.client.pacer import Pacer
 from worldmodel.client.scenes import Scene
 from worldmodel.client.window import Window, WindowOptions, fit, open_display
@@ -109,7 +109,7 @@ class OneRoom:
     """Scenes with one grey session whose steps wait until `go` is set."""
 
     name, fps, chunk, frames_per_latent, window = "room", 16, 1, 4, 12
-    envelope = Envelope(pitch=0.0)
+    envelope, camera = Envelope(pitch=0.0), True
 
     def __init__(self):
         self.go, self.entered, self.index = threading.Event(), threading.Event(), 0
@@ -205,8 +205,9 @@ def test_the_key_hints_fit_the_window(dummy, size):
 
 
 def test_the_window_never_waits_for_the_network(dummy, tmp_path):
-    """While a step hangs, keys are still answered: a screenshot is taken and a locked key is named."""
+    """While a step hangs, keys are still answered: a screenshot is taken and a locked key is named. What the world had to say is there."""
     room, seen = OneRoom(), {}
+    room.camera = False
     window = Window(Loop(lambda tell: room), WindowOptions(screenshots=tmp_path))
 
     def player():
@@ -224,6 +225,7 @@ def test_the_window_never_waits_for_the_network(dummy, tmp_path):
     thread.join()
     assert len(seen["pictures"]) == 1
     assert any(words.startswith("Looking up and down is locked") for words in seen["notices"])
+    assert UNSTEERED in seen["notices"]
 
 
 def test_figures_before_there_is_a_pose():

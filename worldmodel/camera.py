@@ -30,6 +30,7 @@ MOTIONS = {
     "right": ((0, 0, 0), (1, 0)),
     "up": ((0, 0, 0), (0, 1)),
     "down": ((0, 0, 0), (0, -1)),
+    "wait": ((0, 0, 0), (0, 0)),  # ours: all that a world without camera weights can be asked for
 }
 STYLES = ("fly", "walk")
 MOST_LATENTS = 100_000  # of a trajectory text: seven hours

@@ -14,6 +14,7 @@ import importlib
 import json
 import pickle
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from inspect import signature
@@ -146,7 +147,8 @@ def read_state(path: str | Path) -> dict:
         if start[:2] == b"PK":  # a zip archive: torch.save since 1.6
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if start[:1] == b"\x80":  # torch.save before 1.6: a bare pickle
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):  # of an unusual protocol; what it holds is told below
+                return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds Python objects besides tensors and could run code, so it was not loaded: "
@@ -174,8 +176,12 @@ def find_weights(path: str | Path) -> Path:
         return path
     files = [*path.iterdir(), *(path / "transformer").glob("*")]
     found = weights_among([file.relative_to(path).as_posix() for file in files if file.is_file()])
-    if len(found) > 1:
+    named = _values(path / "config.json").get("_class_name", "")
+    foreign = named not in ("", *_NETWORKS)
+    if len(found) > 1 or foreign:
         found = [name for name in found if _holds_transformer(path / name)]
+    if foreign and not found:
+        raise CheckpointError(f"{path} holds a {named}, a {_NETWORKS[0]} is expected: name another folder.")
     if len(found) != 1:
         what = f"{len(found)} transformers, {_listing(found)}" if found else "no transformer's weights"
         raise CheckpointError(f"{path} holds {what}: name the file that is meant.")
@@ -297,16 +303,24 @@ def _open(source: str | Path) -> tuple[dict, int | None]:
 
 def _told_head_dim(path: Path) -> int | None:
     """From the config.json of a Wan (diffusers' or the original) beside the weights, or our training's state.json."""
-    file = path / "state.json" if path.is_dir() else path.with_name("config.json")
+    values = _values(path / "state.json" if path.is_dir() else path.with_name("config.json"))
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
         if path.is_dir():
             return int(values["config"]["model"]["head_dim"])
         if values["_class_name"] not in _NETWORKS:
             return None
         return int(values["attention_head_dim"]) if "attention_head_dim" in values else values["dim"] // values["num_heads"]
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+    except (ValueError, KeyError, TypeError, ZeroDivisionError):
         return None  # nothing told: the usual width is tried, and has to fit
+
+
+def _values(file: Path) -> dict:
+    """What a JSON file beside the weights says; empty where it says nothing."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _is_training(folder: Path) -> bool:

@@ -26,7 +26,7 @@ from worldmodel.options import Count, Positive, build
 from worldmodel.rollout import RolloutConfig
 from worldmodel.sources import fetch, parse_source, weights_among
 from worldmodel.text import PromptBook
-from worldmodel.text_encoder import embed_text, locate
+from worldmodel.text_encoder import embed_text, libraries, locate
 from worldmodel.transformer import CausalWanTransformer
 from worldmodel.world import PromptConfig, World, WorldConfig, check_fit, open_autoencoder, open_device, save_world
 
@@ -44,6 +44,7 @@ class PublishedWorld:
     autoencoder: str  # source of `vae/` in diffusers' layout, or of a tiny autoencoder in taew2_1's layout
     licence: str  # of the weights, and where it is written
     prompt: str  # the sentence that is dreamed where no prompts are given
+    tiny_autoencoder: str = "lightx2v/Autoencoders/taew2_1.pth"  # of the light variant; the place that public code names, not fetched here
     text_encoder: str = ""  # folder or hub id, diffusers' layout; empty: stored prompts only
     text_length: Count = 512  # tokens of an embedded prompt
     part: str = ""  # of a trainer's checkpoint; empty: the average if there is one
@@ -90,6 +91,8 @@ def convert(published: PublishedWorld, output: Path, asked: Conversion = Convers
     for name in (source, codec):
         parse_source(name)
     prompts = asked.prompts and PromptBook.load(asked.prompts)
+    if prompts is None:
+        _check_encoder(published)
     path, codec_path = fetch(source), fetch(codec, "vae")
     dtype = getattr(torch, asked.dtype)
     tell(f"reading the transformer from {source}")
@@ -149,13 +152,18 @@ def _says_autoencoder(folder: Path) -> bool:
 # ------------------------------------------------------------------------------------------------ what a bundle says
 
 
-def _embedded(published: PublishedWorld, output: Path, width: int) -> PromptBook:
-    """A book with the world's own sentence, which its text encoder embeds."""
+def _check_encoder(published: PublishedWorld) -> None:
+    """ValueError where the world's sentence could not be embedded: known before anything is fetched."""
     if not published.text_encoder:
         raise ValueError(
             "A world needs a stored prompt: give --prompts FILE.safetensors (embeddings [L, D] by name), or let the YAML name a "
             "text_encoder."
         )
+    libraries("The text encoder of a published world", "give stored embeddings (convert --prompts FILE.safetensors)")
+
+
+def _embedded(published: PublishedWorld, output: Path, width: int) -> PromptBook:
+    """A book with the world's own sentence, which its text encoder embeds."""
     place, device = locate(published.text_encoder, output), open_device("cuda" if torch.cuda.is_available() else "cpu")
     shape = published.text_length, width
     embedding = embed_text(published.prompt, place, shape, device, torch.bfloat16)

@@ -365,15 +365,23 @@ def _to_pinned_memory(video: Tensor) -> tuple[Tensor, torch.cuda.Event]:
 
 
 def fit_picture(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [h,w,3] of any size -> uint8 [height,width,3]: scaled until it covers, then cropped around the centre."""
+    """uint8 [h,w,3] of any size -> uint8 [height,width,3]: cropped around the centre to the same shape, then scaled.
+
+    ValueError for anything else, and for a picture so thin or small that less than 2 pixels in a direction are left of it.
+    """
     if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
         found = f"{picture.dtype} {list(picture.shape)}" if isinstance(picture, np.ndarray) else type(picture).__name__
         raise ValueError(f"A start picture must be uint8 [H,W,3], got {found}.")
-    scale = max(height / picture.shape[0], width / picture.shape[1])
-    size = max(width, round(picture.shape[1] * scale)), max(height, round(picture.shape[0] * scale))
-    scaled = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
-    top, left = (scaled.shape[0] - height) // 2, (scaled.shape[1] - width) // 2
-    return np.ascontiguousarray(scaled[top : top + height, left : left + width])
+    rows, columns = picture.shape[:2]
+    high, wide = min(rows, round(columns * height / width)), min(columns, round(rows * width / height))
+    if min(high, wide) < 2:
+        raise ValueError(
+            f"A start picture of {columns}x{rows} pixels is too thin or too small: {wide}x{high} of it have the shape of this world's "
+            f"pictures ({width}x{height}); give one of about that shape."
+        )
+    top, left = (rows - high) // 2, (columns - wide) // 2
+    method = cv2.INTER_AREA if height < high else cv2.INTER_CUBIC
+    return cv2.resize(np.ascontiguousarray(picture[top : top + high, left : left + wide]), (width, height), interpolation=method)
 
 
 def _picture(world: World, image) -> np.ndarray:

@@ -98,7 +98,7 @@ def clean(text: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError("The prompt is no valid Unicode text; type it again in a terminal that speaks UTF-8.") from None
-    _, ftfy = _libraries()
+    _, ftfy = libraries()
     text = " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
     if not text:
         raise ValueError("The prompt is empty; describe a place in a few words, or leave it away for the world's own.")
@@ -127,7 +127,7 @@ def encode(
     A graphics card without room for the encoder leaves the work to the CPU. Errors: ValueError as in `embed_text`.
     """
     tell("Loading the text encoder")
-    transformers, _ = _libraries()
+    transformers, _ = libraries()
     if isinstance(place, Path) and not (place / ENCODER / "config.json").is_file():  # transformers would guess one
         raise ValueError(
             f"The text encoder is not in {place} (expected {ENCODER}/config.json and {TOKENIZER} there); put it there, or name "
@@ -190,15 +190,14 @@ def _folder(place: Place) -> Path:
     return Path(found).parent.parent
 
 
-def _libraries() -> tuple:
-    """(transformers, ftfy); ValueError with the line that installs them where one is missing."""
+def libraries(user: str = "A prompt in your own words", instead: str = "choose a prompt that the world has stored") -> tuple:
+    """(transformers, ftfy); ValueError with the line that installs them where one is missing, naming the `user` that needs it."""
     try:
         import ftfy
         import transformers
     except ImportError as error:
         raise ValueError(
-            f"A prompt in your own words needs {error.name}, which is not installed: run `python -m pip install transformers ftfy`, or "
-            "choose a prompt that the world has stored."
+            f"{user} needs {error.name}, which is not installed: run `python -m pip install transformers ftfy`, or {instead}."
         ) from None
     return transformers, ftfy
 

@@ -20,10 +20,12 @@ from distill.objectives.flow_matching import Predict
 from distill.optimiser import Joint, make_optimizer
 from distill.prompts import open_prompts
 from worldmodel.autoencoder import Autoencoder
+from worldmodel.checkpoint import inspect, load_transformer
+from worldmodel.command_line import tell
 from worldmodel.prope import projection
 from worldmodel.rollout import Rollout, RolloutConfig, with_steps
 from worldmodel.transformer import CausalWanTransformer
-from worldmodel.world import load_network, open_autoencoder
+from worldmodel.world import open_autoencoder
 
 Loss = tuple[str, Tensor, dict[str, float | Tensor]]  # optimiser name, scalar loss, metrics
 
@@ -116,13 +118,21 @@ class TransformerStage(Stage):
         return LatentClips(Path(self.recipe.data.root), frames, self.recipe.data.first_share, self.recipe.run.seed)
 
     def load(self, source: str) -> CausalWanTransformer:
-        """A trainable transformer from an export folder or stage name; with random weights for an empty `source`."""
+        """A trainable transformer: a stage's export, any weights that `load_transformer` reads, or random ones for an empty `source`.
+
+        Weights without a camera get one where the recipe's model has one; at zero, so that the first prediction is theirs.
+        """
         if not source:
             return self._checked(new_transformer(self.recipe).to(self.device), "model")
         folder = self.recipe.export_folder(source)
-        if not (folder / "config.json").is_file():
+        if folder != Path(source) and not (folder / "config.json").is_file():
             raise ValueError(f"no exported transformer in {folder}: train the stage that makes it first, or name another folder")
-        return self._checked(load_network(CausalWanTransformer, folder, self.device), str(folder))
+        place = source if folder == Path(source) else folder
+        camera = inspect(place).camera
+        if self.recipe.model.camera and not camera:
+            tell(f"{place} has no camera weights: they begin as zeros")
+        network = load_transformer(place, dtype=torch.float32, camera=camera or self.recipe.model.camera)
+        return self._checked(network.to(self.device), str(place))
 
     def _checked(self, network: CausalWanTransformer, name: str) -> CausalWanTransformer:
         """The network, when it reads what the clips and prompts hold."""

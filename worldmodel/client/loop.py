@@ -18,6 +18,7 @@ from worldmodel.client.scenes import Scene, Scenes
 from worldmodel.controls import Controls, Envelope
 
 MARGIN = 0.006  # seconds between a chunk being ready and being due: the wake-up of a thread
+UNSTEERED = "This world has no camera weights: it dreams by itself, keys do nothing"
 
 
 class Stopped(Exception):
@@ -154,6 +155,8 @@ class Loop:
         else:
             self._enter(self._options.scene, record=self._options.record is not None)
         self._tell(phase="running", progress=1.0)
+        if not self._scenes.camera:
+            self.notices.append(UNSTEERED)
 
     def _open_stage(self, stage: str, progress: float) -> None:
         if self._stopping:

@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from worldmodel.command_line import Parser, positive, threads
 
 WORLDS = Path(__file__).resolve().parents[2] / "assets" / "worlds"
 PUBLISHED = Path(__file__).resolve().parents[2] / "configs" / "worlds"  # NAME.yaml: worlds that are made of published weights
+TINY = "-tiny"  # after a published world's name: with the tiny autoencoder, for GPUs of 16 GB and less
 KEYS_HELP = (
     "keys: W A S D move, arrows and mouse look (a click captures the mouse), Shift run, R restart, N next mood, T new town, "
     "M another mood in this place, P pause, F9 record, F12 screenshot, F1 figures, Esc releases the mouse, then quits"
@@ -58,7 +60,7 @@ def parse_options(arguments: list[str]) -> PlayOptions:
     parser.add_argument("--attention", choices=("auto", "torch", "fa3"), default="auto", help="attention kernel")
     parser.add_argument("--headless", action="store_true", help="no window: walk a path and write an MP4")
     parser.add_argument(
-        "--trajectory", metavar="TEXT", help='path to walk until a motion key is pressed: "w*10,l*5,w+l*8"'
+        "--trajectory", metavar="TEXT", help='path to walk until a motion key is pressed: "w*10,l*5,w+l*8,wait*2"'
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="MP4 of a headless walk (default: out/walk.mp4)")
     parser.add_argument("--replay", type=Path, metavar="DIR", help="dream a recording again; P or R then walks on")
@@ -102,22 +104,24 @@ def _check_together(options: PlayOptions) -> None:
 def find_world(name: str) -> Path:
     """A bundle's folder, the name of one under assets/worlds, or of a published world (configs/worlds) -> folder.
 
-    A published world is fetched and made on first use, into the user's cache. ValueError when there is none of that name, or it cannot
-    be made.
+    A published world is fetched and made on first use, into the user's cache; with `TINY` after its name it is another one, with the
+    tiny autoencoder. ValueError when there is none of that name, or it cannot be made.
     """
     for folder in (WORLDS / name, Path(name)):
         if (folder / "world.yaml").is_file():
             return folder
-    if (PUBLISHED / f"{name}.yaml").is_file() and Path(name).name == name:
-        return _published_world(name)
+    for published in (name, name.removesuffix(TINY)):
+        if (PUBLISHED / f"{published}.yaml").is_file() and Path(published).name == published:
+            return _published_world(name, PUBLISHED / f"{published}.yaml", tiny=name != published)
     known = sorted(path.parent.name for path in WORLDS.glob("*/world.yaml"))
     listed = f"the worlds here are {', '.join(known)}" if known else f"there is none in {WORLDS} yet"
     published = sorted(path.stem for path in PUBLISHED.glob("*.yaml"))
-    listed += f"; those of published weights, fetched on first use, are {', '.join(published)}" if published else ""
+    if published:
+        listed += f"; those of published weights, fetched on first use, are {', '.join(published)} (NAME{TINY}: for less memory)"
     raise ValueError(f"There is no world {name!r} (a name or a folder with a world.yaml); {listed}.")
 
 
-def _published_world(name: str) -> Path:
+def _published_world(name: str, recipe: Path, tiny: bool) -> Path:
     """The world in the user's cache, made there first where it is not there yet."""
     from worldmodel.sources import world_cache
 
@@ -125,14 +129,15 @@ def _published_world(name: str) -> Path:
     if (folder / "world.yaml").is_file():
         return folder
     print(f"{name} is played for the first time: its weights are fetched and made into {folder}", file=sys.stderr)
-    from worldmodel.convert import PublishedWorld, convert  # torch: only when there is something to make
+    from worldmodel.convert import Conversion, PublishedWorld, convert  # torch: only when there is something to make
 
     try:
-        convert(PublishedWorld.read(PUBLISHED / f"{name}.yaml"), folder)
+        published = PublishedWorld.read(recipe)
+        convert(published, folder, Conversion(autoencoder=published.tiny_autoencoder if tiny else ""))
     except ValueError as error:
         raise ValueError(
             f"The world {name} could not be made: {error} With weights of your own: python -m worldmodel.checkpoint convert SOURCE "
-            f"--world {PUBLISHED / name}.yaml --output {folder}"
+            f"--world {recipe} --output {folder}{' --autoencoder SOURCE' if tiny else ''}"
         ) from None
     return folder
 
@@ -166,6 +171,7 @@ def _known(what: str, name: str, names: list[str]) -> None:
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)
         guess = f"did you mean {near[0]!r}? There are" if near else "there are"
+        name = textwrap.shorten(name, 60, placeholder=" ...")
         raise ValueError(f"This world has no {what} {name!r}; {guess} {', '.join(names) or 'none'}.")
 
 

@@ -62,6 +62,7 @@ class Scenes:
         self.world, self._steps, self._tell = world, steps, tell or (lambda stage, progress: None)
         self.name, self.envelope, self.fps = world.config.name, world.config.envelope, world.config.fps
         self.chunk = world.config.rollout.chunk
+        self.camera = world.transformer.config.camera  # whether poses steer the dream
         self.frames_per_latent, self.device = FRAMES_PER_LATENT, world.device
 
     @property
