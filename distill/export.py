@@ -34,7 +34,6 @@ from worldmodel.text import PromptBook
 from worldmodel.transformer import CausalWanTransformer
 from worldmodel.world import SHARD_SIZE, PromptConfig, World, WorldConfig, open_autoencoder, replace_folder, save_world
 
-LIMIT = 60e6  # bytes of weights and pictures
 START_SEED = 7001  # of the towns and places of the start images
 CANDIDATES = 4  # places of which the one with most to see becomes a start image
 TITLE = "An endless town of blocks in four moods"
@@ -148,7 +147,7 @@ def run(args: argparse.Namespace) -> None:
     config, pictures = world_config(args.output.name, recipe, options, scenery), scenery.images
     networks = transformer, autoencoder
     kept = {name: load_transformer(recipe.export_folder(name), torch.device("cpu"), dtype) for name in args.stages}
-    size = _check_size((*networks, *kept.values()), pictures)
+    size = _size((*networks, *kept.values()), pictures)
     readme = make_readme(args, recipe, config, networks, evaluation)
     draft = args.output.with_name(f".{args.output.name}.draft")
     try:
@@ -334,13 +333,7 @@ def _read_evaluation(path: Path) -> dict:
     return found
 
 
-def _check_size(networks: tuple, pictures: dict[str, list[np.ndarray]]) -> int:
-    """Bytes of the bundle, pictures counted uncompressed; ValueError above LIMIT."""
+def _size(networks: tuple, pictures: dict[str, list[np.ndarray]]) -> int:
+    """Bytes of the bundle, pictures counted uncompressed."""
     weights = sum(p.numel() * p.element_size() for network in networks for p in network.state_dict().values())
-    size = weights + sum(picture.nbytes for group in pictures.values() for picture in group)
-    if size > LIMIT:
-        raise ValueError(
-            f"expected at most {LIMIT / 1e6:.0f} MB in a bundle, these weights and pictures are {size / 1e6:.1f} MB: "
-            "use bfloat16 or a smaller model"
-        )
-    return size
+    return weights + sum(picture.nbytes for group in pictures.values() for picture in group)
