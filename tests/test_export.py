@@ -125,8 +125,12 @@ def test_a_failed_export_leaves_the_old_bundle(trained, tmp_path, capsys, monkey
         assert error.startswith("export: "), error
     (tmp_path / "mine").mkdir()
     assert export(trained, tmp_path / "mine") == 2 and (tmp_path / "mine").is_dir()
-    monkeypatch.setattr("distill.export.LIMIT", 1e4)
-    assert export(trained, tmp_path / "blocks") == 2 and "at most" in capsys.readouterr().err
+
+    def full_disk(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("distill.export.save_world", full_disk)
+    assert export(trained, tmp_path / "blocks") != 0 and "No space left" in capsys.readouterr().err
     assert World.from_pretrained(tmp_path / "blocks").fingerprint == before
     assert {path.name for path in tmp_path.iterdir()} == {"blocks", "bad.json", "mine"}
 
