@@ -7,7 +7,6 @@ left. With and without gradient checkpointing take turns on the same networks; o
 import argparse
 import gc
 import importlib
-import json
 import shlex
 import sys
 import time
@@ -246,11 +245,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _report(args: argparse.Namespace) -> None:
-    text = json.dumps(run(args), indent=1)
-    print(text)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n", encoding="utf-8")
+    command_line.print_json(run(args), args.output)
 
 
 if __name__ == "__main__":

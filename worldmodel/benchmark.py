@@ -6,7 +6,6 @@ while the window fills and the machine warms up, are not counted. Its parts are 
 
 import argparse
 import gc
-import json
 import shlex
 import sys
 import time
@@ -414,11 +413,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _report(args: argparse.Namespace) -> None:
-    text = json.dumps(run(args), indent=1)
-    print(text)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n", encoding="utf-8")
+    command_line.print_json(run(args), args.output)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import argparse
 import errno
+import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from safetensors import SafetensorError
 
@@ -67,6 +69,17 @@ def run(program: str, work: Callable[[], int | None]) -> int:
     if sentence:
         print(f"{program}: {' '.join(sentence.split())}", file=sys.stderr)
     return status
+
+
+def print_json(result: dict, output: Path | None) -> None:
+    """Prints a result, and writes it into a file too where one is named."""
+    text = json.dumps(result, indent=1)
+    print(text)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = output.with_name(f".{output.name}.partial")
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(output)
 
 
 def tell(sentence: str) -> None:
