@@ -11,6 +11,7 @@ COMMANDS = {
     "import": ("distill.data.worldplay", "turn WorldPlay / minWM footage into clips"),
     "encode": ("distill.data.encode", "turn clips into latents with an autoencoder"),
     "train": ("distill.train", "train one stage from a config"),
+    "transfer": ("distill.transfer", "add what a stage taught to weights that learned on since"),
     "export": ("distill.export", "write a bundle that play.py opens"),
     "evaluate": ("distill.evaluate.evaluate", "compare dreams with the truth"),
 }

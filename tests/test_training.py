@@ -26,6 +26,7 @@ from distill.prompts import make_prompt_book
 from distill.stages import STAGES, build_stage
 from distill.train import learning_rate_factor, train
 from worldmodel.checkpoint import load_transformer
+from worldmodel.transformer import CausalWanTransformer
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "blocks" / "tiny.yaml"
@@ -379,6 +380,25 @@ def test_the_truth_pulls_rollouts_that_began_with_it(clips, straight, start_shar
     assert ("truth" in metrics) == bool(start_share)
     torch.testing.assert_close(losses[1] - losses[0], 2 * metrics.get("truth", torch.tensor(0.0)))
     assert bool(start_share) == bool(losses[1] > losses[0])
+
+
+def test_what_a_stage_taught_goes_over_to_later_weights(straight, tmp_path, capsys):
+    stages = {"to": "bidirectional", "tuned": "dmd", "origin": "consistency"}
+    folders = {name: str(straight / stage / "export") for name, stage in stages.items()}
+    words = [word for name, folder in folders.items() for word in (f"--{name}", folder)]
+    assert main(["transfer", *words, "--scale", "0.5", "--output", str(tmp_path / "new")]) == 0
+    to, tuned, origin, new = (load_file(Path(f) / "diffusion_pytorch_model.safetensors") for f in (*folders.values(), tmp_path / "new"))
+    assert any(not torch.equal(tuned[name], origin[name]) for name in to)
+    for name in to:
+        torch.testing.assert_close(new[name], to[name] + 0.5 * (tuned[name] - origin[name]))
+    assert main(["transfer", *words, "--output", str(tmp_path / "new")]) == 2
+    assert "exists already: name a new folder" in capsys.readouterr().err
+    small = CausalWanTransformer.from_pretrained(folders["to"])
+    small = CausalWanTransformer(**{**small.config, "num_layers": 1})
+    small.save_pretrained(tmp_path / "small")
+    words[words.index("--origin") + 1] = str(tmp_path / "small")
+    assert main(["transfer", *words, "--output", str(tmp_path / "other")]) == 2
+    assert "transfer between versions of one network" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 def test_a_compiled_step_is_the_plain_step(clips, straight):
