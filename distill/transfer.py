@@ -1,7 +1,7 @@
 """`python -m distill transfer`: what a stage taught a network, added to a later version of the network that the stage began with.
 
-Stage 3 changes weights little (2 % of what stage 1 does), and stage 1 may be trained on meanwhile. Instead of distilling anew, the difference
-that stage 3 made is added: `to + scale (tuned - origin)`. Source: task arithmetic (Ilharco et al., arXiv 2212.04089).
+Stage 3 changes weights little (2 % of what stage 1 does), and stage 1 may be trained on meanwhile. Instead of distilling anew, the
+difference that stage 3 made is added: `to + scale (tuned - origin)`. Source: task arithmetic (Ilharco et al., arXiv 2212.04089).
 """
 
 import argparse
