@@ -81,7 +81,7 @@ def test_variants_of_every_kind_take_turns(capsys):
     report = report_of(benchmark.main, words, capsys)
     published, ours, bare, merged = report["variants"]
     assert published["settings"][0] == "as published" and published["rollout"] == ours["rollout"]
-    assert [v["rollout"]["chunk"] for v in report["variants"]] == [1, 1, 2, 1] and bare["chunks"] == 4
+    assert [v["rollout"]["chunk"] for v in report["variants"]] == [4, 4, 2, 4] and bare["chunks"] == 4
     assert len(merged["rollout"]["steps"]) == 4 and "as with 16 GB" in merged["engine"] and "as with 40 GB" in ours["engine"]
     assert "ratio" not in published and "ratio" not in report and all(v["ratio"]["total"] > 0 for v in (ours, bare, merged))
     assert 0 < bare["ms_per_latent"]["decode"]["median"] < 0.5 * ours["ms_per_latent"]["decode"]["median"]
