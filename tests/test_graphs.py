@@ -1,6 +1,7 @@
 """Recorded passes. A tape stands in for the CUDA graph: it knows nothing but operations and the tensors that they were done on."""
 
 import gc
+import threading
 import weakref
 from dataclasses import replace
 
@@ -225,29 +226,29 @@ def test_passes_are_recorded_where_blocks_are_compiled_on_cuda(network, monkeypa
     assert (engine.graphs is not None) == on and (not on or engine.graphs.recorder.func is CudaRecorder)
 
 
-class Compiler:
-    """Two kinds of halves asked for, `ready` of them compiled."""
+def test_what_is_recorded_is_compiled_and_has_these_weights(tiny_bundle, monkeypatch):
+    done = threading.Event()
 
-    ready, fault = 1, ""
+    def compile(half, **_):
+        return lambda *inputs, **options: done.wait() and half(*inputs, **options)
 
-    @property
-    def behind(self):
-        return self.ready < 2
-
-
-def test_code_changes_with_the_compiler_and_the_weights(network):
-    engine = start_engine(EngineOptions(compile="off"), (TIERS[0], Tier("small", "int8")), network, torch.device("cpu"))
-    codes, engine.compiled = [engine.code()], Compiler()
-    assert engine.code() is None
-    engine.compiled.ready = 2
-    codes.append(engine.code())
-    assert engine.code() == codes[-1]
-    engine.step_down()
-    codes.append(engine.code())
-    engine.compiled = Compiler()
-    engine.compiled.ready = 2
-    codes.append(engine.code())
-    assert None not in codes and len(set(codes)) == 4
+    monkeypatch.setattr(torch, "compile", compile)
+    world = World.from_pretrained(tiny_bundle, dtype=torch.float32, engine=EngineOptions(compile="on"))
+    engine, tapes = world.engine, Tapes()
+    first, engine.graphs = engine.code(), graphs_of(tapes, engine.code)
+    session, poses = Session(world), [np.eye(4)] * 6
+    for pose in poses:
+        session.step(pose)
+        session.settle()
+    assert engine.code() is None and tapes.made == []
+    done.set()
+    engine.compiled.wait()
+    assert engine.code() == first
+    for pose in poses:
+        session.step(pose)
+    assert len(tapes.made) == 2
+    engine.tiers = (Tier("small", "int8"),)
+    assert engine.code() not in (None, first)
 
 
 def test_memory_is_planned_for_recordings():

@@ -99,7 +99,7 @@ def demand(model: CausalWanTransformer, rows: int, columns: int, chunk: int, res
     """What dreaming `chunk` latents of `rows` x `columns` cells at a time with `model` needs.
 
     rest: bytes of the autoencoder and what it works with. rewound: bytes of its memory, kept for each latent that can be taken back.
-    recorded: where passes are recorded, the rows of a prompt, which they have keys and values of for themselves; else 0.
+    recorded: rows of a prompt where passes are recorded (which keep its keys and values once more, and work in memory of their own), or 0.
     """
     config, size = model.config, model.patch_embedding.weight.dtype.itemsize
     _, patch_h, patch_w = config.patch_size

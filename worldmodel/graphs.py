@@ -26,7 +26,7 @@ class CudaRecorder:
         self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
-        """Does `work` twice, so that libraries set themselves up, and records it: the device waits, and the host for it."""
+        """Does `work` twice, so that libraries set themselves up, and records it; the host waits for the device meanwhile."""
         playing, graph = torch.cuda.current_stream(self._stream.device), torch.cuda.CUDAGraph()
         self._stream.wait_stream(playing)
         try:

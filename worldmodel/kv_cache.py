@@ -47,7 +47,7 @@ class Places:
         return [slice(start, stop) for start, stop in zip(starts, stops, strict=True)]
 
     def numbers(self, device: torch.device) -> Tensor:
-        """The places one by one, `[M]`, where they can change without another operation."""
+        """The places one by one, `[M]`: numbers that can change while the operations on them stay the same."""
         return torch.cat([torch.arange(stand.start, stand.stop, device=device) for stand, _ in self.runs])
 
 
