@@ -113,7 +113,7 @@ def test_a_full_memory_ends_one_variant_and_not_the_run(capsys, monkeypatch):
 def test_a_full_memory_does_not_change_what_is_measured(tiny_bundle):
     world = benchmark._of_one_tier(benchmark.World.from_pretrained(tiny_bundle, dtype=torch.float32))
     with pytest.raises(MemoryError):
-        world.engine.step_down(world.transformer)
+        world.engine.step_down()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What only a CUDA device can show; skipped where there is none."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from distill.data.town import Town
 from worldmodel.camera import advance
 from worldmodel.checkpoint import load_transformer
 from worldmodel.engine import EngineOptions
+from worldmodel.graphs import CudaRecorder, Graphs
 from worldmodel.rollout import Rollout, RolloutConfig
 from worldmodel.session import Session
 from worldmodel.world import World
@@ -93,6 +95,59 @@ def test_compiled_blocks_agree_on_cuda(tiny_bundle):
     world.engine.compiled.wait()
     assert world.engine.compiled.fault == "" and world.engine.compiled.ready
     assert np.abs(Session(world, image="grey-0").step(np.eye(4)).frames.astype(int) - first).max() <= 1
+
+
+@pytest.mark.parametrize("config", [RolloutConfig(window=4, sinks=1), RolloutConfig(window=6, chunk=2, history=9)])
+@pytest.mark.parametrize("merge", [False, True])
+def test_recorded_passes_agree_and_wait_for_nobody(config, merge):
+    model = load_transformer(WEIGHTS, attention_head_dim=24).eval().to("cuda")
+    graphs, dreams = Graphs(partial(CudaRecorder, torch.device("cuda")), lambda: 0), []
+    prompts, lens = torch.randn(2, 1, 5, 32, device="cuda"), torch.tensor([[0.5, 0.8, 0.5, 0.5]], device="cuda")
+    viewmats = torch.eye(4, dtype=torch.float64, device="cuda").repeat(1, 30, 1, 1)
+    viewmats[0, :, 2, 3] = -0.1 * torch.arange(30, device="cuda")
+    noise = torch.randn(4, 1, 16, 30, 4, 4, device="cuda")
+
+    def on(rollout, latents):
+        for now in (slice(i, i + config.chunk) for i in range(rollout.frames, latents, config.chunk)):
+            draws = noise[:, :, :, now].unbind()
+            dreams[-1].append(rollout.step(viewmats[:, now], lens, noise=draws[0], renoise=draws[1:], settle=False))
+
+    with torch.no_grad():
+        for how in (None, graphs):
+            rollout = Rollout(model, prompts[0], replace(config, merge_clean=merge), height=4, width=4, device="cuda", graphs=how)
+            dreams.append([])
+            on(rollout, 16)  # recorded meanwhile, and libraries set themselves up
+            rollout.set_text(prompts[1])
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                on(rollout, 24)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            rollout.rewind(20) if config.history else None
+            on(rollout, 30)
+    assert graphs.fault == "" and sum(made is not None for made in rollout._passes._recordings.values()) >= 2
+    ours, theirs = (torch.cat(dream, 2) for dream in dreams)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_a_failed_recording_leaves_play_as_it_was(tiny_bundle):
+    world = World.from_pretrained(tiny_bundle, "cuda", torch.float32, EngineOptions(compile="off"))
+    plain, graphs = Session(world, image="grey-0"), Graphs(partial(CudaRecorder, torch.device("cuda")), lambda: 0)
+    world.engine.graphs, forward = graphs, world.transformer.forward
+    recorded = Session(world, image="grey-0")
+
+    def refusing(*inputs, **options):
+        result = forward(*inputs, **options)
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("refused")
+        return result
+
+    world.transformer.forward = refusing
+    for step in range(10):
+        pose = advance(np.eye(4), [0.0, 0.0, 0.1 * step], 0.0, 0.0)
+        ours, theirs = (session.step(pose).frames for session in (recorded, plain))
+        assert np.abs(ours.astype(int) - theirs).max() <= 1
+    assert "(refused)" in graphs.fault and torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
 def test_teacher_forcing_gradients_on_cuda_match_cpu():

@@ -15,7 +15,7 @@ ROOMS = [
     "worldmodel.camera", "worldmodel.controls", "worldmodel.schedule", "worldmodel.rope", "worldmodel.prope", "worldmodel.attention",
     "worldmodel.kv_cache", "worldmodel.transformer", "worldmodel.autoencoder", "worldmodel.text",
     "worldmodel.sources", "worldmodel.text_encoder", "worldmodel.checkpoint",
-    "worldmodel.rollout", "worldmodel.compiled", "worldmodel.engine", "worldmodel.as_published",
+    "worldmodel.graphs", "worldmodel.rollout", "worldmodel.compiled", "worldmodel.engine", "worldmodel.as_published",
     "worldmodel.world", "worldmodel.convert", "worldmodel.session", "worldmodel.recording", "worldmodel.random_world",
     "worldmodel.benchmark", "worldmodel.client",
     "play", "distill",

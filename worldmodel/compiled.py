@@ -49,6 +49,11 @@ class CompiledBlocks:
         """How many kinds of halves run compiled."""
         return len(self._ready)
 
+    @property
+    def behind(self) -> bool:
+        """Whether something that has been asked for is still to be compiled."""
+        return not self.fault and len(self._ready) < len(self._asked)
+
     def _run(self, name: str, block: WanBlock, *inputs, **options):
         if not torch.is_grad_enabled() and not self.fault and not self._stopped:
             kind = (name, torch.is_inference_mode_enabled(), *options.items(), *_layouts(inputs))

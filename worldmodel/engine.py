@@ -7,11 +7,13 @@ when memory runs out all the same, the session goes down one tier, says so, and 
 
 import importlib.util
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
 
 from worldmodel.compiled import CompiledBlocks
+from worldmodel.graphs import CudaRecorder, Graphs
 from worldmodel.rollout import RolloutConfig
 from worldmodel.transformer import CausalWanTransformer
 
@@ -52,7 +54,7 @@ class EngineOptions:
 
     memory: str = "auto"  # "40", "24", "16", "12" or "8": plan for a device with so many GB
     weights: str = "auto"  # "auto" (as the tier says), "full", "int8" or "fp8"
-    compile: str = "auto"  # "on", "off"; "auto" = on CUDA
+    compile: str = "auto"  # "on" (on CUDA with passes recorded as CUDA graphs), "off"; "auto" = on CUDA
     attention: str = "auto"  # "torch" (scaled_dot_product_attention as it is), "fa3" (FlashAttention 3 inside it); "auto" = fa3 where it is
 
     def __post_init__(self):
@@ -61,6 +63,14 @@ class EngineOptions:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+
+    def compiles(self, device: torch.device) -> bool:
+        """Whether blocks are compiled on `device`."""
+        return self.compile == "on" or self.compile == "auto" and device.type == "cuda"
+
+    def records(self, device: torch.device) -> bool:
+        """Whether passes are recorded as CUDA graphs."""
+        return self.compiles(device) and device.type == "cuda"
 
 
 @dataclass(frozen=True)
@@ -73,21 +83,23 @@ class Demand:
     stored: int  # a latent in the store
     shown: int  # a latent in the window, besides
     rewound: int  # a latent that can be taken back, besides
+    recorded: bool = False  # whether passes are recorded: what one leaves stays where it is, and others come beside it
 
     def of(self, tier: Tier, config: RolloutConfig, history: int) -> int:
         """Bytes in this tier."""
         rollout = tier.rollout(config, history)
         weights = self.blocks if tier.weights == "full" else self.quantised
-        fresh = (3 if rollout.merge_clean else 2) * rollout.chunk  # latents that a pass leaves, and a chunk of them put together
+        fresh = (2 + rollout.merge_clean + self.recorded) * rollout.chunk  # latents that a pass leaves, and a chunk of them put together
         remembered = (rollout.window + rollout.history + fresh) * self.stored + rollout.window * self.shown
         rows = 1 if rollout.guidance == 1 else 2  # the dream without prompt remembers as much
         return weights + self.rest + rows * remembered + rollout.history * self.rewound
 
 
-def demand(model: CausalWanTransformer, rows: int, columns: int, chunk: int, rest: int, rewound: int) -> Demand:
+def demand(model: CausalWanTransformer, rows: int, columns: int, chunk: int, rest: int, rewound: int, recorded: int = 0) -> Demand:
     """What dreaming `chunk` latents of `rows` x `columns` cells at a time with `model` needs.
 
     rest: bytes of the autoencoder and what it works with. rewound: bytes of its memory, kept for each latent that can be taken back.
+    recorded: rows of a prompt where passes are recorded (which keep its keys and values once more, and work in memory of their own), or 0.
     """
     config, size = model.config, model.patch_embedding.weight.dtype.itemsize
     _, patch_h, patch_w = config.patch_size
@@ -96,8 +108,10 @@ def demand(model: CausalWanTransformer, rows: int, columns: int, chunk: int, res
     linear = sum(layer.weight.numel() for layer in _linear_layers(model.blocks))
     weights = sum(p.numel() * p.dtype.itemsize for p in model.parameters())
     work = chunk * tokens * (2 * config.ffn_dim * size + width * (8 * 4 + 12 * size))
+    if recorded:
+        work += work + 2 * len(model.blocks) * recorded * width * size
     paths = 2 if config.camera else 1
-    return Demand(linear * size, linear, weights - linear * size + work + rest, stored, paths * stored, rewound)
+    return Demand(linear * size, linear, weights - linear * size + work + rest, stored, paths * stored, rewound, recorded > 0)
 
 
 def fitting(tiers: tuple[Tier, ...], need: Demand, config: RolloutConfig, history: int, free: int) -> tuple[Tier, ...]:
@@ -149,6 +163,7 @@ class Engine:
     tiers: tuple[Tier, ...] = TIERS  # the present one and those below it
     compiled: CompiledBlocks | None = None
     attention: str = "torch"
+    graphs: Graphs | None = None  # of all rollouts of the world
 
     @property
     def tier(self) -> Tier:
@@ -160,15 +175,23 @@ class Engine:
         missed = f" ({self.tier.missed} with torchao, which is not installed)" if self.tier.missed else ""
         return (
             f"Memory as with {self.tier.name}: window {rollout.window} latents, {rollout.history} to rewind, weights {self.tier.weights}"
-            f"{missed}; attention {self.attention}, blocks {compiled}"
+            f"{missed}; attention {self.attention}, blocks {compiled}{', passes recorded as CUDA graphs' if self.graphs else ''}"
         )
 
     def news(self) -> str:
-        """A sentence for the player when the compiler gave up, once."""
-        if self.compiled is None or not self.compiled.fault:
-            return ""
-        fault, self.compiled = self.compiled.fault, None
-        return fault
+        """What the player should know when the compiler or the recorder gave up, a sentence each, once."""
+        faults = []
+        if self.compiled and self.compiled.fault:
+            faults.append(self.compiled.fault)
+            self.compiled = None
+        if self.graphs and self.graphs.fault:
+            faults.append(self.graphs.fault)
+            self.graphs = None
+        return " ".join(faults)
+
+    def code(self) -> tuple | None:
+        """What the blocks run at present, as `Graphs.code` wants it; None while the compiler is behind."""
+        return None if self.compiled and self.compiled.behind else (self.tier.weights, self.compiled)
 
     def step_down(self) -> str:
         """Takes the next smaller tier; returns a sentence for the player. MemoryError when there is none. `refit` makes it so."""
@@ -196,8 +219,10 @@ class Engine:
 def start_engine(options: EngineOptions, tiers: tuple[Tier, ...], model: CausalWanTransformer, device: torch.device) -> Engine:
     """Makes it so, for a model that is on its device and stored as the first tier says."""
     kernel = choose_attention(options.attention, device)
-    compiles = options.compile == "on" or options.compile == "auto" and device.type == "cuda"
-    return Engine(tiers, CompiledBlocks(model.blocks) if compiles else None, kernel)
+    engine = Engine(tiers, CompiledBlocks(model.blocks) if options.compiles(device) else None, kernel)
+    if options.records(device):
+        engine.graphs = Graphs(partial(CudaRecorder, device), engine.code)
+    return engine
 
 
 def choose_attention(name: str, device: torch.device) -> str:

@@ -34,9 +34,9 @@ Runs = list[tuple[slice, slice]]  # places of a window that follow each other, a
 
 @dataclass(frozen=True)
 class Places:
-    """Where the tokens of a chunk stand in a window, and how many places are in use then, these included."""
+    """Where the tokens of a chunk stand in a window (a recorded pass: `numbers`), and how many places are in use then, these included."""
 
-    runs: Runs
+    runs: Runs | Tensor
     used: int
 
     @property
@@ -45,6 +45,10 @@ class Places:
         taken = sorted((stand.start, stand.stop) for stand, _ in self.runs)
         starts, stops = (0, *(stop for _, stop in taken)), (*(start for start, _ in taken), self.used)
         return [slice(start, stop) for start, stop in zip(starts, stops, strict=True)]
+
+    def numbers(self, device: torch.device) -> Tensor:
+        """The places one by one, `[M]`: numbers that can change while the operations on them stay the same."""
+        return torch.cat([torch.arange(stand.start, stand.stop, device=device) for stand, _ in self.runs])
 
 
 @dataclass
@@ -70,9 +74,12 @@ class Window:
             self.layers[layer] = tuple(like.new_empty(batch, heads, self.size, width) for _ in range(2))
         return self.layers[layer]
 
-    def write(self, layer: int, runs: Runs, k: Tensor, v: Tensor) -> None:
+    def write(self, layer: int, runs: Runs | Tensor, k: Tensor, v: Tensor) -> None:
         """Puts keys and values `[B, H, M, head_dim]` to their places."""
         for joined, x in zip(self.layer(layer, k), (k, v), strict=True):
+            if isinstance(runs, Tensor):
+                joined.index_copy_(2, runs, x)
+                continue
             for stand, part in runs:
                 joined[:, :, stand] = x[:, :, part]
 
@@ -107,6 +114,11 @@ class CacheView:
     later: Places | None = None
     sinks: list[Tensor] = field(default_factory=list)
     tables: tuple | None = None  # a projection, and what the passes that come with it share (`transformer.FramePositions`)
+
+    @property
+    def full(self) -> bool:
+        """Whether all of the window is in use; so it stays, until the dream is rewound."""
+        return self.places.used == self.window.size
 
     def positions(self, frames: int) -> Tensor:
         """Rotary positions `[frames]` of the frames of a pass."""

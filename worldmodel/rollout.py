@@ -15,6 +15,7 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
+from worldmodel.graphs import Graphs, RecordedPasses
 from worldmodel.kv_cache import CacheView, KVCache
 from worldmodel.schedule import CLOCK, add_noise, to_x0, warp_steps
 from worldmodel.transformer import CausalWanTransformer, TextContext, TimeContext
@@ -75,12 +76,14 @@ class Rollout:
     `[B, F, 4, 4]` (float64 keeps far-away places exact) and normalised `intrinsics`, `[B, 4]` or one a frame, `[B, F, 4]`, both on the
     `rope.exact_device` of `device`.
     With guidance the dream without prompt goes along as further rows of the batch, with a past of its own; its embedding is
-    `unconditional` `[L, D]` or `[B, L, D]`.
+    `unconditional` `[L, D]` or `[B, L, D]`. With `graphs` its passes are recorded (see there).
     """
 
     def __init__(self, model: CausalWanTransformer, text: Tensor | TextContext, config: RolloutConfig, *,
-                 batch: int = 1, height: int, width: int, device: torch.device | str = "cpu", unconditional: Tensor | None = None):
+                 batch: int = 1, height: int, width: int, device: torch.device | str = "cpu", unconditional: Tensor | None = None,
+                 graphs: Graphs | None = None):
         self.model, self.config, self.batch, self.device = model, config, batch, torch.device(device)
+        self.graphs, self._passes = graphs, None if graphs is None else RecordedPasses(model, graphs)
         self.cells, self.guided, self._unconditional = (height, width), config.guidance != 1, unconditional
         self.sigmas = warp_steps(config.steps, config.shift).to(self.device).unbind()
         self.first_sigmas = warp_steps(config.first_steps, config.shift).to(self.device).unbind()
@@ -203,7 +206,7 @@ class Rollout:
         """
         config = config or self.config
         twin = Rollout(self.model, self.text, config, batch=self.batch, height=self.cells[0], width=self.cells[1], device=self.device,
-                       unconditional=self._unconditional)
+                       unconditional=self._unconditional, graphs=self.graphs)
         twin.cache.restore(self.cache.frames, self.cache.committed)
         if self.pending is not None:
             twin.pending = Pending(*self.pending[:3])
@@ -228,7 +231,8 @@ class Rollout:
         """Velocity of `x` `[B, C, F, H, W]`, guided; `sigma` is one of our own noise levels or `[B, F]`."""
         sigma = self._told.get(id(sigma), sigma)
         time = self._time(sigma, x.shape[2]) if sigma.ndim == 0 else self._rows(sigma)[0]
-        velocity = self.model(*self._rows(x), time, self.text, projection, mode="cached", view=view, velocity=wanted)
+        run = self._passes or self.model
+        velocity = run(*self._rows(x), time, self.text, projection, mode="cached", view=view, velocity=wanted)
         if not self.guided or velocity is None:
             return velocity
         conditional, unconditional = velocity.chunk(2)

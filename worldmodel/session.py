@@ -248,7 +248,7 @@ class Session:
         """A dream without a past."""
         (rows, columns), device = self.world.latent_size, self.world.device
         return Rollout(self.world.transformer, text, self._fitted(), height=rows, width=columns, device=device,
-                       unconditional=self.world.prompts.unconditional)  # fmt: skip
+                       unconditional=self.world.prompts.unconditional, graphs=self.world.engine.graphs)  # fmt: skip
 
     def _in_memory(self, work: Callable, **first):
         """What `work` returns. When the device's memory is full, the world goes down a tier and it is done again, without what is `first`.

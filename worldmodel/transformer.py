@@ -330,7 +330,7 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
         x = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype))
         dtype, x = x.dtype, x.float().flatten(3).permute(0, 2, 3, 1)
         time = self.encode_time(sigma) if isinstance(sigma, Tensor) else sigma
-        positions, pattern = self._positions(frames, grid, projection, mode, view, dtype), Pattern(mode, chunk, view)
+        positions, pattern = self.positions(frames, grid, projection, mode, view, dtype), Pattern(mode, chunk, view)
         for layer, block in enumerate(self.blocks):
             if not velocity and layer == len(self.blocks) - 1:
                 return block.remember(x, time.layers[layer], positions, view, layer)
@@ -343,7 +343,10 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
             return self._to_latents(x[:, frames:], time.embedding[:, frames:], grid)
         return self._to_latents(x, time.embedding, grid)
 
-    def _positions(self, frames, grid, projection, mode, view, dtype) -> FramePositions:
+    def positions(
+        self, frames: int, grid: tuple[int, int], projection: Tensor | None, mode: str, view: CacheView | None, dtype: torch.dtype
+    ) -> FramePositions:
+        """Where the tokens of a pass stand, `grid` of them a frame; made once for all passes with the same `view` and `projection`."""
         if view is not None and view.tables is not None and view.tables[0] is projection:
             return view.tables[1]
         index = torch.arange(frames, device=self.device) if view is None else view.positions(frames)

@@ -148,14 +148,14 @@ class World:
         tiers, free = tiers_from(options), free_memory(self.device)
         if options.memory == "auto" and free is not None:
             free += sum(p.nbytes for p in self.transformer.parameters() if p.device.type == self.device.type)  # it is there already
-            tiers = fitting(tiers, self.demand(), self.config.rollout, HISTORY, free)
+            tiers = fitting(tiers, self.demand(options.records(self.device)), self.config.rollout, HISTORY, free)
         quantise(self.transformer, tiers[0].weights, self.device)
         transformer, autoencoder = self.transformer.to(self.device), self.autoencoder.to(self.device)
         engine = start_engine(options, tiers, transformer, self.device)
         return replace(self, transformer=transformer, autoencoder=autoencoder, engine=engine)
 
-    def demand(self) -> Demand:
-        """The memory that a dream of this world needs; to be asked before the networks are on their device."""
+    def demand(self, recorded: bool = False) -> Demand:
+        """The memory that a dream of this world needs, passes `recorded` or not; to be asked before the networks are on their device."""
         rows, columns = self.latent_size
         weights = sum(p.numel() * p.dtype.itemsize for p in self.autoencoder.parameters())
         pixels = rows * columns * self.autoencoder.spatial_factor**2
@@ -164,7 +164,8 @@ class World:
             decoder.step(torch.zeros(1, self.autoencoder.latent_channels, 2, 2, 2))
         rewound = sum(m.nbytes for m in decoder.state().memories if m is not None) * rows * columns // 4
         work = pixels * _DECODER_WORK * self.dtype.itemsize
-        return demand(self.transformer, rows, columns, self.config.rollout.chunk, weights + 2 * rewound + work, rewound)
+        rest, prompt = weights + 2 * rewound + work, self.prompts.shape[0] if recorded else 0
+        return demand(self.transformer, rows, columns, self.config.rollout.chunk, rest, rewound, prompt)
 
     @cached_property
     def prompt_encoder(self) -> PromptEncoder:
