@@ -58,3 +58,11 @@ def tiny_bundle(tmp_path_factory):
 def tiny_world(tiny_bundle):
     """The tiny world, opened in float32 on the CPU."""
     return World.from_pretrained(tiny_bundle, dtype=torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def own_threads():
+    """A test that asks for threads (`--threads`) leaves the others theirs: dreams are equal to the bit only with equal threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

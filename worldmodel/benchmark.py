@@ -356,7 +356,7 @@ def parser() -> command_line.Parser:
     made.add_argument("--rate", action="store_true", help="also what share of the device's matmul rate the transformer reaches")
     made.add_argument("--memory", default="auto", help="auto, or plan for a GPU with 40, 24, 16, 12 or 8 GB (default: auto)")
     made.add_argument("--weights", default="auto", help="auto, full, int8 or fp8 (default: auto)")
-    made.add_argument("--compile", default="auto", help="compiled blocks, on CUDA in graphs: auto (on CUDA), on or off (default: auto)")
+    made.add_argument("--compile", default="auto", help="compiled blocks: auto (on CUDA), on (with CUDA graphs there), off (default: auto)")
     made.add_argument("--attention", default="auto", help="auto, torch or fa3 (default: auto)")
     made.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, ... (default: cpu)")
     made.add_argument(

@@ -54,7 +54,7 @@ class EngineOptions:
 
     memory: str = "auto"  # "40", "24", "16", "12" or "8": plan for a device with so many GB
     weights: str = "auto"  # "auto" (as the tier says), "full", "int8" or "fp8"
-    compile: str = "auto"  # "on" (on CUDA with passes recorded as CUDA graphs), "off"; "auto" = on CUDA
+    compile: str = "auto"  # "on" (on CUDA with passes recorded as CUDA graphs), "off"; "auto" = blocks alone, on CUDA
     attention: str = "auto"  # "torch" (scaled_dot_product_attention as it is), "fa3" (FlashAttention 3 inside it); "auto" = fa3 where it is
 
     def __post_init__(self):
@@ -70,7 +70,7 @@ class EngineOptions:
 
     def records(self, device: torch.device) -> bool:
         """Whether passes are recorded as CUDA graphs."""
-        return self.compiles(device) and device.type == "cuda"
+        return self.compile == "on" and device.type == "cuda"
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,10 @@ def parse_options(arguments: list[str]) -> PlayOptions:
     parser.add_argument("--threads", type=threads, default=usual_threads(), help="CPU threads (default: %(default)s)")
     parser.add_argument("--memory", choices=("auto", "40", "24", "16", "12", "8"), default="auto", help="GB of a GPU to plan for")
     parser.add_argument("--weights", choices=("auto", "full", "int8", "fp8"), default="auto", help="type of the weights")
-    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="while playing; on CUDA graphs too (auto: there)")
+    parser.add_argument(
+        "--compile", choices=("auto", "on", "off"), default="auto",
+        help="blocks while playing: auto (on CUDA), on (with CUDA graphs there), off"
+    )
     parser.add_argument("--attention", choices=("auto", "torch", "fa3"), default="auto", help="attention kernel")
     parser.add_argument("--headless", action="store_true", help="no window: walk a path and write an MP4")
     parser.add_argument(
