@@ -492,24 +492,26 @@ def test_a_repository_on_the_hub(published, tmp_path, monkeypatch):
 
     def embed(text, place, shape, device, dtype):
         asked.append((text, place, shape))
-        return torch.zeros(shape)
+        return torch.full(shape, float(len(asked)))
 
     monkeypatch.setattr("worldmodel.convert.embed_text", embed)
     monkeypatch.setattr("worldmodel.convert.libraries", lambda *_: None)
     monkeypatch.setattr("worldmodel.client.options.PUBLISHED", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-    text = YAML.format(source=repository, autoencoder=repository, chunk=1) + f"text_encoder: {repository}\n"
+    text = YAML.format(source=repository, autoencoder=repository, chunk=1) + f"text_encoder: {repository}\nnegative: a grey blur\n"
     (tmp_path / "mine.yaml").write_text(text)
     folder = find_world("mine")
-    assert folder == tmp_path / "user/worldmodel/worlds/mine" and asked == [("a street of noise", repository, (512, 24))]
+    assert folder == tmp_path / "user/worldmodel/worlds/mine"
+    assert asked == [(sentence, repository, (512, 24)) for sentence in ("a street of noise", "a grey blur")]
     world = World.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(world.prompts.unconditional, torch.full((512, 24), 2.0)) and world.prompts.names == ("default",)
     assert world.prompts.text("default") == "a street of noise" and world.config.text_encoder == repository
     assert Session(world).step(np.eye(4)).frames.shape == (1, 32, 48, 3)
     world = World.from_pretrained(find_world("mine-tiny"), dtype=torch.float32)
     assert (world.folder.name, world.config.name) == ("mine-tiny", "mine-tiny") and isinstance(world.autoencoder, TinyAutoencoder)
     assert f"autoencoder {tiny}." in world.config.licence and Session(world).step(np.eye(4)).frames.shape == (1, 32, 48, 3)
     shutil.rmtree(tmp_path / "hub")
-    assert find_world("mine") == folder and len(asked) == 2  # made once
+    assert find_world("mine") == folder and len(asked) == 4  # made once
     shutil.rmtree(folder.parent)
     with pytest.raises(ValueError, match=rf"mine could not be made: transformer/.* of {repository} cannot be had: HF_HUB_OFFLINE"):
         find_world("mine")

@@ -56,6 +56,16 @@ def test_fingerprint(tiny_world, copy):
     assert World.from_pretrained(copy).fingerprint != tiny_world.fingerprint
 
 
+def test_what_guided_dreams_keep_away_from_is_no_prompt(tmp_path):
+    rows = {"grey": torch.ones(2, 3), "": torch.full((2, 3), 0.5)}
+    PromptBook(rows).save(tmp_path / "book.safetensors")
+    book = PromptBook.load(tmp_path / "book.safetensors")
+    assert book.names == ("grey",) and "" not in book and torch.equal(book.unconditional, rows[""])
+    assert torch.equal(PromptBook({"grey": rows["grey"]}).unconditional, torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="Unknown prompt ''"):
+        book[""]
+
+
 def test_failed_save_keeps_the_old_world(tiny_world, copy):
     before = sorted(path.name for path in copy.parent.iterdir())
     parts = tiny_world.config, tiny_world.transformer, tiny_world.autoencoder, tiny_world.prompts

@@ -44,6 +44,7 @@ class PublishedWorld:
     autoencoder: str  # source of `vae/` in diffusers' layout, or of a tiny autoencoder in taew2_1's layout
     licence: str  # of the weights, and where it is written
     prompt: str  # the sentence that is dreamed where no prompts are given
+    negative: str = ""  # a sentence that guided dreams keep away from, as published beside the weights; empty: no prompt, zeros
     tiny_autoencoder: str = "lightx2v/Autoencoders/taew2_1.pth"  # of the light variant; the place that public code names, not fetched here
     text_encoder: str = ""  # folder or hub id, diffusers' layout; empty: stored prompts only
     text_length: Count = 512  # tokens of an embedded prompt
@@ -166,8 +167,9 @@ def _embedded(published: PublishedWorld, output: Path, width: int) -> PromptBook
     """A book with the world's own sentence, which its text encoder embeds."""
     place, device = locate(published.text_encoder, output), open_device("cuda" if torch.cuda.is_available() else "cpu")
     shape = published.text_length, width
-    embedding = embed_text(published.prompt, place, shape, device, torch.bfloat16)
-    return PromptBook({PROMPT: embedding}, {PROMPT: published.prompt})
+    sentences = {PROMPT: published.prompt, **({"": published.negative} if published.negative else {})}
+    embeddings = {name: embed_text(sentence, place, shape, device, torch.bfloat16) for name, sentence in sentences.items()}
+    return PromptBook(embeddings, {PROMPT: published.prompt})
 
 
 def _world_config(

@@ -15,7 +15,8 @@ from torch import Tensor
 class PromptBook:
     """Embeddings [L, D] float32 by name, all of one shape, and the full text of each prompt.
 
-    embeddings: name -> [L, D]. texts: name -> the sentence that was embedded (a name without one is its own text).
+    embeddings: name -> [L, D]; the name "" stands for what guided dreams keep away from, and is no prompt. texts: name -> the sentence that
+    was embedded (a name without one is its own text).
     """
 
     def __init__(self, embeddings: Mapping[str, Tensor], texts: Mapping[str, str] | None = None):
@@ -51,7 +52,7 @@ class PromptBook:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(sorted(self._embeddings))
+        return tuple(sorted(name for name in self._embeddings if name))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -60,8 +61,8 @@ class PromptBook:
 
     @property
     def unconditional(self) -> Tensor:
-        """The embedding of "no prompt": zeros [L, D]."""
-        return torch.zeros(self.shape)
+        """The embedding of "no prompt" [L, D]: the one stored under "", or zeros."""
+        return self._embeddings.get("", torch.zeros(self.shape))
 
     def __getitem__(self, name: str) -> Tensor:
         """[L, D] float32; ValueError for an unknown name."""
@@ -69,7 +70,7 @@ class PromptBook:
         return self._embeddings[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._embeddings
+        return name != "" and name in self._embeddings
 
     def text(self, name: str) -> str:
         """The sentence behind a name."""
@@ -77,6 +78,6 @@ class PromptBook:
         return self._texts.get(name, name)
 
     def _check(self, name: str) -> None:
-        if name not in self._embeddings:
+        if name not in self:
             near = difflib.get_close_matches(str(name), self.names, 1, 0)[0]
             raise ValueError(f"Unknown prompt {name!r}; did you mean {near!r}? Known are {', '.join(self.names)}.")
