@@ -14,7 +14,6 @@ from distill.objectives.distribution_matching import (
     distribution_gradient,
     distribution_loss,
     noised,
-    replayed_rollout,
     score_sigma,
     self_rollout,
     truth_loss,
@@ -171,42 +170,6 @@ def test_distribution_matching_agrees_with_the_reference(name, chunk, exit_step,
     torch.testing.assert_close(loss, case["gen.loss"].float(), rtol=2e-4, atol=0)
     loss.backward()
     check_gradients(model, case, prefix)
-
-
-@pytest.mark.parametrize("exit_step", [0, 1])
-@pytest.mark.parametrize(
-    ("chunk", "window", "positions", "camera"), [(1, 4, "window", True), (2, 5, "window", True), (1, 20, "absolute", False)]
-)
-def test_a_rollout_read_again_is_the_rollout(chunk, window, positions, camera, exit_step):
-    """Fast = plain: samples and gradients of one pass over all chunks are those of the pass of each."""
-    case, model = golden("dmd_block1_exit2"), network("dmd_generator", camera=camera)
-    generator = torch.Generator().manual_seed(0)
-    cameras = windows(case)
-    viewmats, lenses = (x[:1, torch.arange(8) % x.shape[1]] for x in (cameras.viewmats, cameras.intrinsics))
-    noise = torch.randn(1, 16, 8, 4, 4, generator=generator)
-    renoise = [[torch.randn(1, 16, chunk, 4, 4, generator=generator) for _ in range(3)] for _ in range(8 // chunk)]
-    config = RolloutConfig(window=window, chunk=chunk, positions=positions, history=8)
-    draws, found = RolloutDraws(noise, exit_step, 2, renoise), []
-    for form in (lambda *given: self_rollout(*given, grad=True), replayed_rollout):
-        model.zero_grad()
-        rollout = Rollout(model, case["context"][:1], config, height=4, width=4)
-        samples = form(rollout, viewmats, lenses, draws)
-        samples.square().mean().backward()
-        found.append((samples.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
-    (plain, plain_gradients), (fast, fast_gradients) = found
-    close(fast, plain, 1e-5)
-    assert plain_gradients.keys() == fast_gradients.keys() and len(plain_gradients) > 40
-    for name, gradient in plain_gradients.items():
-        assert (fast_gradients[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
-
-
-def test_what_is_forgotten_cannot_be_read_again():
-    case, model = golden("dmd_block1_exit2"), network("dmd_generator")
-    cameras, noise = windows(case), torch.randn(1, 16, 4, 4, 4)
-    for config in (RolloutConfig(window=3), RolloutConfig(window=4, sinks=1, history=8)):
-        rollout = Rollout(model, case["context"][:1], config, height=4, width=4)
-        with pytest.raises(ValueError, match="cannot be read again: expected whole chunks, no sinks"):
-            replayed_rollout(rollout, cameras.viewmats[:1, :4], cameras.intrinsics[:1, :4], RolloutDraws(noise, 1, 1))
 
 
 def test_the_truth_pulls_what_is_near_and_lets_go_of_what_is_far():

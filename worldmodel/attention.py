@@ -30,24 +30,24 @@ def teacher_forcing(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Tensor:
             outputs.append(attend(query, k[0], v[0]))
             continue
         past_k, past_v = torch.cat(clean_k[:index], dim=2), torch.cat(clean_v[:index], dim=2)
-        outputs.append(attend_past_and_own(query, past_k, past_v, k[index], v[index]))
+        outputs.append(_attend_past_and_own(query, past_k, past_v, k[index], v[index]))
     return torch.stack(outputs, dim=3).flatten(2, 4)
 
 
-def attend_past_and_own(query: Tensor, past_k: Tensor, past_v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:
-    """The versions of a chunk (`[B, H, versions, n, D]`) attend to a shared past (`[B, H, m, D]`) and each to itself."""
+def _attend_past_and_own(query: Tensor, past_k: Tensor, past_v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:
+    """Both versions of a chunk (`[B, H, 2, n, D]`) attend to a shared past (`[B, H, m, D]`) and each to itself."""
     if query.device.type != "cpu":
-        shape = (-1, -1, query.shape[2], -1, -1)
+        shape = (-1, -1, 2, -1, -1)
         k = torch.cat([past_k.unsqueeze(2).expand(shape), own_k], dim=3)
         v = torch.cat([past_v.unsqueeze(2).expand(shape), own_v], dim=3)
         out = F.scaled_dot_product_attention(*(x.flatten(1, 2) for x in (query, k, v)))
-        return out.unflatten(1, (-1, query.shape[2]))
+        return out.unflatten(1, (-1, 2))
     query = query * query.shape[-1] ** -0.5
     past = query.flatten(2, 3) @ past_k.transpose(-1, -2)
     own = query @ own_k.transpose(-1, -2)
-    weights = torch.cat([past.unflatten(2, (own.shape[2], -1)), own], dim=-1).softmax(dim=-1).to(own_v.dtype)
+    weights = torch.cat([past.unflatten(2, (2, -1)), own], dim=-1).softmax(dim=-1).to(own_v.dtype)
     past, own = weights.split([past_k.shape[2], own_k.shape[3]], dim=-1)
-    return (past.flatten(2, 3) @ past_v).unflatten(2, (own.shape[2], -1)) + own @ own_v
+    return (past.flatten(2, 3) @ past_v).unflatten(2, (2, -1)) + own @ own_v
 
 
 def teacher_forcing_mask(chunks: int, chunk: int, device: torch.device | str = "cpu") -> Tensor:

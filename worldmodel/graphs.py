@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from worldmodel.command_line import first_line
-from worldmodel.kv_cache import CacheView, Places, ReplayView
+from worldmodel.kv_cache import CacheView, Places
 from worldmodel.transformer import CausalWanTransformer, FramePositions, TextContext, TimeContext
 
 Result = tuple[Tensor | None, dict[int, tuple[Tensor, Tensor]]]  # velocity, and as `CacheView.fresh`
@@ -94,10 +94,10 @@ class RecordedPasses:
 
     def __call__(
         self, latents: Tensor, sigma: Tensor | TimeContext, text: TextContext, projection: Tensor, *,
-        mode: str, view: CacheView | ReplayView, velocity: bool = True,
+        mode: str, view: CacheView, velocity: bool = True,
     ) -> Tensor | None:  # fmt: skip
         recording = None
-        if not self._graphs.fault and not torch.is_grad_enabled() and isinstance(view, CacheView) and view.full:
+        if not self._graphs.fault and not torch.is_grad_enabled() and view.full:
             kind = velocity, latents.shape, view.pending, len(view.sinks)
             if self._came_before(kind, text, view):
                 inputs = self._inputs(latents, sigma, projection, view)

@@ -144,37 +144,6 @@ class CacheView:
         return torch.cat([before, after], dim=2)
 
 
-@dataclass
-class ReplayView:
-    """What the newest chunks saw when they were dreamed, for all of them in one pass.
-
-    `layers`: rotated and projected keys and values `[B, heads or 2 heads, M, head_dim]` of the committed frames from the oldest one that
-    any of them saw; `pasts`: which of these tokens each chunk saw; `first`: rotary position of the first frame of the pass.
-    """
-
-    layers: list[tuple[Tensor, Tensor]]
-    pasts: list[slice]
-    first: int
-    tables: tuple | None = None
-
-    def positions(self, frames: int) -> Tensor:
-        """Rotary positions `[frames]` of the frames of the pass."""
-        return torch.arange(self.first, self.first + frames, device=self.layers[0][0].device)
-
-    def keep(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Nothing: what these chunks left is remembered already."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Queries of all chunks `[B, H, F N, D]`, each over its own past and itself."""
-        past_k, past_v = self.layers[layer]
-        own = zip(*(x.unsqueeze(2).chunk(len(self.pasts), dim=3) for x in (q, k, v)))
-        outputs = [
-            attention.attend_past_and_own(chunk_q, past_k[:, :, past], past_v[:, :, past], chunk_k, chunk_v)
-            for past, (chunk_q, chunk_k, chunk_v) in zip(self.pasts, own, strict=True)
-        ]
-        return torch.cat(outputs, dim=3).squeeze(2)
-
-
 class KVCache:
     """The committed frames of a rollout.
 
@@ -237,35 +206,6 @@ class KVCache:
         view.sinks = self._moved_sinks(view.window, oldest, rows, columns)
         view.window.oldest = oldest
         return view, prope.projection(viewmats.double() @ view.window.anchor, intrinsics.double()).float()
-
-    def replay(self, frames: int, chunk: int, rows: int, columns: int) -> tuple[ReplayView, Tensor]:
-        """The newest `frames` committed frames as a pass that reads them again, `chunk` at a time; their projections `[B, frames, 4, 4]`.
-
-        No gradient reaches what is remembered. ValueError where a chunk's past is no longer kept (a larger `history` keeps it), and with
-        sinks, which stood nearer to each chunk than they do to one position for all.
-        """
-        starts = range(self.committed - frames, self.committed, chunk)
-        oldest = [max(0, start + chunk - self.window) for start in starts]
-        kept = {f.index: f for f in self.frames}
-        wanted = range(min(oldest), self.committed)
-        if self.sinks or frames % chunk or not set(wanted) <= kept.keys():
-            raise ValueError(
-                f"{frames} frames in chunks of {chunk} cannot be read again: expected whole chunks, no sinks (got {self.sinks}) and "
-                f"everything from latent {min(oldest)} on kept (got {min(kept, default=None)}); keep more history"
-            )
-        past = [kept[index] for index in wanted]
-        keys = past[0].keys
-        cos, sin = self._table(torch.arange(len(past), device=past[0].viewmats.device), past, rows, columns)
-        anchor = _inverse(past[0].viewmats[:, None])
-        inverse = self._inverse_cameras(past, anchor) if self.camera else None
-        layers = []
-        for layer in range(len(keys)):
-            k, v = (torch.stack([getattr(f, name)[layer].detach() for f in past], dim=1) for name in ("keys", "values"))
-            layers.append(turned(k, v, cos, sin, inverse, self.heads))
-        tokens = rows * columns
-        pasts = [slice((old - wanted.start) * tokens, (start - wanted.start) * tokens) for old, start in zip(oldest, starts, strict=True)]
-        viewmats, lenses = (torch.stack([getattr(f, name) for f in past[-frames:]], dim=1) for name in ("viewmats", "intrinsics"))
-        return ReplayView(layers, pasts, len(past) - frames), prope.projection(viewmats @ anchor, lenses).float()
 
     def prepare(self, chunk: int, rows: int, columns: int, camera: Tensor | None = None) -> Window:
         """The window as the next chunk, of `chunk` frames, finds it: the one that is there, or a new one where that is of no use any more.

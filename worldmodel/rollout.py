@@ -95,7 +95,6 @@ class Rollout:
         self.cache = KVCache(model.config.num_attention_heads, config.window, config.sinks, config.positions == "absolute",
                              config.history, model.config.camera)
         self.pending: Pending | None = None  # the chunk whose clean pass is still to come
-        self.asked: Tensor | None = None  # noisy latents of the newest chunk's last step, for `replay`
         self.timings = {"network": 0.0, "clean": 0.0}  # milliseconds: "network" of the last step, "clean" of the last clean pass
         self.set_text(text)
 
@@ -147,7 +146,6 @@ class Rollout:
                 fresh, x0 = dict(view.fresh) if grad else None, to_x0(x, velocity, sigmas[i])
             if i < last:
                 x = self._next_level(x, x0, velocity, sigmas[i], sigmas[i + 1], renoise[i] if renoise else None, generator, solver)
-        self.asked = x
         self.timings["network"] = (time.perf_counter() - started) * 1e3
         context = x0.detach()
         if self.config.context_sigma:
@@ -158,18 +156,6 @@ class Rollout:
         else:
             self._clean_pass(Pending(context, viewmats, intrinsics, view, projection), fresh)
         return x0
-
-    def replay(self, noisy: Tensor, sigma: Tensor) -> Tensor:
-        """Clean estimates of the newest committed frames, once more and all in one pass: `[B, C, F, H, W]`.
-
-        `noisy` `[B, C, F, H, W]` is what their last steps were `asked`, `sigma` `[B, F]` at which level. Every chunk sees what it saw when
-        it was dreamed, so the estimates are those of `step`; gradients flow through this pass and not into what is remembered, as
-        in `step` with `grad` and the cache_gradient "detached". ValueError where the past is not kept, see `KVCache.replay`.
-        """
-        self.settle()
-        with torch.no_grad():
-            view, projection = self.cache.replay(noisy.shape[2], self.config.chunk, *self._grid())
-        return to_x0(noisy, self._velocity(noisy, sigma, view, projection), sigma)
 
     def settle(self) -> None:
         """Runs a clean pass that was put off, if there is one."""

@@ -4,7 +4,6 @@ Source: stage 3 of Causal Forcing++ (DMD2 with self-forcing) as in minWM `model/
 `pipeline/self_forcing_training.py`. The fake score is trained with `flow_matching_loss` on the student's samples.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,41 +45,22 @@ def self_rollout(
     `viewmats` `[B, F, 4, 4]`, `intrinsics` `[B, F, 4]`: cameras of the new frames. Returns `[B, C, F, H, W]`; `grad`
     lets gradients through.
     """
-    return torch.cat([x0 for x0, _, _ in _dreamed(rollout, viewmats, intrinsics, draws, grad, generator)], dim=2)
-
-
-def replayed_rollout(
-    rollout: Rollout, viewmats: Tensor, intrinsics: Tensor, draws: RolloutDraws, *, generator: torch.Generator | None = None
-) -> Tensor:
-    """`self_rollout` with gradients, in two parts: the dream without them, then the steps that learn, all chunks in one pass.
-
-    The same samples and gradients as `self_rollout` where the remembered frames are detached (tested), several times faster: a pass
-    over one frame is too small to keep a processor busy. The rollout must keep these frames and the windows before them (`history`).
-    """
-    with torch.no_grad():
-        _, asked, sigmas = zip(*_dreamed(rollout, viewmats, intrinsics, draws, False, generator), strict=True)
-        batch, chunk = viewmats.shape[0], rollout.config.chunk
-        levels = torch.stack(sigmas).repeat_interleave(chunk).expand(batch, -1)
-    return rollout.replay(torch.cat(asked, dim=2), levels)
-
-
-def _dreamed(rollout, viewmats, intrinsics, draws, grad, generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of every chunk: the clean latents, the noisy ones that its last step was asked, and at which sigma."""
-    chunk = rollout.config.chunk
+    chunk, samples = rollout.config.chunk, []
     for index, start in enumerate(range(0, viewmats.shape[1], chunk)):
-        frames, first = slice(start, start + chunk), rollout.frames == 0
-        exit_step, sigmas = (draws.first_exit, rollout.first_sigmas) if first else (draws.exit, rollout.sigmas)
-        x0 = rollout.step(
-            viewmats[:, frames],
-            intrinsics[:, frames],
-            noise=draws.noise[:, :, frames],
-            renoise=draws.renoise[index] if draws.renoise else None,
-            generator=generator,
-            exit_step=exit_step,
-            grad=grad,
-            context_noise=None if draws.context is None else draws.context[:, :, frames],
+        frames = slice(start, start + chunk)
+        samples.append(
+            rollout.step(
+                viewmats[:, frames],
+                intrinsics[:, frames],
+                noise=draws.noise[:, :, frames],
+                renoise=draws.renoise[index] if draws.renoise else None,
+                generator=generator,
+                exit_step=draws.first_exit if rollout.frames == 0 else draws.exit,
+                grad=grad,
+                context_noise=None if draws.context is None else draws.context[:, :, frames],
+            )
         )
-        yield x0, rollout.asked, sigmas[exit_step]
+    return torch.cat(samples, dim=2)
 
 
 def truth_loss(samples: Tensor, truth: Tensor, scale: float) -> Tensor:

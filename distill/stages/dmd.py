@@ -12,7 +12,6 @@ from distill.objectives.distribution_matching import (
     critic_loss,
     distribution_gradient,
     distribution_loss,
-    replayed_rollout,
     score_sigma,
     self_rollout,
     truth_loss,
@@ -127,14 +126,8 @@ class DmdStage(TransformerStage):
             parts.append(self_rollout(rollout, before.viewmats, before.intrinsics, draws, grad=False, generator=generator))
         judged = windows.cut(slice(max(given, start), None))
         draws = RolloutDraws(noise[:, :, max(given, start) :], *exits)
-        parts.append(self._judged(rollout, judged, draws, grad, generator))
+        parts.append(self_rollout(rollout, judged.viewmats, judged.intrinsics, draws, grad=grad, generator=generator))
         return Dream(torch.cat(parts, dim=2)[:, :, start:], windows.cut(slice(start, None)), given > 0)
-
-    def _judged(self, rollout: Rollout, windows: Windows, draws: RolloutDraws, grad: bool, generator: torch.Generator) -> Tensor:
-        """The part of a rollout that learns; in one pass where nothing but that pass shall learn."""
-        if grad and self.config.cache_gradient == "detached" and not self.config.sinks:
-            return replayed_rollout(rollout, windows.viewmats, windows.intrinsics, draws, generator=generator)
-        return self_rollout(rollout, windows.viewmats, windows.intrinsics, draws, grad=grad, generator=generator)
 
     def sampling(self) -> RolloutConfig:
         config = self.config
@@ -146,7 +139,6 @@ class DmdStage(TransformerStage):
             window=config.window,
             sinks=config.sinks,
             cache_gradient=config.cache_gradient,
-            history=self.recipe.data.frames,
         )
 
     def _score_draws(self, samples: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
