@@ -1,5 +1,9 @@
 """A tiny random world, made on the spot: 32x48 pixels, two layers, seconds on one core."""
 
+import importlib.util
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +15,16 @@ from worldmodel.rollout import RolloutConfig
 from worldmodel.text import PromptBook
 from worldmodel.transformer import CausalWanTransformer
 from worldmodel.world import PromptConfig, World, WorldConfig, save_world
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 def make_tiny_bundle(folder, wan=False, **rollout):
@@ -61,8 +75,18 @@ def tiny_world(tiny_bundle):
 
 
 @pytest.fixture(autouse=True)
-def own_threads():
-    """A test that asks for threads (`--threads`) leaves the others theirs: dreams are equal to the bit only with equal threads."""
-    before = torch.get_num_threads()
+def own_torch():
+    """What a test sets torch to (`--threads`, play.py's precision) is its own: dreams are equal to the bit only with equal settings."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.fixture
+def play():
+    """play.py's `main`."""
+    spec = importlib.util.spec_from_file_location("play", Path(__file__).parents[1] / "play.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main

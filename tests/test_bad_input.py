@@ -3,7 +3,6 @@
 import errno
 import importlib.util
 import json
-import os
 import pickle
 import re
 import shutil
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import Payload
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -134,16 +134,6 @@ def test_a_picture_of_the_wrong_kind(says, tiny_bundle, tmp_path, content):
 def test_no_free_memory(says, tiny_bundle, tmp_path, monkeypatch):
     monkeypatch.setattr("worldmodel.world.free_memory", lambda device: 0)
     says("0.0 GiB are free: close other programs", play, "--world", tiny_bundle, "--headless", "--output", tmp_path / "walk.mp4")
-
-
-class Payload:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """Checkpoints: the reference's names and wrappers, strictness, safety."""
 
-import importlib.util
 import json
-import os
 import pickle
 import re
 import shutil
@@ -15,6 +13,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from conftest import Payload
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
@@ -176,14 +175,6 @@ def test_what_shapes_do_not_tell_is_asked_for(weights):
     assert load_transformer(weights, num_attention_heads=4).config.attention_head_dim == HEAD_DIM
     with pytest.raises(CheckpointError, match=r"not the weights of a Wan transformer.*found conv\.weight"):
         inspect_state({"conv.weight": torch.zeros(1)})
-
-
-class Payload:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.mark.parametrize(
@@ -389,18 +380,6 @@ def ours(state, folder):
     """runs/X/dmd/checkpoints/step-12."""
     wrong = {name: tensor + 1 for name, tensor in to_diffusers_names(state).items()}
     return training(wrong, folder / "step-12", average=to_diffusers_names(state)), {}
-
-
-@pytest.fixture
-def play():
-    """play.py's `main`; it sets torch up for itself, the tests after it get theirs back."""
-    spec = importlib.util.spec_from_file_location("play", ROOT / "play.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    yield module.main
-    torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(precision)
 
 
 @pytest.mark.parametrize(

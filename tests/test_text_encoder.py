@@ -1,7 +1,6 @@
 """Prompts in the player's own words: the embedding is diffusers', the cache answers alone, and every mistake is one sentence."""
 
 import gc
-import importlib.util
 import json
 import shutil
 import weakref
@@ -451,17 +450,6 @@ def test_a_saved_session_keeps_its_words(world, tmp_path):
     session.save(tmp_path / "saved")
     again = Session.load(tmp_path / "saved", replace(world))
     assert again.prompt == CHINESE and np.array_equal(dream(again), dream(session))
-
-
-@pytest.fixture
-def play():
-    spec = importlib.util.spec_from_file_location("play", ROOT / "play.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    yield module.main
-    torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(precision)
 
 
 @pytest.mark.parametrize("prompt", [CHINESE, LONG])
