@@ -142,7 +142,9 @@ class DmdConfig(TransformerConfig):
     start_share: Share = 0.5  # share of the rollouts that start from a true first chunk, 0..1
     truth: Amount = 0.0  # weight of the pull towards the clip itself in rollouts from its first chunk; 0 = none, as published
     truth_scale: Amount = 0.0  # square error of a latent cell beyond which the pull fades (a latent's variance is 1); 0 = it never does
+    truth_coarse: Amount = 0.0  # weight of the same pull on means of 2x2 latent cells, which never fades: layout without edges
     guidance: Amount = 3.0  # c + guidance (c - u) of the real score; 0 skips the unconditional pass
+    score_shift: Amount = 0.0  # as `shift`, of the sigma at which the scores are compared: 1 = all alike, so more for detail; 0 = `shift`
     clamp: tuple[Share, Share] = (0.02, 0.98)  # range of the sigma at which the scores are compared
     cache_gradient: Literal["straight_through", "detached"] = "detached"  # into the remembered frames
     sigma_lookup: Literal["exact", "grid"] = "exact"

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from distill.objectives.consistency import consistency_loss, draw_pair, predict_x0, teacher_step
 from distill.objectives.distribution_matching import (
     RolloutDraws,
+    coarse_loss,
     critic_loss,
     distribution_gradient,
     distribution_loss,
@@ -178,6 +179,15 @@ def test_the_truth_pulls_what_is_near_and_lets_go_of_what_is_far():
     for scale, expected in ((0.0, [0.1, 10.0]), (0.2, [0.1 / 1.05, 10 / 501])):
         (gradient,) = torch.autograd.grad(truth_loss(samples, truth, scale), samples)
         close(gradient[0, 0, 0, 0] * samples.numel(), torch.tensor(expected), 1e-6)
+
+
+def test_the_coarse_truth_pulls_the_mean_of_four_cells_and_leaves_what_is_inside():
+    truth, samples = torch.randn(1, 2, 3, 5, 6), torch.randn(1, 2, 3, 5, 6)
+    checks = torch.ones(5, 6)
+    checks[::2, ::2] = checks[1::2, 1::2] = -1  # sums to 0 in every cell of 2x2, the last row's of 1x2 too
+    torch.testing.assert_close(coarse_loss(truth + checks, truth), torch.tensor(0.0))
+    torch.testing.assert_close(coarse_loss(truth + 0.5, truth), torch.tensor(0.125))
+    torch.testing.assert_close(coarse_loss(samples + 3 * checks, truth), coarse_loss(samples, truth))
 
 
 @pytest.mark.parametrize(("name", "chunk", "exit_step"), DMD)

@@ -1,11 +1,14 @@
 """Sessions: same inputs, same frames; rewind, fork, save and load lose nothing."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_bundle
 
 from worldmodel.camera import MotionStep, advance, parse_trajectory
+from worldmodel.rollout import Rollout
 from worldmodel.session import Session, fit_picture
 from worldmodel.world import World
 
@@ -101,6 +104,33 @@ def test_rewind_is_exact_and_bounded(tiny_world):
         fresh.rewind(2)
     fresh.rewind(1)
     same(dream(fresh, WALK[:2]), straight[:2])
+
+
+def test_the_clean_pass_beside_the_decoder_changes_nothing(variant, monkeypatch):
+    world, walk = variant
+    torch.set_num_threads(1)
+    films, threads, settle = [], set(), Rollout.settle
+    monkeypatch.setattr(Rollout, "settle", lambda rollout: threads.add(threading.get_ident()) or settle(rollout))
+    for cores in (1, 2):  # the second has a core to spare
+        monkeypatch.setattr("worldmodel.session.cores", lambda count=cores: count)
+        session = Session(world, image="grey-1")
+        with torch.inference_mode():  # a mode of a thread
+            films.append(dream(session, walk))
+    same(*films)
+    merged = world.config.rollout.merge_clean
+    assert len(threads) == (1 if merged else 2) and (session.rollout.pending is None) != merged
+
+
+def test_an_error_of_the_clean_pass_beside_the_decoder_is_told(tiny_world, monkeypatch):
+    def fail(rollout):
+        raise RuntimeError("the clean pass is broken")
+
+    torch.set_num_threads(1)
+    monkeypatch.setattr("worldmodel.session.cores", lambda: 2)
+    session = Session(tiny_world)
+    monkeypatch.setattr(Rollout, "settle", fail)
+    with pytest.raises(RuntimeError, match="is broken"):
+        session.step(WALK[0])
 
 
 def test_memory_is_bounded(tiny_world):

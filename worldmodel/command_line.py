@@ -3,6 +3,7 @@
 import argparse
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,11 @@ def threads(text: str) -> int:
     if positive(text) > MOST_THREADS:
         raise argparse.ArgumentTypeError(f"expected at most {MOST_THREADS}, got {text}")
     return int(text)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
 
 
 def run(program: str, work: Callable[[], int | None]) -> int:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from worldmodel.command_line import cores
+
 _TURNS, _UNCOUNTED = 12, 3  # of the matmul measurement
 
 
@@ -19,7 +21,7 @@ def describe_machine(device: torch.device) -> dict:
     """Hardware and versions that times depend on."""
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,  # above 1 at the start: not idle
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,

@@ -6,8 +6,10 @@ import shutil
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import cv2
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from worldmodel.autoencoder import StreamState, to_frames, to_pixels
 from worldmodel.camera import check_poses, invert
+from worldmodel.command_line import cores
 from worldmodel.engine import HISTORY, is_out_of_memory
 from worldmodel.kv_cache import FrameMemory
 from worldmodel.options import as_dict
@@ -314,10 +317,12 @@ class Session:
     def _pictures(self, latents: Tensor) -> Iterator[np.ndarray]:
         """The frames of a chunk, uint8 [n,H,W,3] at a time, as the decoder makes them.
 
-        On CUDA it does so in a stream of its own and the copies go to pinned memory, while the chunk's clean pass runs beside it.
+        The chunk's clean pass runs beside it where there is room: on CUDA the decoder has a stream of its own, and its copies go to pinned
+        memory; on a CPU with as many cores left over as torch uses, the clean pass has a thread of its own.
         """
         if self._aside is None:
-            yield from (to_frames(video)[0] for video in self._decoder.frames(latents))
+            with self._settling():
+                yield from (to_frames(video)[0] for video in self._decoder.frames(latents))
             return
         self._aside.wait_stream(torch.cuda.current_stream(self.world.device))
         with torch.cuda.stream(self._aside):
@@ -327,6 +332,19 @@ class Session:
         for pixels, arrived in copies:
             arrived.synchronize()
             yield pixels.numpy()[0]
+
+    @contextmanager
+    def _settling(self) -> Iterator[None]:
+        """Settles beside what is done within, on a CPU with cores to spare; elsewhere that is left to the caller of `step`."""
+        threads = torch.get_num_threads()
+        if self.world.device.type != "cpu" or 2 * threads > cores():
+            yield
+            return
+        settled = _second_thread().submit(_as_here(self.settle, threads))
+        try:
+            yield
+        finally:
+            settled.result()
 
     def _remember(self) -> None:
         self._states[self.frames] = self._decoder.state()
@@ -350,6 +368,24 @@ class Session:
             draws.append(torch.randn(shape, generator=torch.Generator().manual_seed(mixed)))
         first, *later = uploaded(torch.stack(draws, dim=2).unsqueeze(1), self.world.device)  # [steps, 1, C, F, h, w]
         return first, later
+
+
+@cache
+def _second_thread() -> ThreadPoolExecutor:
+    """For what is done beside the decoder."""
+    return ThreadPoolExecutor(1, "clean pass")
+
+
+def _as_here(work: Callable[[], object], threads: int) -> Callable[[], None]:
+    """`work` for another thread, which inherits neither autograd modes nor torch's number of threads."""
+    inference = torch.is_inference_mode_enabled()
+
+    def there() -> None:
+        torch.set_num_threads(threads)
+        with torch.inference_mode(inference), torch.no_grad():
+            work()
+
+    return there
 
 
 def uploaded(tensor: Tensor, device: torch.device) -> Tensor:

@@ -7,6 +7,7 @@ Source: stage 3 of Causal Forcing++ (DMD2 with self-forcing) as in minWM `model/
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from distill.objectives.consistency import predict_x0
@@ -71,6 +72,15 @@ def truth_loss(samples: Tensor, truth: Tensor, scale: float) -> Tensor:
     """
     error = (samples - truth).square().mean(dim=1)
     return 0.5 * (scale * torch.log1p(error / scale) if scale else error).mean()
+
+
+def coarse_loss(samples: Tensor, truth: Tensor) -> Tensor:
+    """Half the mean square distance of the means over 2x2 latent cells, samples and truth `[B, C, F, H, W]`.
+
+    Its optimum is the expected layout of what a frame shows. What lies inside the cells, edges above all, is left to the score.
+    """
+    error = (samples - truth).flatten(1, 2)
+    return 0.5 * F.avg_pool2d(error, 2, ceil_mode=True).square().mean()
 
 
 def score_sigma(index: Tensor, shift: float, clamp: tuple[float, float]) -> Tensor:

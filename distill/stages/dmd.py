@@ -9,6 +9,7 @@ from torch import Tensor
 from distill.config import Recipe
 from distill.objectives.distribution_matching import (
     RolloutDraws,
+    coarse_loss,
     critic_loss,
     distribution_gradient,
     distribution_loss,
@@ -35,9 +36,9 @@ class DmdStage(TransformerStage):
     """One step of the student, then `critic_updates` steps of the fake score.
 
     Differs: with `dmd.shared` the fake score learns from the rollouts that the student has just learnt from, with noise of its own for
-    every update, instead of from fresh ones. With `dmd.truth` above 0 rollouts that begin with a clip's true first chunk are also
-    pulled towards its own frames. The score alone only asks whether a dream looks real; this asks, along the student's own past, whether
-    it is the place that it began in.
+    every update, instead of from fresh ones. With `dmd.truth` or `dmd.truth_coarse` above 0 rollouts that begin with a clip's true first
+    chunk are also pulled towards its own frames. The score alone only asks whether a dream looks real; this asks, along the student's
+    own past, whether it is the place that it began in.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device):
@@ -52,6 +53,7 @@ class DmdStage(TransformerStage):
             super().compile(score)
         self.optimizers["critic"] = make_optimizer(self.critic, config.critic_lr, config.optimiser, recipe.optimiser)
         self.judged = config.judged or recipe.data.frames
+        self.score_shift = config.score_shift or config.shift
         self.batches = 1 if config.shared else config.critic_updates + 1
 
     def losses(self, batch: dict, step: int, generator: torch.Generator) -> Iterator[Loss]:
@@ -78,6 +80,9 @@ class DmdStage(TransformerStage):
         if self.config.truth and anchored:
             pull = truth_loss(samples, windows.latents, self.config.truth_scale)
             loss, metrics["truth"] = loss + self.config.truth * pull, pull.detach()
+        if self.config.truth_coarse and anchored:
+            pull = coarse_loss(samples, windows.latents)
+            loss, metrics["coarse"] = loss + self.config.truth_coarse * pull, pull.detach()
         return loss, metrics
 
     def _gradient(self, samples: Tensor, windows: Windows, generator: torch.Generator) -> Tensor:
@@ -146,10 +151,10 @@ class DmdStage(TransformerStage):
         batch, _, frames = samples.shape[:3]
         index = draw_index(batch, frames, frames, GRID, generator).to(self.device)
         noise = torch.randn(samples.shape, generator=generator, device=generator.device).to(self.device)
-        return score_sigma(index, self.config.shift, self.config.clamp), noise
+        return score_sigma(index, self.score_shift, self.config.clamp), noise
 
     def _reading(self) -> dict:
-        return {"lookup": self.config.sigma_lookup, "shift": self.config.shift}
+        return {"lookup": self.config.sigma_lookup, "shift": self.score_shift}
 
 
 def _share(generator: torch.Generator) -> float:

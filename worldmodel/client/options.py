@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import os
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from worldmodel.camera import parse_trajectory
-from worldmodel.command_line import Parser, positive, threads
+from worldmodel.command_line import Parser, cores, positive, threads
 
 WORLDS = Path(__file__).resolve().parents[2] / "assets" / "worlds"
 PUBLISHED = Path(__file__).resolve().parents[2] / "configs" / "worlds"  # NAME.yaml: worlds that are made of published weights
@@ -81,8 +80,7 @@ def parse_options(arguments: list[str]) -> PlayOptions:
 
 def usual_threads() -> int:
     """All cores but one, which the window and the decoder of the recording need."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
-    return max(1, cores - 1)
+    return max(1, cores() - 1)
 
 
 def _check_together(options: PlayOptions) -> None:
