@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -502,12 +503,33 @@ def test_far_away_is_the_same_world(network):
     assert (near - far).abs().max() < 1e-3
 
 
+class Work(TorchDispatchMode):
+    """Counts torch's operations by name and shape: what time depends on, without a clock."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.done[func, *(tuple(value.shape) for value in args if isinstance(value, torch.Tensor))] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def test_two_thousand_latents_stay_finite_and_flat():
     model = load_transformer(GOLDEN / "weights_cd_teacher.safetensors", attention_head_dim=24).eval()
-    config = RolloutConfig(steps=(1000,), first_steps=(1000,), window=3, sinks=1, history=2)
-    latents, rollout = dream(model, config, frames=2000)
-    assert latents.isfinite().all() and rollout.frames == 2000
-    assert len(rollout.cache.frames) == 3 + 2 + 1  # window, history, and the sink that outlives both
+    config = RolloutConfig(steps=(1000,), first_steps=(1000,), window=5, sinks=1, history=2)
+    rollout, latents, work = Rollout(model, torch.ones(1, 5, model.config.text_dim), config, height=4, width=4), [], []
+    viewmats, lens = walk(2000)
+    generator, lap = torch.Generator().manual_seed(1), 10 * rollout.cache.period  # in a period the ring is written anew once
+    with torch.no_grad():
+        for index in range(2000):
+            if index % lap == 0:
+                work.append(Work())
+            with work[-1] if len(work) in (2, 66) else nullcontext():
+                latents.append(rollout.step(viewmats[:, index : index + 1], lens, generator=generator))
+    assert work[1].done == work[65].done and work[1].done.total() > 100 * lap  # flat in time
+    assert all(latent.isfinite().all() for latent in latents) and rollout.frames == 2000
+    assert len(rollout.cache.frames) == 5 + 2 + 1  # flat in memory: window, history, and the sink that outlives both
 
 
 @pytest.mark.parametrize("merge", [False, True])
