@@ -241,11 +241,7 @@ def run(args: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status (see `command_line.run`)."""
-    return command_line.run("benchmark", lambda: _report(parser().parse_args(argv)))
-
-
-def _report(args: argparse.Namespace) -> None:
-    command_line.print_json(run(args), args.output)
+    return command_line.report("benchmark", parser(), run, argv)
 
 
 if __name__ == "__main__":

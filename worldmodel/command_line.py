@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from safetensors import SafetensorError
 
@@ -77,15 +76,20 @@ def run(program: str, work: Callable[[], int | None]) -> int:
     return status
 
 
-def print_json(result: dict, output: Path | None) -> None:
-    """Prints a result, and writes it into a file too where one is named."""
-    text = json.dumps(result, indent=1)
-    print(text)
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial = output.with_name(f".{output.name}.partial")
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(output)
+def report(program: str, parser: Parser, measure: Callable[[argparse.Namespace], dict], argv: list[str] | None) -> int:
+    """`run` for a program that prints what it measured as JSON, and writes it into the file `--output` too where one is named."""
+
+    def work() -> None:
+        args = parser.parse_args(argv)
+        text = json.dumps(measure(args), indent=1)
+        print(text)
+        if args.output:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            partial = args.output.with_name(f".{args.output.name}.partial")
+            partial.write_text(text + "\n", encoding="utf-8")
+            partial.replace(args.output)
+
+    return run(program, work)
 
 
 def tell(sentence: str) -> None:
