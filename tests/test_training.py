@@ -368,18 +368,31 @@ def test_rollouts_of_dmd_end_anywhere_in_the_window_and_only_their_end_learns(cl
     assert set(starts) == {(0, True), (1, True), (2, True), (1, False), (2, False)}
 
 
+@pytest.mark.parametrize(("option", "metric"), [("truth", "truth"), ("truth_coarse", "coarse")])
 @pytest.mark.parametrize("start_share", [0, 1])
-def test_the_truth_pulls_rollouts_that_began_with_it(clips, straight, start_share):
+def test_the_truth_pulls_rollouts_that_began_with_it(clips, straight, start_share, option, metric):
     losses = []
-    for truth in (0, 2):
-        options = overrides(clips, straight, f"dmd.start_share={start_share}", f"dmd.truth={truth}")
+    for weight in (0, 2):
+        options = overrides(clips, straight, f"dmd.start_share={start_share}", f"dmd.{option}={weight}")
         stage = build_stage("dmd", load_recipe(TINY, options), torch.device("cpu"))
         batch = torch.utils.data.default_collate([stage.dataset()[i] for i in range(stage.batches * stage.config.batch)])
         (_, loss, metrics), *_ = stage.losses(batch, 0, torch.Generator().manual_seed(0))
         losses.append(loss)
-    assert ("truth" in metrics) == bool(start_share)
-    torch.testing.assert_close(losses[1] - losses[0], 2 * metrics.get("truth", torch.tensor(0.0)))
+    assert (metric in metrics) == bool(start_share)
+    torch.testing.assert_close(losses[1] - losses[0], 2 * metrics.get(metric, torch.tensor(0.0)))
     assert bool(start_share) == bool(losses[1] > losses[0])
+
+
+def test_scores_compare_at_noise_levels_of_their_own(clips, straight):
+    drawn = {}
+    for shift in (0, 1, 5):
+        recipe = load_recipe(TINY, overrides(clips, straight, f"dmd.score_shift={shift}", "dmd.shift=5"))
+        stage = build_stage("dmd", recipe, torch.device("cpu"))
+        drawn[shift], _ = stage._score_draws(torch.zeros(400, 16, 1, 1, 1), torch.Generator().manual_seed(0))
+        assert stage._reading()["shift"] == (shift or 5) and stage.sampling().shift == 5
+    torch.testing.assert_close(drawn[0], drawn[5])
+    torch.testing.assert_close(drawn[1].mean(), torch.tensor(0.5), atol=0.05, rtol=0)  # uniform
+    assert (drawn[5] >= drawn[1]).all()
 
 
 def test_what_a_stage_taught_goes_over_to_later_weights(straight, tmp_path, capsys):
