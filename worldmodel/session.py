@@ -42,7 +42,7 @@ class FrameChunk:
     index: int  # number of the chunk's first latent
     latents: int  # latents in the chunk
     prompt: str  # the prompt it was dreamed with
-    timings: dict[str, float]  # milliseconds: "network", "clean" (of the chunk before), "decode"; on CUDA "decode" waits for all of it
+    timings: dict[str, float]  # milliseconds: "network", "clean" (of the chunk before), "decode", which waits for what runs beside it
     notice: str = ""  # a sentence for the player, when something had to change
 
 
