@@ -6,8 +6,12 @@ from functools import partial
 
 
 def main(arguments: list[str]) -> int:
-    """Reads the command line, plays, returns the exit status: 0 well, 1 failed, 2 asked for what cannot be."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads must not spin while the window draws
+    """Reads the command line, plays, returns the exit status: 0 well, 1 failed, 2 asked for what
+    cannot be.
+    """
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # torch's threads must not spin while the window draws
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
     from worldmodel.command_line import run
 
@@ -25,7 +29,10 @@ def play(arguments: list[str]) -> int:
 
     if open_display():
         return in_window(options)
-    print("There is no display here, so nobody can steer: walking a scripted path into a film.", file=sys.stderr)
+    print(
+        "There is no display here, so nobody can steer: walking a scripted path into a film.",
+        file=sys.stderr,
+    )
     return without_window(options)
 
 
@@ -42,8 +49,13 @@ def in_window(options) -> int:
     taken = {} if options.record is None else {"recordings": options.record.parent}
     loop_options = LoopOptions(scene, path, options.replay, options.record, **taken)
     loop = Loop(partial(open_scenes, options), loop_options)
-    backdrop = next((options.world / "images" / name for name in image_files(options.world, options.prompt)), None)
-    window = WindowOptions(title=options.world.resolve().name, backdrop=backdrop, screenshots=loop_options.recordings)
+    backdrop = next(
+        (options.world / "images" / name for name in image_files(options.world, options.prompt)),
+        None,
+    )
+    window = WindowOptions(
+        title=options.world.resolve().name, backdrop=backdrop, screenshots=loop_options.recordings
+    )
     return Window(loop, window).run()
 
 

@@ -1,11 +1,14 @@
-"""`python -m distill COMMAND ...`: footage -> latents -> training -> a bundle that `play.py` opens -> figures."""
+"""`python -m distill COMMAND ...`: footage -> latents -> training -> a bundle that `play.py` opens
+-> figures.
+"""
 
 import importlib
 import sys
 
 from worldmodel.command_line import Parser, run
 
-# Each command lives in the module named here: `add_arguments(parser)` and `run(args)`. Only the chosen one is imported.
+# Each command lives in the module named here: `add_arguments(parser)` and `run(args)`. Only the
+# chosen one is imported.
 COMMANDS = {
     "collect": ("distill.data.collect", "render or record footage with exact camera poses"),
     "import": ("distill.data.worldplay", "turn WorldPlay / minWM footage into clips"),
@@ -18,7 +21,9 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parses the command line and runs one command; returns the exit status (see `command_line.run`)."""
+    """Parses the command line and runs one command; returns the exit status (see
+    `command_line.run`).
+    """
     argv = sys.argv[1:] if argv is None else argv
     name = argv[0] if argv and argv[0] in COMMANDS else "python -m distill"
     return run(name, lambda: _command(argv))

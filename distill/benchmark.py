@@ -1,7 +1,9 @@
-"""`python -m distill.benchmark CONFIG`: seconds a sample of the stages of a recipe, or of a published shape, as JSON.
+"""`python -m distill.benchmark CONFIG`: seconds a sample of the stages of a recipe, or of a
+published shape, as JSON.
 
-The stages and the training step are those of `python -m distill train`; clips and weights are random, so nothing is needed and nothing is
-left. With and without gradient checkpointing take turns on the same networks; one that memory does not hold is told as such.
+The stages and the training step are those of `python -m distill train`; clips and weights are
+random, so nothing is needed and nothing is left. With and without gradient checkpointing take turns
+on the same networks; one that memory does not hold is told as such.
 """
 
 import argparse
@@ -46,10 +48,13 @@ class Caption:
 
 
 class RandomClips(Dataset):
-    """Random latents, a walk and a caption, in the form of `LatentClips`' items: item i is a function of i."""
+    """Random latents, a walk and a caption, in the form of `LatentClips`' items: item i is a
+    function of i.
+    """
 
     def __init__(self, frames: int, size: tuple[int, int, int]):
-        self.size, self.channels = (size[0], frames, *size[1:]), size[0]
+        self.size = (size[0], frames, *size[1:])
+        self.channels = size[0]
         self.clips = [Caption(text) for text in CAPTIONS]
         poses = parse_trajectory(f"w*{frames}", MotionStep(0.08, 3.0), "fly")[:frames]
         self._viewmats = torch.from_numpy(invert(poses)).float()
@@ -66,8 +71,12 @@ class RandomClips(Dataset):
         }
 
 
-def random_stage(name: str, recipe: Recipe, cells: tuple[int, int], device: torch.device) -> TransformerStage:
-    """The stage `name` as training makes it, on random clips of `cells` rows and columns, all its networks with random weights."""
+def random_stage(
+    name: str, recipe: Recipe, cells: tuple[int, int], device: torch.device
+) -> TransformerStage:
+    """The stage `name` as training makes it, on random clips of `cells` rows and columns, all its
+    networks with random weights.
+    """
     module, kind = STAGES[name].split(":")
     real = getattr(importlib.import_module(module), kind)
 
@@ -86,12 +95,23 @@ def random_stage(name: str, recipe: Recipe, cells: tuple[int, int], device: torc
 
 
 class Timed:
-    """One stage, with or without gradient checkpointing: the seconds of its steps and of their parts."""
+    """One stage, with or without gradient checkpointing: the seconds of its steps and of their
+    parts.
+    """
 
-    def __init__(self, stage: TransformerStage, recipe: Recipe, device: torch.device, checkpointing: bool):
-        self.stage, self.recipe, self.device, self.checkpointing = stage, recipe, device, checkpointing
-        self.memory, self.peak, self.fault = PeakMemory(device), 0, ""
-        self.steps: list[dict[str, float]] = []  # seconds a step: "total", and every network that learns
+    def __init__(
+        self, stage: TransformerStage, recipe: Recipe, device: torch.device, checkpointing: bool
+    ):
+        self.stage = stage
+        self.recipe = recipe
+        self.device = device
+        self.checkpointing = checkpointing
+        self.memory = PeakMemory(device)
+        self.peak = 0
+        self.fault = ""
+        self.steps: list[
+            dict[str, float]
+        ] = []  # seconds a step: "total", and every network that learns
 
     def step(self, number: int, batch: dict) -> None:
         """Takes a training step, or ends in `fault` when memory is full."""
@@ -109,37 +129,65 @@ class Timed:
             _let_go(self.device)
 
     def _seconds(self, number: int, batch: dict) -> dict[str, float]:
-        run, spent = self.recipe.run, {}
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=run.precision == "bfloat16")
-        processes, generator = Processes(0, 1), torch.Generator(self.device)
+        run = self.recipe.run
+        spent = {}
+        autocast = torch.autocast(
+            self.device.type, torch.bfloat16, enabled=run.precision == "bfloat16"
+        )
+        processes = Processes(0, 1)
+        generator = torch.Generator(self.device)
         generator.manual_seed(processes.seed(run.seed, number))
         settle(self.device)
         begin = now = time.perf_counter()
-        for name, *_ in train_step(self.stage, batch, number, generator, autocast, self.recipe.optimiser.grad_clip, processes):
+        for name, *_ in train_step(
+            self.stage,
+            batch,
+            number,
+            generator,
+            autocast,
+            self.recipe.optimiser.grad_clip,
+            processes,
+        ):
             settle(self.device)
-            before, now = now, time.perf_counter()
+            before = now
+            now = time.perf_counter()
             spent[name] = spent.get(name, 0.0) + now - before
         return {"total": now - begin, **spent}
 
     def report(self, name: str) -> dict:
         """Figures of all steps since `steps` was last cleared, a sample."""
-        made = {"stage": name, "gradient_checkpointing": self.checkpointing, "batch": self.stage.config.batch}
+        made = {
+            "stage": name,
+            "gradient_checkpointing": self.checkpointing,
+            "batch": self.stage.config.batch,
+        }
         if self.fault:
             return {**made, "fault": self.fault}
         batch = self.stage.config.batch
-        parts = {part: np.array([step[part] for step in self.steps]) / batch for part in self.steps[0]}
+        parts = {
+            part: np.array([step[part] for step in self.steps]) / batch for part in self.steps[0]
+        }
         return {
             **made,
             "steps": len(self.steps),
-            "seconds_per_sample": {part: spread(values, digits=4) for part, values in parts.items()},
+            "seconds_per_sample": {
+                part: spread(values, digits=4) for part, values in parts.items()
+            },
             "peak_memory_mib": round(self.peak / 2**20),
         }
 
 
 def time_stage(
-    name: str, recipe: Recipe, cells: tuple[int, int], device: torch.device, steps: int, checkpointing: tuple[bool, ...]
+    name: str,
+    recipe: Recipe,
+    cells: tuple[int, int],
+    device: torch.device,
+    steps: int,
+    checkpointing: tuple[bool, ...],
 ) -> list[dict]:
-    """Two steps of each variant that are not counted, then `steps` that are, in turns; a report a variant."""
+    """Two steps of each variant that are not counted, then `steps` that are, in turns; a report a
+    variant.
+    """
     stage = random_stage(name, recipe, cells, device)
     variants = [Timed(stage, recipe, device, flag) for flag in checkpointing]
     count = stage.config.batch * stage.batches
@@ -162,24 +210,32 @@ def _let_go(device: torch.device) -> None:
 
 
 def published_recipe(name: str, overrides: list[str]) -> Recipe:
-    """Stages of a published shape as they are trained: bfloat16, one sample a step, whole clips, AdamW as at that scale."""
+    """Stages of a published shape as they are trained: bfloat16, one sample a step, whole clips,
+    AdamW as at that scale.
+    """
     shape: Shape = SHAPES[name]
     values = {
         "run": {"precision": "bfloat16"},
         "data": {"frames": FRAMES},
         "model": {
-            "layers": shape.layers, "heads": shape.heads, "head_dim": shape.width // shape.heads, "ffn_dim": shape.ffn_dim,
-            "text_dim": shape.text_dim, "text_length": shape.text_length,
+            "layers": shape.layers,
+            "heads": shape.heads,
+            "head_dim": shape.width // shape.heads,
+            "ffn_dim": shape.ffn_dim,
+            "text_dim": shape.text_dim,
+            "text_length": shape.text_length,
         },
         "optimiser": {"betas": [0.0, 0.999]},
         **{stage: {"batch": 1} for stage in TIMED},
-    }  # fmt: skip
+    }
     values["dmd"]["window"] = FRAMES
     return make_recipe(values, overrides, name)
 
 
 def random_recipe(recipe: Recipe) -> Recipe:
-    """The same recipe without a file that it names; `init` stays only as a name, since every network is random."""
+    """The same recipe without a file that it names; `init` stays only as a name, since every
+    network is random.
+    """
     return replace(
         recipe,
         data=replace(recipe.data, root="random clips", prompts="", autoencoder=""),
@@ -190,32 +246,79 @@ def random_recipe(recipe: Recipe) -> Recipe:
 
 def parser() -> command_line.Parser:
     """The options, one line each."""
-    made = command_line.Parser(prog="python -m distill.benchmark", description=__doc__.splitlines()[0])
-    made.add_argument("config", help=f"recipe, a YAML file such as configs/blocks/cpu.yaml, or {', '.join(SHAPES)}")
-    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. dmd.batch=2; may be repeated")
-    made.add_argument("--stages", nargs="+", choices=TIMED, default=TIMED, help="stages to time (default: all)")
-    made.add_argument("--size", help="HEIGHTxWIDTH in pixels (default: 96x160; of a published shape 480x832)")
-    made.add_argument("--steps", type=command_line.positive, default=8, help="steps measured for each variant (default: 8)")
+    made = command_line.Parser(
+        prog="python -m distill.benchmark", description=__doc__.splitlines()[0]
+    )
     made.add_argument(
-        "--checkpointing", choices=("both", "on", "off"), default="both", help="gradient checkpointing (default: both, in turns)"
+        "config",
+        help=f"recipe, a YAML file such as configs/blocks/cpu.yaml, or {', '.join(SHAPES)}",
+    )
+    made.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override, e.g. dmd.batch=2; may be repeated",
+    )
+    made.add_argument(
+        "--stages", nargs="+", choices=TIMED, default=TIMED, help="stages to time (default: all)"
+    )
+    made.add_argument(
+        "--size", help="HEIGHTxWIDTH in pixels (default: 96x160; of a published shape 480x832)"
+    )
+    made.add_argument(
+        "--steps",
+        type=command_line.positive,
+        default=8,
+        help="steps measured for each variant (default: 8)",
+    )
+    made.add_argument(
+        "--checkpointing",
+        choices=("both", "on", "off"),
+        default="both",
+        help="gradient checkpointing (default: both, in turns)",
     )
     made.add_argument("--output", type=Path, help="also write the JSON into this file")
     return made
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Times the stages; ValueError for options that cannot be honoured, MemoryError when nothing fits."""
+    """Times the stages; ValueError for options that cannot be honoured, MemoryError when nothing
+    fits.
+    """
     published = args.config.lower() in SHAPES
-    recipe = random_recipe(published_recipe(args.config.lower(), args.set) if published else load_recipe(args.config, args.set))
+    recipe = random_recipe(
+        published_recipe(args.config.lower(), args.set)
+        if published
+        else load_recipe(args.config, args.set)
+    )
     height, _, width = (args.size or ("480x832" if published else "96x160")).partition("x")
     sides = [CELL * patch for patch in recipe.model.patch[1:]]
-    if not (height.isdecimal() and width.isdecimal()) or any(not int(n) or int(n) % side for n, side in zip((height, width), sides)):
-        raise ValueError(f"expected --size as HEIGHTxWIDTH in multiples of {sides[0]} and {sides[1]} pixels, got {args.size!r}")
+    if not (height.isdecimal() and width.isdecimal()) or any(
+        not int(n) or int(n) % side for n, side in zip((height, width), sides)
+    ):
+        raise ValueError(
+            "expected --size as "
+            "HEIGHTxWIDTH "
+            "in multiples "
+            f"of {sides[0]} and "
+            f"{sides[1]} "
+            "pixels, got "
+            f"{args.size!r}"
+        )
     cells = int(height) // CELL, int(width) // CELL
-    name = recipe.run.device if recipe.run.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    device, flags = open_device(name), {"both": (False, True), "on": (True,), "off": (False,)}[args.checkpointing]
+    name = (
+        recipe.run.device
+        if recipe.run.device != "auto"
+        else "cuda"
+        if torch.cuda.is_available()
+        else "cpu"
+    )
+    device = open_device(name)
+    flags = {"both": (False, True), "on": (True,), "off": (False,)}[args.checkpointing]
     torch.manual_seed(recipe.run.seed)
-    machine, reports = describe_machine(device), []
+    machine = describe_machine(device)
+    reports = []
     for stage in args.stages:
         try:
             reports += time_stage(stage, recipe, cells, device, args.steps, flags)

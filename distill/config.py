@@ -1,8 +1,10 @@
-"""Every option of a training recipe, with its unit. A YAML file names only what differs from these defaults.
+"""Every option of a training recipe, with its unit. A YAML file names only what differs from these
+defaults.
 
-A recipe is one file with all stages of a world: `load_recipe("configs/blocks/cpu.yaml", ["dmd.lr=2e-5"])`. Folders
-are relative to the working directory. Where a stage's weights are asked for (`init`, `real`, `critic`), the bare name
-of a stage means that stage's export in the same run folder; anything else is read as `worldmodel.checkpoint` reads it.
+A recipe is one file with all stages of a world: `load_recipe("configs/blocks/cpu.yaml",
+["dmd.lr=2e-5"])`. Folders are relative to the working directory. Where a stage's weights are asked
+for (`init`, `real`, `critic`), the bare name of a stage means that stage's export in the same run
+folder; anything else is read as `worldmodel.checkpoint` reads it.
 """
 
 import dataclasses
@@ -23,8 +25,12 @@ class Run:
     folder: str = "runs/blocks"  # one sub-folder a stage
     seed: Annotated[int, Range(0, 2**31)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["float32", "bfloat16"] = "float32"  # of the matrix products; weights and sigmas stay float32
-    compile: bool = False  # the transformers' blocks (in dmd the scores'): slow to start, then steps a fifth shorter on a CPU
+    precision: Literal["float32", "bfloat16"] = (
+        "float32"  # of the matrix products; weights and sigmas stay float32
+    )
+    # the transformers' blocks (in dmd the scores'): slow to start, then steps a fifth shorter on a
+    # CPU
+    compile: bool = False
     log_every: Count = 10  # optimiser steps
     sample_every: Whole = 500  # optimiser steps between pictures, 0 = none
     checkpoint_every: Whole = 0  # optimiser steps, 0 = by time alone
@@ -37,9 +43,14 @@ class Data:
 
     root: str = ""  # folder of clips: index.jsonl and one sub-folder a clip
     frames: Count = 10  # latents in a training window
-    first_share: Share = 0.3  # share of the windows that start at the first latent of their clip, 0..1
-    prompts: str = ""  # prompts.safetensors (caption -> [L, D]); empty = embeddings drawn from the captions' hashes
-    autoencoder: str = ""  # exported autoencoder that decodes the sample pictures; empty = no pictures
+    first_share: Share = (
+        0.3  # share of the windows that start at the first latent of their clip, 0..1
+    )
+    # prompts.safetensors (caption -> [L, D]); empty = embeddings drawn from the captions' hashes
+    prompts: str = ""
+    autoencoder: str = (
+        ""  # exported autoencoder that decodes the sample pictures; empty = no pictures
+    )
 
 
 @dataclass(frozen=True)
@@ -87,9 +98,15 @@ class StageConfig:
 class TransformerConfig(StageConfig):
     """What the stages that train the transformer share."""
 
-    init: str = ""  # where the weights come from: a stage's name, or any published form (file, folder, hub id); empty = random weights
-    optimiser: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices inside the blocks, adamw for the rest
-    caption_dropout: Share = 0.1  # share of the captions replaced by the unconditional embedding, 0..1
+    # where the weights come from: a stage's name, or any published form (file, folder, hub id);
+    # empty = random weights
+    init: str = ""
+    optimiser: Literal["adamw", "muon"] = (
+        "adamw"  # muon: for the matrices inside the blocks, adamw for the rest
+    )
+    caption_dropout: Share = (
+        0.1  # share of the captions replaced by the unconditional embedding, 0..1
+    )
     shift: Positive = 5.0  # of the sigma schedule
 
 
@@ -103,22 +120,30 @@ class BidirectionalConfig(TransformerConfig):
 
 @dataclass(frozen=True)
 class TeacherForcingConfig(TransformerConfig):
-    """Flow matching, one sigma a chunk; a noisy chunk sees itself and the clean chunks before it."""
+    """Flow matching, one sigma a chunk; a noisy chunk sees itself and the clean chunks before
+    it.
+    """
 
     chunk: Count = 1  # latents denoised together
     weighting: bool = True
     sample_steps: Count = 12  # denoising steps of the sample pictures
-    context_sigma_max: Share = 0.0  # the clean context is noised by a sigma uniform in [0, this]; 0 = clean
+    context_sigma_max: Share = (
+        0.0  # the clean context is noised by a sigma uniform in [0, this]; 0 = clean
+    )
 
 
 @dataclass(frozen=True)
 class ConsistencyConfig(TransformerConfig):
-    """Causal consistency distillation of the teacher-forced model `init` (teacher, student and average start there)."""
+    """Causal consistency distillation of the teacher-forced model `init` (teacher, student and
+    average start there).
+    """
 
     chunk: Count = 1
     grid: Annotated[int, Range(2)] = 48  # points of the sigma grid that the teacher steps along
     guidance: Amount = 3.0  # u + guidance (c - u); 1 skips the unconditional pass
-    sigma_lookup: Literal["exact", "grid"] = "exact"  # grid = the reference's nearest of 1000 sigmas
+    sigma_lookup: Literal["exact", "grid"] = (
+        "exact"  # grid = the reference's nearest of 1000 sigmas
+    )
     sample_steps: Count = 4  # denoising steps of the sample pictures
 
 
@@ -131,22 +156,37 @@ class DmdConfig(TransformerConfig):
     critic: str = ""  # export that the fake score starts from; empty = `real`
     critic_lr: Positive = 1e-4
     critic_updates: Count = 5  # of the fake score for every update of the student
-    shared: bool = False  # all updates of a step learn from one batch of rollouts; false = every one from a batch of its own, as published
+    # all updates of a step learn from one batch of rollouts; false = every one from a batch of its
+    # own, as published
+    shared: bool = False
     denoise: tuple[int, ...] = (1000, 500)  # student's time steps before the shift, 0..1000
     first_denoise: tuple[int, ...] = (1000, 750, 500, 250)  # of the first chunk
-    rollout: Whole = 0  # latents of the longest self-rollout, of which the last data.frames are judged; 0 = data.frames
-    judged: Whole = 0  # latents that the scores see at once: data.frames in so many equal parts; 0 = all of them
-    skew: Annotated[float, Range(1, 100)] = 1.0  # 1 = every length of a rollout is as likely, more = most are short and few are long
+    # latents of the longest self-rollout, of which the last data.frames are judged; 0 = data.frames
+    rollout: Whole = 0
+    # latents that the scores see at once: data.frames in so many equal parts; 0 = all of them
+    judged: Whole = 0
+    skew: Annotated[float, Range(1, 100)] = (
+        1.0  # 1 = every length of a rollout is as likely, more = most are short and few are long
+    )
     window: Count = 12  # latents that a chunk sees, itself included
     sinks: Whole = 0  # first latents that never leave the window
     start_share: Share = 0.5  # share of the rollouts that start from a true first chunk, 0..1
-    truth: Amount = 0.0  # weight of the pull towards the clip itself in rollouts from its first chunk; 0 = none, as published
-    truth_scale: Amount = 0.0  # square error of a latent cell beyond which the pull fades (a latent's variance is 1); 0 = it never does
-    truth_coarse: Amount = 0.0  # weight of the same pull on means of 2x2 latent cells, which never fades: layout without edges
+    # weight of the pull towards the clip itself in rollouts from its first chunk; 0 = none, as
+    # published
+    truth: Amount = 0.0
+    # square error of a latent cell beyond which the pull fades (a latent's variance is 1); 0 = it
+    # never does
+    truth_scale: Amount = 0.0
+    # weight of the same pull on means of 2x2 latent cells, which never fades: layout without edges
+    truth_coarse: Amount = 0.0
     guidance: Amount = 3.0  # c + guidance (c - u) of the real score; 0 skips the unconditional pass
-    score_shift: Amount = 0.0  # as `shift`, of the sigma at which the scores are compared: 1 = all alike, so more for detail; 0 = `shift`
+    # as `shift`, of the sigma at which the scores are compared: 1 = all alike, so more for detail;
+    # 0 = `shift`
+    score_shift: Amount = 0.0
     clamp: tuple[Share, Share] = (0.02, 0.98)  # range of the sigma at which the scores are compared
-    cache_gradient: Literal["straight_through", "detached"] = "detached"  # into the remembered frames
+    cache_gradient: Literal["straight_through", "detached"] = (
+        "detached"  # into the remembered frames
+    )
     sigma_lookup: Literal["exact", "grid"] = "exact"
 
     def __post_init__(self) -> None:
@@ -168,16 +208,31 @@ class AutoencoderConfig(StageConfig):
     strides: tuple[int, ...] = (1, 2, 2)  # of the encoder's levels
     patch_size: Count = 2  # pixels of a side folded into channels
     latent_channels: Count = 16
-    start: str = ""  # folder of a trained autoencoder to go on from, of these sizes or smaller; empty = random weights
+    # folder of a trained autoencoder to go on from, of these sizes or smaller; empty = random
+    # weights
+    start: str = ""
     freeze_encoder: bool = False  # train the decoder alone: latents that were made stay valid
     window: Count = 3  # latents (4 * window - 3 frames) of a training clip
-    crop: tuple[Count, ...] = ()  # height and width in pixels of the part of a frame that is trained on; empty = the whole frame
+    crop: tuple[
+        Count, ...
+        # height and width in pixels of the part of a frame that is trained on; empty = the whole
+        # frame
+    ] = ()
     edge_weight: Amount = 0.5  # of the L1 between neighbouring-pixel differences: crisp edges
-    detail_weight: Amount = 0.0  # of the distance between local edge energies: crisp even where the exact place of an edge is unknown
-    square_weight: Amount = 2.0  # of the mean square error: leaves the grey picture quickly at the start
-    coarse_weight: Amount = 0.5  # of the L1 between pictures reduced 4x: right colours of large areas
-    latent_weight: Amount = 1e-3  # of the latents' mean square: keeps them bounded against the noise
-    latent_noise: Amount = 0.05  # added to the latents, as a share of each channel's deviation: smooth space, forgiving decoder
+    # of the distance between local edge energies: crisp even where the exact place of an edge is
+    # unknown
+    detail_weight: Amount = 0.0
+    square_weight: Amount = (
+        2.0  # of the mean square error: leaves the grey picture quickly at the start
+    )
+    coarse_weight: Amount = (
+        0.5  # of the L1 between pictures reduced 4x: right colours of large areas
+    )
+    latent_weight: Amount = (
+        1e-3  # of the latents' mean square: keeps them bounded against the noise
+    )
+    # added to the latents, as a share of each channel's deviation: smooth space, forgiving decoder
+    latent_noise: Amount = 0.05
 
 
 @dataclass(frozen=True)
@@ -198,31 +253,61 @@ class Recipe:
         for name in ("teacher_forcing", "consistency", "dmd"):
             chunk = getattr(self, name).chunk
             if chunk < 1 or self.data.frames % chunk:
-                raise ValueError(f"data.frames is {self.data.frames}, not a multiple of {name}.chunk = {chunk}: change one")
-        if self.dmd.rollout and (self.dmd.rollout < self.data.frames or self.dmd.rollout % self.dmd.chunk):
+                raise ValueError(
+                    "data.frames is "
+                    f"{self.data.frames}, "
+                    "not a "
+                    "multiple of "
+                    f"{name}.chunk = "
+                    f"{chunk}: change one"
+                )
+        if self.dmd.rollout and (
+            self.dmd.rollout < self.data.frames or self.dmd.rollout % self.dmd.chunk
+        ):
             raise ValueError(
-                f"dmd.rollout must be 0, or at least data.frames = {self.data.frames} and a multiple of dmd.chunk = {self.dmd.chunk}, "
+                "dmd.rollout must "
+                "be 0, or at "
+                "least data.frames "
+                f"= {self.data.frames} and "
+                "a multiple of "
+                "dmd.chunk = "
+                f"{self.dmd.chunk}, "
                 f"got {self.dmd.rollout}: change one"
             )
 
         if self.dmd.judged and self.data.frames % self.dmd.judged:
-            raise ValueError(f"dmd.judged must be 0 or a divisor of data.frames = {self.data.frames}, got {self.dmd.judged}: change one")
+            raise ValueError(
+                "dmd.judged must be 0 "
+                "or a divisor of "
+                "data.frames = "
+                f"{self.data.frames}, "
+                f"got {self.dmd.judged}: "
+                "change one"
+            )
 
     def export_folder(self, source: str) -> Path:
-        """Folder of exported weights: a stage's name means that stage's export in this run folder."""
-        known = {f.name for f in dataclasses.fields(self) if isinstance(getattr(self, f.name), StageConfig)}
+        """Folder of exported weights: a stage's name means that stage's export in this run
+        folder.
+        """
+        known = {
+            f.name
+            for f in dataclasses.fields(self)
+            if isinstance(getattr(self, f.name), StageConfig)
+        }
         return Path(self.run.folder) / source / "export" if source in known else Path(source)
 
 
 def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     """Reads a recipe; every override is `section.key=value` with the value as YAML.
 
-    Raises ValueError with one sentence for a missing file, broken YAML, an unknown key (naming the nearest known one)
-    or a value of the wrong kind.
+    Raises ValueError with one sentence for a missing file, broken YAML, an unknown key (naming the
+    nearest known one) or a value of the wrong kind.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no recipe at {path}: expected a YAML file such as configs/blocks/cpu.yaml")
+        raise ValueError(
+            f"no recipe at {path}: expected a YAML file such as configs/blocks/cpu.yaml"
+        )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -233,7 +318,9 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
 
 
 def make_recipe(values: dict, overrides: typing.Sequence[str], where: str) -> Recipe:
-    """A recipe of a file's values and overrides as in `load_recipe`; `where` begins the error messages."""
+    """A recipe of a file's values and overrides as in `load_recipe`; `where` begins the error
+    messages.
+    """
     for override in overrides:
         _override(values, override)
     return build(Recipe, values, where)

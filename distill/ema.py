@@ -5,15 +5,18 @@ from torch import nn
 
 
 class MovingAverage:
-    """Keeps `average` near `source`: after every step `average = decay average + (1 - decay) source`.
+    """Keeps `average` near `source`: after every step `average = decay average + (1 - decay)
+    source`.
 
-    Before step `start` (counted from 0) the average is a plain copy. The decay is constant, where diffusers' EMAModel
-    ramps it up from 0.
+    Before step `start` (counted from 0) the average is a plain copy. The decay is constant, where
+    diffusers' EMAModel ramps it up from 0.
     """
 
     def __init__(self, source: nn.Module, average: nn.Module, decay: float, start: int = 0):
-        self.decay, self.start = decay, start
-        self._source, self._average = list(source.parameters()), list(average.parameters())
+        self.decay = decay
+        self.start = start
+        self._source = list(source.parameters())
+        self._average = list(average.parameters())
         average.requires_grad_(False)
 
     @torch.no_grad()

@@ -1,4 +1,6 @@
-"""`python -m distill export`: trained networks -> a bundle that `play.py` opens, with start images and a README."""
+"""`python -m distill export`: trained networks -> a bundle that `play.py` opens, with start images
+and a README.
+"""
 
 import argparse
 import json
@@ -32,7 +34,15 @@ from worldmodel.options import as_dict, build
 from worldmodel.rollout import RolloutConfig, with_steps
 from worldmodel.text import PromptBook
 from worldmodel.transformer import CausalWanTransformer
-from worldmodel.world import SHARD_SIZE, PromptConfig, World, WorldConfig, open_autoencoder, replace_folder, save_world
+from worldmodel.world import (
+    SHARD_SIZE,
+    PromptConfig,
+    World,
+    WorldConfig,
+    open_autoencoder,
+    replace_folder,
+    save_world,
+)
 
 START_SEED = 7001  # of the towns and places of the start images
 CANDIDATES = 4  # places of which the one with most to see becomes a start image
@@ -57,7 +67,13 @@ class ExportOptions:
     def __post_init__(self):
         if self.images < 1 or self.seed < 0:
             raise ValueError(
-                f"expected at least one of --images and a --seed of at least 0, got {self.images} and {self.seed}"
+                "expected at "
+                "least one of "
+                "--images and a "
+                "--seed of at "
+                "least 0, got "
+                f"{self.images} and "
+                f"{self.seed}"
             )
         for name in ("height", "width", "fps"):
             value = vars(self)[name]
@@ -76,14 +92,18 @@ class Scenery:
     intrinsics: tuple[float, ...]
     envelope: Envelope
     licence: str
-    images: dict[str, list[np.ndarray]]  # start images uint8 [H, W, 3] by caption, the usual caption first
+    images: dict[
+        str, list[np.ndarray]
+    ]  # start images uint8 [H, W, 3] by caption, the usual caption first
     default: str  # caption
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `export`."""
     default = ExportOptions()
-    parser.add_argument("--config", type=Path, required=True, help="recipe that the networks were trained with")
+    parser.add_argument(
+        "--config", type=Path, required=True, help="recipe that the networks were trained with"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -92,49 +112,92 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the overrides it was trained with; may be repeated",
     )
     parser.add_argument(
-        "--transformer", required=True, help="export folder, or the name of a stage of the recipe, e.g. dmd"
-    )
-    parser.add_argument("--autoencoder", required=True, help="export folder, or `autoencoder` for the recipe's own")
-    parser.add_argument(
-        "--output", type=Path, required=True, help="the bundle; an older one is replaced only by a complete one"
+        "--transformer",
+        required=True,
+        help="export folder, or the name of a stage of the recipe, e.g. dmd",
     )
     parser.add_argument(
-        "--images", type=int, default=default.images, help=f"start images of each caption (default: {default.images})"
+        "--autoencoder", required=True, help="export folder, or `autoencoder` for the recipe's own"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="the bundle; an older one is replaced only by a complete one",
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=default.images,
+        help=f"start images of each caption (default: {default.images})",
     )
     parser.add_argument("--height", type=int, help="pixels (default: as the footage)")
     parser.add_argument("--width", type=int, help="pixels (default: as the footage)")
     parser.add_argument("--fps", type=float, help="video frames a second (default: as the footage)")
-    parser.add_argument("--title", help="a line for menus (default: what the world was learned from)")
     parser.add_argument(
-        "--envelope", nargs="*", default=[], metavar="AXIS=VALUE",
-        help="motion a latent that the player may make, e.g. vertical=0 yaw=6 (default: what is common in the footage)",
-    )  # fmt: skip
+        "--title", help="a line for menus (default: what the world was learned from)"
+    )
+    parser.add_argument(
+        "--envelope",
+        nargs="*",
+        default=[],
+        metavar="AXIS=VALUE",
+        help=(
+            "motion a latent "
+            "that the "
+            "player may "
+            "make, e.g. "
+            "vertical=0 yaw=6 "
+            "(default: what "
+            "is common in "
+            "the footage)"
+        ),
+    )
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
         default=default.dtype,
         help=f"of the stored weights (default: {default.dtype})",
     )
-    parser.add_argument("--steps", type=int, help="denoising steps a chunk (default: the recipe's dmd.denoise)")
+    parser.add_argument(
+        "--steps", type=int, help="denoising steps a chunk (default: the recipe's dmd.denoise)"
+    )
     parser.add_argument(
         "--sampler",
         choices=("renoise", "euler"),
         default=default.sampler,
         help="euler for a model that was not distilled (default: renoise)",
     )
-    parser.add_argument("--seed", type=int, default=default.seed, help=f"of the start images (default: {default.seed})")
     parser.add_argument(
-        "--stages", nargs="*", default=[], help="stages whose weights are kept in stages/, to compare with and to go on training from"
+        "--seed",
+        type=int,
+        default=default.seed,
+        help=f"of the start images (default: {default.seed})",
     )
-    parser.add_argument("--evaluation", type=Path, help="JSON of `evaluate`, whose tables go into the README")
-    parser.add_argument("--hardware", help="what the networks were trained on, for the README (default: this machine)")
+    parser.add_argument(
+        "--stages",
+        nargs="*",
+        default=[],
+        help="stages whose weights are kept in stages/, to compare with and to go on training from",
+    )
+    parser.add_argument(
+        "--evaluation", type=Path, help="JSON of `evaluate`, whose tables go into the README"
+    )
+    parser.add_argument(
+        "--hardware",
+        help="what the networks were trained on, for the README (default: this machine)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Makes the bundle; ValueError, and an older bundle stays, when anything is wrong."""
-    options = ExportOptions(**{field.name: getattr(args, field.name) for field in fields(ExportOptions)})
+    options = ExportOptions(
+        **{field.name: getattr(args, field.name) for field in fields(ExportOptions)}
+    )
     if args.output.exists() and not (args.output / "world.yaml").is_file():
-        raise ValueError(f"expected --output as a new name or an older bundle, {args.output} is something else")
+        raise ValueError(
+            f"expected --output as a new name or an older bundle, {args.output} is something else"
+        )
     recipe = load_recipe(args.config, args.set)
     folder = recipe.export_folder(args.transformer)
     dtype = getattr(torch, options.dtype)
@@ -144,9 +207,13 @@ def run(args: argparse.Namespace) -> None:
     prompts = open_captions(recipe, folder, footage)
     evaluation = _read_evaluation(args.evaluation) if args.evaluation else None
     scenery = make_scenery(options, footage, prompts, autoencoder.spatial_factor)
-    config, pictures = world_config(args.output.name, recipe, options, scenery), scenery.images
+    config = world_config(args.output.name, recipe, options, scenery)
+    pictures = scenery.images
     networks = transformer, autoencoder
-    kept = {name: load_transformer(recipe.export_folder(name), torch.device("cpu"), dtype) for name in args.stages}
+    kept = {
+        name: load_transformer(recipe.export_folder(name), torch.device("cpu"), dtype)
+        for name in args.stages
+    }
     size = _size((*networks, *kept.values()), pictures)
     readme = make_readme(args, recipe, config, networks, evaluation)
     draft = args.output.with_name(f".{args.output.name}.draft")
@@ -158,22 +225,35 @@ def run(args: argparse.Namespace) -> None:
         replace_folder(draft, args.output)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    print(f"{args.output}: {size / 1e6:.1f} MB; play it with: python play.py --world {shlex.quote(str(args.output))}")
+    print(
+        f"{args.output}: "
+        f"{size / 1e6:.1f} "
+        "MB; play it "
+        "with: python play.py "
+        "--world "
+        f"{shlex.quote(str(args.output))}"
+    )
 
 
 def open_footage(recipe: Recipe, folder: Path) -> Footage | None:
-    """The clips of `data.root`; None where they are gone, which only the town's may be (ValueError for another world's)."""
+    """The clips of `data.root`; None where they are gone, which only the town's may be (ValueError
+    for another world's).
+    """
     stored = folder / "prompts.safetensors"
     try:
         return Footage(recipe.data.root)
     except ValueError as error:
         if not stored.is_file() or set(PromptBook.load(stored).names) & set(MOODS):
             return None
-        raise ValueError(f"{error}; export takes captions, picture size, motion and start images from them") from None
+        raise ValueError(
+            f"{error}; export takes captions, picture size, motion and start images from them"
+        ) from None
 
 
 def open_captions(recipe: Recipe, folder: Path, footage: Footage | None) -> PromptBook:
-    """The embeddings that the transformer in `folder` was trained with; ValueError when the clips have other captions."""
+    """The embeddings that the transformer in `folder` was trained with; ValueError when the clips
+    have other captions.
+    """
     captions = MOODS if footage is None or footage.of_blocks else footage.captions
     stored = folder / "prompts.safetensors"
     if not stored.is_file():
@@ -182,24 +262,46 @@ def open_captions(recipe: Recipe, folder: Path, footage: Footage | None) -> Prom
     unknown = [caption for caption in footage.captions if caption not in prompts] if footage else []
     if unknown:
         raise ValueError(
-            f"{folder} was not trained with the caption {unknown[0]!r} of the clips in {footage.root}: set data.root to its footage"
+            f"{folder} was "
+            "not trained "
+            "with the caption "
+            f"{unknown[0]!r} of "
+            "the clips in "
+            f"{footage.root}: "
+            "set data.root "
+            "to its footage"
         )
     return prompts
 
 
-def make_scenery(options: ExportOptions, footage: Footage | None, prompts: PromptBook, factor: int) -> Scenery:
-    """What the options and the footage say; `factor`: pixels of a latent cell's side. None: the town's footage, which is gone."""
+def make_scenery(
+    options: ExportOptions, footage: Footage | None, prompts: PromptBook, factor: int
+) -> Scenery:
+    """What the options and the footage say; `factor`: pixels of a latent cell's side. None: the
+    town's footage, which is gone.
+    """
     height, width = footage.size(factor) if footage else (CollectConfig.height, CollectConfig.width)
-    height, width = options.height or height, options.width or width
+    height = options.height or height
+    width = options.width or width
     if footage is None or footage.of_blocks:
         scenery = town_scenery(options, [mood for mood in MOODS if mood in prompts], height, width)
     else:
         scenery = Scenery(
-            footage.title, height, width, options.fps or footage.fps, footage.intrinsics, footage.envelope, footage.licence,
-            footage.pictures(height, width, options.images), footage.captions[0],
-        )  # fmt: skip
+            footage.title,
+            height,
+            width,
+            options.fps or footage.fps,
+            footage.intrinsics,
+            footage.envelope,
+            footage.licence,
+            footage.pictures(height, width, options.images),
+            footage.captions[0],
+        )
     return replace(
-        scenery, title=options.title or scenery.title, fps=options.fps or scenery.fps, envelope=_changed(scenery.envelope, options.envelope)
+        scenery,
+        title=options.title or scenery.title,
+        fps=options.fps or scenery.fps,
+        envelope=_changed(scenery.envelope, options.envelope),
     )
 
 
@@ -207,9 +309,16 @@ def town_scenery(options: ExportOptions, moods: list[str], height: int, width: i
     """The town of blocks: the walker's gait is the envelope, the start images are rendered."""
     gait = Gait()
     envelope = Envelope(
-        forward=gait.walk, strafe=gait.strafe, vertical=0.0, run=gait.run, yaw=gait.yaw, pitch=gait.pitch,
-        pitch_limit=gait.pitch_limit, smoothing=0.5, style="walk",
-    )  # fmt: skip
+        forward=gait.walk,
+        strafe=gait.strafe,
+        vertical=0.0,
+        run=gait.run,
+        yaw=gait.yaw,
+        pitch=gait.pitch,
+        pitch_limit=gait.pitch_limit,
+        smoothing=0.5,
+        style="walk",
+    )
     lens = CollectConfig("blocks", Path(), height=height, width=width).intrinsics
     images = town_images(options, moods, lens, height, width)
     return Scenery(TITLE, height, width, float(FPS), lens, envelope, "Apache-2.0", images, moods[0])
@@ -226,22 +335,36 @@ def _changed(envelope: Envelope, changes: Iterable[str]) -> Envelope:
     return build(Envelope, values, "--envelope")
 
 
-def world_config(name: str, recipe: Recipe, options: ExportOptions, scenery: Scenery) -> WorldConfig:
+def world_config(
+    name: str, recipe: Recipe, options: ExportOptions, scenery: Scenery
+) -> WorldConfig:
     """`world.yaml`: what stage 3 rolled out with is the rollout."""
     dmd = recipe.dmd
     rollout = RolloutConfig(
-        steps=tuple(round(step) for step in dmd.denoise), first_steps=tuple(round(step) for step in dmd.first_denoise),
-        shift=dmd.shift, chunk=dmd.chunk, window=dmd.window, sinks=dmd.sinks, sampler=options.sampler,
-    )  # fmt: skip
+        steps=tuple(round(step) for step in dmd.denoise),
+        first_steps=tuple(round(step) for step in dmd.first_denoise),
+        shift=dmd.shift,
+        chunk=dmd.chunk,
+        window=dmd.window,
+        sinks=dmd.sinks,
+        sampler=options.sampler,
+    )
     if options.steps is not None:
         rollout = with_steps(rollout, options.steps)
     if options.sampler == "euler":
         rollout = replace(rollout, first_steps=rollout.steps)
     return WorldConfig(
-        name=name, title=scenery.title, height=scenery.height, width=scenery.width, fps=scenery.fps,
-        intrinsics=scenery.intrinsics, envelope=scenery.envelope, rollout=rollout, prompts=PromptConfig(scenery.default),
+        name=name,
+        title=scenery.title,
+        height=scenery.height,
+        width=scenery.width,
+        fps=scenery.fps,
+        intrinsics=scenery.intrinsics,
+        envelope=scenery.envelope,
+        rollout=rollout,
+        prompts=PromptConfig(scenery.default),
         licence=scenery.licence,
-    )  # fmt: skip
+    )
 
 
 def town_images(
@@ -253,23 +376,38 @@ def town_images(
         town = held_out_town(options.seed, index)
         if town.mood not in images:
             continue
-        poses = np.stack([Walker(town, [options.seed, index, candidate]).pose() for candidate in range(CANDIDATES)])
+        poses = np.stack(
+            [
+                Walker(town, [options.seed, index, candidate]).pose()
+                for candidate in range(CANDIDATES)
+            ]
+        )
         views = render(town, poses, intrinsics, height, width)
         images[town.mood].append(views[int(sharpness(to_unit(views)).argmax())].numpy())
     return images
 
 
 def make_readme(
-    args: argparse.Namespace, recipe: Recipe, config: WorldConfig,
-    networks: tuple[CausalWanTransformer, Autoencoder], evaluation: dict | None,
-) -> str:  # fmt: skip
+    args: argparse.Namespace,
+    recipe: Recipe,
+    config: WorldConfig,
+    networks: tuple[CausalWanTransformer, Autoencoder],
+    evaluation: dict | None,
+) -> str:
     """How the bundle was made, and what it can do."""
     machine = describe_machine(torch.device("cpu"))
-    hardware = args.hardware or f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}"
+    hardware = (
+        args.hardware
+        or f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}"
+    )
     counts = [f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M" for network in networks]
     parts = [
         f"# {config.name}",
-        f"{config.title}. {config.height}x{config.width} pixels, {config.fps:g} frames a second; transformer "
+        f"{config.title}. "
+        f"{config.height}x{config.width} "
+        f"pixels, {config.fps:g} "
+        "frames a "
+        "second; transformer "
         f"{counts[0]} parameters, autoencoder {counts[1]}, {args.dtype}.",
         f"Walk in it: `python play.py --world {shlex.quote(str(args.output))}`.",
         "## How it was made",
@@ -280,7 +418,9 @@ def make_readme(
         f"Recipe `{args.config}`:",
         f"```yaml\n{args.config.read_text(encoding='utf-8').strip()}\n```",
         "## What it can do",
-        markdown(evaluation) if evaluation else "Not evaluated: see `python -m distill evaluate --help`.",
+        markdown(evaluation)
+        if evaluation
+        else "Not evaluated: see `python -m distill evaluate --help`.",
     ]
     return "\n\n".join(parts).strip() + "\n"
 
@@ -293,12 +433,25 @@ def _footage(recipe: Recipe) -> str:
         return f"The footage `{recipe.data.root}` was not there at export."
     meta = read_meta(folders[0])
     if not meta["source"].startswith("blocks:"):
-        return f"{len(folders)} clips in `{recipe.data.root}`, the first from {meta['source'] or 'an unnamed source'}."
+        return (
+            f"{len(folders)} "
+            "clips in "
+            f"`{recipe.data.root}`, "
+            "the first from "
+            f"{meta['source'] or 'an unnamed source'}."
+        )
     seed = Town.from_source(meta["source"]).seed // 2 // 1_000_003  # as `collect` numbers its towns
     sizes = " ".join(f"--{name} {meta[name]}" for name in ("latents", "height", "width", "samples"))
     root = recipe.data.root
     return (
-        f"Footage: `python -m distill collect blocks --output {root} --clips {len(folders)} {sizes} --seed {seed}`, "
+        "Footage: `python "
+        "-m distill "
+        "collect blocks "
+        f"--output {root} "
+        "--clips "
+        f"{len(folders)} "
+        f"{sizes} "
+        f"--seed {seed}`, "
         f"encoded by `python -m distill encode --clips {root} --autoencoder "
         f"{recipe.export_folder(recipe.data.autoencoder or 'autoencoder')}`."
     )
@@ -306,21 +459,46 @@ def _footage(recipe: Recipe) -> str:
 
 def _stage_table(args: argparse.Namespace, recipe: Recipe) -> str:
     """Steps and hours of every stage that left metrics in the run folder."""
-    lines, overrides = [], "".join(f" --set {shlex.quote(override)}" for override in args.set)
-    for stage in (field.name for field in fields(recipe) if isinstance(getattr(recipe, field.name), StageConfig)):
+    lines = []
+    overrides = "".join(f" --set {shlex.quote(override)}" for override in args.set)
+    for stage in (
+        field.name
+        for field in fields(recipe)
+        if isinstance(getattr(recipe, field.name), StageConfig)
+    ):
         path = Path(recipe.run.folder) / stage / "metrics.jsonl"
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        records = [json.loads(line) for line in text.splitlines() if line.startswith('{"step"') and line.endswith("}")]
+        records = [
+            json.loads(line)
+            for line in text.splitlines()
+            if line.startswith('{"step"') and line.endswith("}")
+        ]
         if records:
-            settings, hours = getattr(recipe, stage), sum(record["seconds"] for record in records) / 3600
+            settings = getattr(recipe, stage)
+            hours = sum(record["seconds"] for record in records) / 3600
             command = f"`python -m distill train {args.config} --stage {stage}{overrides}`"
-            lines.append([command, str(records[-1]["step"]), str(settings.batch), f"{settings.lr:g}", f"{hours:.2f}"])
+            lines.append(
+                [
+                    command,
+                    str(records[-1]["step"]),
+                    str(settings.batch),
+                    f"{settings.lr:g}",
+                    f"{hours:.2f}",
+                ]
+            )
     note = ""
     if args.stages:
         names = ", ".join(f"`stages/{name}`" for name in args.stages)
         note = f"\n\nKept beside the world for comparison and further training: {names}."
     if not lines:
-        return f"The run folder `{recipe.run.folder}` was not there at export: no figures of the training."
+        return (
+            "The run folder "
+            f"`{recipe.run.folder}` "
+            "was not "
+            "there at export: no "
+            "figures of the "
+            "training."
+        )
     return table(["command", "steps", "batch", "learning rate", "hours"], lines) + note
 
 
@@ -329,11 +507,15 @@ def _read_evaluation(path: Path) -> dict:
         found = json.loads(path.read_text(encoding="utf-8"))
         markdown(found)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"expected --evaluation as the JSON that `distill evaluate` writes, got {path}") from None
+        raise ValueError(
+            f"expected --evaluation as the JSON that `distill evaluate` writes, got {path}"
+        ) from None
     return found
 
 
 def _size(networks: tuple, pictures: dict[str, list[np.ndarray]]) -> int:
     """Bytes of the bundle, pictures counted uncompressed."""
-    weights = sum(p.numel() * p.element_size() for network in networks for p in network.state_dict().values())
+    weights = sum(
+        p.numel() * p.element_size() for network in networks for p in network.state_dict().values()
+    )
     return weights + sum(picture.nbytes for group in pictures.values() for picture in group)

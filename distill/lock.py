@@ -11,9 +11,18 @@ LOCK = ".lock"  # stays behind; what counts is who holds it, and a killed proces
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Makes `folder` and keeps others out of this block; ValueError when another process is in it. Locks nothing on Windows."""
+    """Makes `folder` and keeps others out of this block; ValueError when another process is in it.
+    Locks nothing on Windows.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a") as file:
         if not lock(file):
-            raise ValueError(f"another process is writing into {folder}: wait for its end, or choose another folder")
+            raise ValueError(
+                "another process "
+                "is writing "
+                f"into {folder}: "
+                "wait for its end, "
+                "or choose "
+                "another folder"
+            )
         yield

@@ -1,7 +1,8 @@
 """Several processes on one run: `torchrun --standalone --nproc_per_node=2 -m distill train ...`.
 
-Every process holds the whole model, takes its share of each batch and averages gradients with the others. Two processes of one
-thread each also train faster on two CPU cores than one with two threads: nothing waits at a barrier after every small operation.
+Every process holds the whole model, takes its share of each batch and averages gradients with the
+others. Two processes of one thread each also train faster on two CPU cores than one with two
+threads: nothing waits at a barrier after every small operation.
 """
 
 from dataclasses import dataclass
@@ -29,13 +30,26 @@ class Processes:
         return self.rank == 0
 
     def share(self, batch: int) -> int:
-        """Samples of a batch that this process takes; ValueError when they cannot be shared out evenly."""
+        """Samples of a batch that this process takes; ValueError when they cannot be shared out
+        evenly.
+        """
         if batch % self.count:
-            raise ValueError(f"a batch of {batch} cannot be shared by {self.count} processes: change the batch or --nproc_per_node")
+            raise ValueError(
+                f"a batch of {batch} "
+                "cannot "
+                "be shared by "
+                f"{self.count} "
+                "processes: "
+                "change "
+                "the batch or "
+                "--nproc_per_node"
+            )
         return batch // self.count
 
     def seed(self, seed: int, step: int) -> int:
-        """Seed of the random draws of one step: a function of the step, so that a continued run draws what it would have drawn."""
+        """Seed of the random draws of one step: a function of the step, so that a continued run
+        draws what it would have drawn.
+        """
         return hash((seed, step, self.rank)) % 2**63
 
     def average(self, gradients: list[Tensor]) -> None:
@@ -45,7 +59,9 @@ class Processes:
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
         flat /= self.count
-        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        for gradient, mean in zip(
+            gradients, flat.split([g.numel() for g in gradients]), strict=True
+        ):
             gradient.copy_(mean.view_as(gradient))
 
     def any(self, flag: bool, device: torch.device) -> bool:

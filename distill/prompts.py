@@ -1,4 +1,6 @@
-"""Prompt embeddings of a recipe: stored ones, or drawn from the captions themselves where no text encoder is wanted."""
+"""Prompt embeddings of a recipe: stored ones, or drawn from the captions themselves where no text
+encoder is wanted.
+"""
 
 import hashlib
 from collections.abc import Iterable
@@ -10,29 +12,48 @@ from worldmodel.text import PromptBook
 
 
 def make_prompt_book(captions: Iterable[str], length: int, dim: int) -> PromptBook:
-    """A fixed random embedding `[length, dim]` of unit variance for every caption, the same on every machine.
+    """A fixed random embedding `[length, dim]` of unit variance for every caption, the same on
+    every machine.
 
-    Differs: a world with a handful of captions needs names, not language; a caption's SHA-256 seeds its embedding.
+    Differs: a world with a handful of captions needs names, not language; a caption's SHA-256 seeds
+    its embedding.
     """
     embeddings = {}
     for caption in sorted(set(captions)):
         seed = int.from_bytes(hashlib.sha256(caption.encode()).digest()[:8], "big") >> 1
-        embeddings[caption] = torch.randn(length, dim, generator=torch.Generator().manual_seed(seed))
+        embeddings[caption] = torch.randn(
+            length, dim, generator=torch.Generator().manual_seed(seed)
+        )
     return PromptBook(embeddings)
 
 
 def open_prompts(recipe: Recipe, captions: Iterable[str]) -> PromptBook:
-    """The book in `data.prompts`, or one made from the captions; ValueError when it does not fit captions or model."""
+    """The book in `data.prompts`, or one made from the captions; ValueError when it does not fit
+    captions or model.
+    """
     captions = sorted(set(captions))
     if not recipe.data.prompts:
         return make_prompt_book(captions, recipe.model.text_length, recipe.model.text_dim)
     book = PromptBook.load(recipe.data.prompts)
     missing = [caption for caption in captions if caption not in book]
     if missing:
-        raise ValueError(f"{recipe.data.prompts} has no prompt {missing[0]!r}, but clips have: add it, or leave data.prompts empty")
+        raise ValueError(
+            f"{recipe.data.prompts} "
+            "has no "
+            f"prompt {missing[0]!r}, "
+            "but clips have: "
+            "add it, "
+            "or leave "
+            "data.prompts "
+            "empty"
+        )
     if book.shape[1] != recipe.model.text_dim:
         raise ValueError(
-            f"{recipe.data.prompts} holds embeddings of width {book.shape[1]}, but model.text_dim is "
+            f"{recipe.data.prompts} "
+            "holds "
+            "embeddings of "
+            f"width {book.shape[1]}, but "
+            "model.text_dim is "
             f"{recipe.model.text_dim}: set it to {book.shape[1]}"
         )
     return book

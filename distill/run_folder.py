@@ -1,4 +1,5 @@
-"""The folder of one stage's run: checkpoints that survive `kill -9`, metrics, pictures, the exported result.
+"""The folder of one stage's run: checkpoints that survive `kill -9`, metrics, pictures, the
+exported result.
 
     runs/<recipe>/<stage>/
         checkpoints/step-00000500/   one safetensors file a network and an optimiser, state.json
@@ -28,17 +29,29 @@ from worldmodel.command_line import first_line
 
 KEEP = 2  # checkpoints
 _STEP = "step-" + 8 * "[0-9]"
-_UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
+_UNREADABLE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    SafetensorError,
+)
 
 
 class RunFolder:
-    """Reads and writes one stage's run; `config` is the plain dictionary that a checkpoint must agree with.
+    """Reads and writes one stage's run; `config` is the plain dictionary that a checkpoint must
+    agree with.
 
-    defaults: the same of a recipe that names nothing: what a checkpoint was trained with that is older than an option.
+    defaults: the same of a recipe that names nothing: what a checkpoint was trained with that is
+    older than an option.
     """
 
     def __init__(self, root: Path, config: dict, defaults: dict):
-        self.root, self.config, self.defaults = Path(root), config, defaults
+        self.root = Path(root)
+        self.config = config
+        self.defaults = defaults
         self.checkpoints = self.root / "checkpoints"
 
     def held(self) -> AbstractContextManager[None]:
@@ -50,12 +63,16 @@ class RunFolder:
         return max(self.checkpoints.glob(_STEP), default=None)
 
     def save(self, step: int, stage, drawn: int) -> Path:
-        """Writes all that the next step depends on; `drawn` samples have been taken from the dataset so far.
+        """Writes all that the next step depends on; `drawn` samples have been taken from the
+        dataset so far.
 
-        Random draws are functions of the seed and the step, so there is no generator's state to keep.
+        Random draws are functions of the seed and the step, so there is no generator's state to
+        keep.
         """
         final = self.checkpoints / f"step-{step:08d}"
-        for left in self.checkpoints.glob(".step-*.partial"):  # of a run that was killed while it wrote
+        for left in self.checkpoints.glob(
+            ".step-*.partial"
+        ):  # of a run that was killed while it wrote
             shutil.rmtree(left)
         with replacing(final) as folder:
             for name, module in stage.modules.items():
@@ -69,7 +86,8 @@ class RunFolder:
         return final
 
     def restore(self, stage) -> tuple[int, int]:
-        """Puts the newest checkpoint into `stage`; returns (step, drawn). (0, 0) where there is none.
+        """Puts the newest checkpoint into `stage`; returns (step, drawn). (0, 0) where there is
+        none.
 
         ValueError when the checkpoint belongs to another config or is not what this stage needs.
         """
@@ -105,7 +123,9 @@ class RunFolder:
         (self.root / "samples" / f"step-{step:08d}.png").write_bytes(encoded.tobytes())
 
     def export(self, stage) -> Path:
-        """Writes the stage's result to `export/`; the one before stays until the new one is complete."""
+        """Writes the stage's result to `export/`; the one before stays until the new one is
+        complete.
+        """
         final = self.root / "export"
         with replacing(final) as folder:
             stage.export(folder)
@@ -117,14 +137,25 @@ class RunFolder:
                 was = saved.get(section, {}).get(key, self.defaults[section][key])
                 if was != value:
                     raise ValueError(
-                        f"{folder} was trained with {section}.{key} = {was}, not {value}: set it back, or give this run another run.folder"
+                        f"{folder} was "
+                        "trained with "
+                        f"{section}.{key} "
+                        f"= {was}, not "
+                        f"{value}: "
+                        "set it back, or "
+                        "give this run "
+                        "another run.folder"
                     )
 
     def drop_metrics_after(self, step: int) -> None:
         """Forgets the lines of steps that a run continued from `step` will do again."""
         path = self.root / "metrics.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
+            lines = [
+                line
+                for line in path.read_text().splitlines(keepends=True)
+                if _step_of(line) <= step
+            ]
             part = path.with_suffix(".partial")
             part.write_text("".join(lines))
             part.replace(path)
@@ -150,11 +181,21 @@ def replacing(final: Path) -> Iterator[Path]:
 
 
 def _unreadable(folder: Path, error: Exception) -> ValueError:
-    return ValueError(f"the checkpoint {folder} cannot be read ({first_line(error)}): remove that folder to go on from the one before")
+    return ValueError(
+        "the checkpoint "
+        f"{folder} "
+        "cannot be read "
+        f"({first_line(error)}): "
+        "remove that "
+        "folder to go on from "
+        "the one before"
+    )
 
 
 def _step_of(line: str) -> float:
-    """Step of a metrics line; a line that a killed run left half written counts as later than all."""
+    """Step of a metrics line; a line that a killed run left half written counts as later than
+    all.
+    """
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):
@@ -167,19 +208,27 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": tensor.contiguous() for index, values in state.items() for name, tensor in values.items()}
+    return {
+        f"{index}.{name}": tensor.contiguous()
+        for index, values in state.items()
+        for name, tensor in values.items()
+    }
 
 
 def _unflatten(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """The groups (learning rate, betas) are those of the config, not of the file.
 
-    A tensor of a parameter's shape takes its memory layout too: fused optimisers walk through both side by side.
+    A tensor of a parameter's shape takes its memory layout too: fused optimisers walk through both
+    side by side.
     """
     state: dict[int, dict[str, Tensor]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
         like = parameters[int(index)]
-        state.setdefault(int(index), {})[name] = torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
+        state.setdefault(int(index), {})[name] = (
+            torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor
+        )
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )

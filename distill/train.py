@@ -1,5 +1,6 @@
-"""The one training loop. Stages say what a loss is; this does the rest: batches, precision, clipping, learning rate,
-averages, checkpoints, metrics, pictures. A killed run goes on from its last checkpoint as if nothing had happened.
+"""The one training loop. Stages say what a loss is; this does the rest: batches, precision,
+clipping, learning rate, averages, checkpoints, metrics, pictures. A killed run goes on from its
+last checkpoint as if nothing had happened.
 """
 
 import argparse
@@ -34,29 +35,58 @@ FREE = {"steps", "sample_steps", "autoencoder", "root"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="recipe, a YAML file such as configs/blocks/cpu.yaml")
-    parser.add_argument("--stage", required=True, choices=list(STAGES), help="stage of the recipe to train")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. dmd.lr=2e-5; may be repeated")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
-    parser.add_argument("--export-only", action="store_true", help="write the newest checkpoint's export/ and stop")
+    parser.add_argument(
+        "--stage", required=True, choices=list(STAGES), help="stage of the recipe to train"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override, e.g. dmd.lr=2e-5; may be repeated",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint, if there is one"
+    )
+    parser.add_argument(
+        "--export-only", action="store_true", help="write the newest checkpoint's export/ and stop"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    train(load_recipe(args.config, args.set), args.stage, resume=args.resume, export_only=args.export_only)
+    train(
+        load_recipe(args.config, args.set),
+        args.stage,
+        resume=args.resume,
+        export_only=args.export_only,
+    )
 
 
 def train(recipe: Recipe, name: str, *, resume: bool = False, export_only: bool = False) -> Path:
     """Trains stage `name` of a recipe to its end and returns the folder of the exported result.
 
-    SIGTERM and Ctrl-C leave a checkpoint, export nothing and raise `Stopped`. ValueError for a run folder that is in use without
-    `resume`, that another process trains in, or that belongs to another config, and for a loss that is no number.
+    SIGTERM and Ctrl-C leave a checkpoint, export nothing and raise `Stopped`. ValueError for a run
+    folder that is in use without `resume`, that another process trains in, or that belongs to
+    another config, and for a loss that is no number.
     """
     config: StageConfig = getattr(recipe, name)
-    folder = RunFolder(Path(recipe.run.folder) / name, _identity(recipe, name), _identity(Recipe(), name))
+    folder = RunFolder(
+        Path(recipe.run.folder) / name, _identity(recipe, name), _identity(Recipe(), name)
+    )
     if folder.newest() and not (resume or export_only):
-        raise ValueError(f"{folder.root} holds a run already ({folder.newest().name}): add --resume, or choose another run.folder")
+        raise ValueError(
+            f"{folder.root} holds "
+            "a run already "
+            f"({folder.newest().name}): "
+            "add --resume, "
+            "or choose another "
+            "run.folder"
+        )
     if export_only and not folder.newest():
         raise ValueError(f"{folder.root} has no checkpoint to export: train the stage first")
-    accelerator = Accelerator(cpu=recipe.run.device == "cpu", log_with=_trackers(), project_dir=folder.root)
+    accelerator = Accelerator(
+        cpu=recipe.run.device == "cpu", log_with=_trackers(), project_dir=folder.root
+    )
     if recipe.run.device == "cuda" and accelerator.device.type != "cuda":
         raise ValueError("run.device is cuda, but torch sees no such device: set it to auto or cpu")
     torch.manual_seed(recipe.run.seed)
@@ -81,12 +111,24 @@ def train(recipe: Recipe, name: str, *, resume: bool = False, export_only: bool 
 
 
 def _loop(
-    recipe: Recipe, config: StageConfig, stage: Stage, folder: RunFolder, processes: Processes, accelerator, step: int, drawn: int
+    recipe: Recipe,
+    config: StageConfig,
+    stage: Stage,
+    folder: RunFolder,
+    processes: Processes,
+    accelerator,
+    step: int,
+    drawn: int,
 ) -> Stopped | None:
     """Steps `step` .. `config.steps`, or until a signal asks to stop."""
     options = recipe.run
-    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=options.precision == "bfloat16")
-    count, saved, stopping, meter = config.batch * stage.batches, time.monotonic(), False, Meter(step)
+    autocast = torch.autocast(
+        accelerator.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"
+    )
+    count = config.batch * stage.batches
+    saved = time.monotonic()
+    stopping = False
+    meter = Meter(step)
     generator = torch.Generator(accelerator.device)
     with (
         StopRequest() as stop,
@@ -96,19 +138,36 @@ def _loop(
         while step < config.steps and not stopping:
             _set_learning_rate(stage, config, step)
             generator.manual_seed(processes.seed(recipe.run.seed, step))
-            for update in train_step(stage, next(batches), step, generator, autocast, recipe.optimiser.grad_clip, processes):
+            for update in train_step(
+                stage,
+                next(batches),
+                step,
+                generator,
+                autocast,
+                recipe.optimiser.grad_clip,
+                processes,
+            ):
                 meter.add(*update)
-            step, drawn = step + 1, drawn + count
+            step = step + 1
+            drawn = drawn + count
             bar.update()
             stopping = processes.any(stop.number > 0, accelerator.device)
             if not processes.is_main:
                 continue
             save = _due(step, config, options, saved, stopping)
             if save or step % options.log_every == 0:
-                line = meter.line(step, count, {name: o.param_groups[0]["lr"] for name, o in stage.optimizers.items()})
+                line = meter.line(
+                    step,
+                    count,
+                    {name: o.param_groups[0]["lr"] for name, o in stage.optimizers.items()},
+                )
                 folder.log(line)
-                accelerator.log({key: value for key, value in line.items() if key != "step"}, step=step)
-                bar.set_postfix({key: f"{value:.4f}" for key, value in line.items() if key.startswith("loss/")})
+                accelerator.log(
+                    {key: value for key, value in line.items() if key != "step"}, step=step
+                )
+                bar.set_postfix(
+                    {key: f"{value:.4f}" for key, value in line.items() if key.startswith("loss/")}
+                )
             if options.sample_every and step % options.sample_every == 0:
                 _picture(stage, folder, step, recipe.run.seed, autocast, accelerator.device)
             if save:
@@ -117,19 +176,37 @@ def _loop(
     processes.wait()
     if step == config.steps:
         return None
-    sentence = f"stopped at step {step} of {config.steps}, export/ is left as it was; --resume goes on from there."
+    sentence = (
+        "stopped at step "
+        f"{step} of "
+        f"{config.steps}, "
+        "export/ "
+        "is left as it was; "
+        "--resume goes "
+        "on from there."
+    )
     return Stopped(stop.number or signal.SIGTERM, sentence if processes.is_main else "")
 
 
 def train_step(
-    stage: Stage, batch: dict, step: int, generator: torch.Generator, autocast, grad_clip: float, processes: Processes
+    stage: Stage,
+    batch: dict,
+    step: int,
+    generator: torch.Generator,
+    autocast,
+    grad_clip: float,
+    processes: Processes,
 ) -> Iterator[tuple[str, Tensor, Tensor, dict]]:
-    """One step of a stage, lazily: after each of its updates that optimiser's name, the loss, the gradient's norm and the metrics."""
+    """One step of a stage, lazily: after each of its updates that optimiser's name, the loss, the
+    gradient's norm and the metrics.
+    """
     for name, loss, metrics in _under(autocast, stage.losses(batch, step, generator)):
         yield name, loss, _update(stage, name, loss, step, grad_clip, processes), metrics
 
 
-def _update(stage: Stage, name: str, loss: Tensor, step: int, grad_clip: float, processes: Processes) -> Tensor:
+def _update(
+    stage: Stage, name: str, loss: Tensor, step: int, grad_clip: float, processes: Processes
+) -> Tensor:
     """One backward pass and optimiser step; returns the gradient's global norm before clipping."""
     optimizer = stage.optimizers[name]
     optimizer.zero_grad(set_to_none=True)
@@ -154,7 +231,9 @@ def _under(autocast, losses: Iterator) -> Iterator:
 
 
 def learning_rate_factor(config: StageConfig, step: int) -> float:
-    """Share of the peak learning rate at a step: linear rise, plateau, decay from `decay_from` to `lr_end`."""
+    """Share of the peak learning rate at a step: linear rise, plateau, decay from `decay_from` to
+    `lr_end`.
+    """
     rise = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     if config.decay == "constant" or config.decay_from >= 1.0:
         return rise
@@ -173,7 +252,9 @@ def _set_learning_rate(stage: Stage, config: StageConfig, step: int) -> None:
 def _due(step: int, config: StageConfig, options, saved: float, stopping: bool) -> bool:
     """Whether to write a checkpoint after this step."""
     by_steps = options.checkpoint_every and step % options.checkpoint_every == 0
-    by_time = options.checkpoint_minutes and time.monotonic() - saved >= 60 * options.checkpoint_minutes
+    by_time = (
+        options.checkpoint_minutes and time.monotonic() - saved >= 60 * options.checkpoint_minutes
+    )
     return bool(by_steps or by_time or stopping or step == config.steps)
 
 
@@ -186,14 +267,19 @@ def _picture(stage: Stage, folder: RunFolder, step: int, seed: int, autocast, de
 
 
 class Meter:
-    """Means of losses, gradient norms and metrics since the last line. Sums stay on the device until then."""
+    """Means of losses, gradient norms and metrics since the last line. Sums stay on the device
+    until then.
+    """
 
     def __init__(self, step: int):
         self._sums: dict[str, Tensor | float] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
-        self._step, self._since = step, time.monotonic()
+        self._step = step
+        self._since = time.monotonic()
 
-    def add(self, name: str, loss: Tensor, norm: Tensor, metrics: dict[str, float | Tensor]) -> None:
+    def add(
+        self, name: str, loss: Tensor, norm: Tensor, metrics: dict[str, float | Tensor]
+    ) -> None:
         values = {
             f"loss/{name}": loss.detach(),
             f"grad_norm/{name}": norm.detach(),
@@ -204,16 +290,27 @@ class Meter:
             self._counts[key] += 1
 
     def line(self, step: int, samples: int, rates: dict[str, float]) -> dict[str, float]:
-        """One line of metrics.jsonl; ValueError when a loss or gradient is no number: such weights are not saved."""
+        """One line of metrics.jsonl; ValueError when a loss or gradient is no number: such weights
+        are not saved.
+        """
         means = {key: float(total) / self._counts[key] for key, total in self._sums.items()}
         for key, value in means.items():
             if key.startswith(("loss/", "grad_norm/")) and not math.isfinite(value):
-                raise ValueError(f"{key} became {value} before step {step}: lower the learning rate and train in a new run.folder")
+                raise ValueError(
+                    f"{key} became "
+                    f"{value} before "
+                    f"step {step}: "
+                    "lower the "
+                    "learning rate "
+                    "and train in a new "
+                    "run.folder"
+                )
         seconds = time.monotonic() - self._since
         steps = step - self._step
         self._sums.clear()
         self._counts.clear()
-        self._step, self._since = step, time.monotonic()
+        self._step = step
+        self._since = time.monotonic()
         rates = {f"lr/{name}": rate for name, rate in rates.items()}
         return {
             "step": step,
@@ -225,12 +322,20 @@ class Meter:
 
 
 class Batches:
-    """Endless collated batches (this process's share) from a stage's dataset; the next is fetched while the current one trains."""
+    """Endless collated batches (this process's share) from a stage's dataset; the next is fetched
+    while the current one trains.
+    """
 
     def __init__(self, stage: Stage, count: int, processes: Processes, seed: int, drawn: int):
-        self._stage, self._count, self._seed, self._drawn = stage, count, seed, drawn
-        self._mine = slice(processes.rank * processes.share(count), (processes.rank + 1) * processes.share(count))
-        self._dataset, self._pool = stage.dataset(), ThreadPoolExecutor(1)
+        self._stage = stage
+        self._count = count
+        self._seed = seed
+        self._drawn = drawn
+        self._mine = slice(
+            processes.rank * processes.share(count), (processes.rank + 1) * processes.share(count)
+        )
+        self._dataset = stage.dataset()
+        self._pool = ThreadPoolExecutor(1)
 
     def __enter__(self) -> "Batches":
         self._next = self._pool.submit(self._fetch, self._drawn)
@@ -246,11 +351,18 @@ class Batches:
         return batch
 
     def _fetch(self, drawn: int) -> dict:
-        return default_collate([self._dataset[index] for index in self._stage.indices(drawn, self._count, self._seed)[self._mine]])
+        return default_collate(
+            [
+                self._dataset[index]
+                for index in self._stage.indices(drawn, self._count, self._seed)[self._mine]
+            ]
+        )
 
 
 class StopRequest:
-    """SIGTERM and the first Ctrl-C ask the loop to stop after the current step; a second Ctrl-C stops at once."""
+    """SIGTERM and the first Ctrl-C ask the loop to stop after the current step; a second Ctrl-C
+    stops at once.
+    """
 
     def __init__(self):
         self.number = 0  # of the signal
@@ -258,7 +370,10 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         self._before = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+            self._before = {
+                number: signal.signal(number, self._ask)
+                for number in (signal.SIGTERM, signal.SIGINT)
+            }
         return self
 
     def __exit__(self, *_) -> None:
@@ -276,7 +391,10 @@ def _identity(recipe: Recipe, name: str) -> dict:
     sections = {"data": recipe.data, "optimiser": recipe.optimiser, name: config}
     if isinstance(config, TransformerConfig):
         sections["model"] = recipe.model
-    kept = {section: {k: v for k, v in as_dict(values).items() if k not in FREE} for section, values in sections.items()}
+    kept = {
+        section: {k: v for k, v in as_dict(values).items() if k not in FREE}
+        for section, values in sections.items()
+    }
     return {**kept, "run": {"seed": recipe.run.seed, "precision": recipe.run.precision}}
 
 

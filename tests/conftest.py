@@ -28,17 +28,29 @@ class Payload:
 
 
 def make_tiny_bundle(folder, wan=False, **rollout):
-    """Writes a complete bundle with random weights; `wan`: with Wan2.1's autoencoder; `rollout` overrides its RolloutConfig."""
+    """Writes a complete bundle with random weights; `wan`: with Wan2.1's autoencoder; `rollout`
+    overrides its RolloutConfig.
+    """
     torch.manual_seed(7)
     transformer = CausalWanTransformer(
-        num_attention_heads=2, attention_head_dim=24, text_dim=8, freq_dim=16, ffn_dim=64, num_layers=2
+        num_attention_heads=2,
+        attention_head_dim=24,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=64,
+        num_layers=2,
     )
     for block in transformer.blocks:  # zero at the start of training; here the camera must matter
         torch.nn.init.normal_(block.attn1.prope_out.weight, std=0.2)
     autoencoder = TinyAutoencoder(
-        encoder_widths=(8, 8, 8, 8), encoder_blocks=(1, 1, 1), decoder_widths=(8, 8, 8, 8), decoder_blocks=(1, 1, 1)
+        encoder_widths=(8, 8, 8, 8),
+        encoder_blocks=(1, 1, 1),
+        decoder_widths=(8, 8, 8, 8),
+        decoder_blocks=(1, 1, 1),
     )
-    torch.nn.init.normal_(autoencoder.decoder[-1].weight, std=0.02)  # soft pictures, which a video codec can keep
+    torch.nn.init.normal_(
+        autoencoder.decoder[-1].weight, std=0.02
+    )  # soft pictures, which a video codec can keep
     if wan:
         autoencoder = WanAutoencoder(AutoencoderKLWan(base_dim=8, z_dim=16, num_res_blocks=1))
     config = WorldConfig(
@@ -55,9 +67,12 @@ def make_tiny_bundle(folder, wan=False, **rollout):
     )
     draw = np.random.default_rng(0)
     pictures = {
-        name: [draw.integers(0, 256, (32, 48, 3), dtype=np.uint8) for _ in range(2)] for name in ("grey", "loud")
+        name: [draw.integers(0, 256, (32, 48, 3), dtype=np.uint8) for _ in range(2)]
+        for name in ("grey", "loud")
     }
-    prompts = PromptBook({"grey": torch.randn(3, 8), "loud": torch.randn(3, 8)}, {"grey": "grey noise"})
+    prompts = PromptBook(
+        {"grey": torch.randn(3, 8), "loud": torch.randn(3, 8)}, {"grey": "grey noise"}
+    )
     save_world(folder, config, transformer, autoencoder, prompts, pictures, readme="# tiny\n")
     return folder
 
@@ -76,8 +91,11 @@ def tiny_world(tiny_bundle):
 
 @pytest.fixture(autouse=True)
 def own_torch():
-    """What a test sets torch to (`--threads`, play.py's precision) is its own: dreams are equal to the bit only with equal settings."""
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    """What a test sets torch to (`--threads`, play.py's precision) is its own: dreams are equal to
+    the bit only with equal settings.
+    """
+    threads = torch.get_num_threads()
+    precision = torch.get_float32_matmul_precision()
     yield
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)

@@ -1,4 +1,6 @@
-"""The tiny autoencoder: published layout and values, streams equal clips, its training stage and `distill encode`."""
+"""The tiny autoencoder: published layout and values, streams equal clips, its training stage and
+`distill encode`.
+"""
 
 import json
 import shutil
@@ -13,12 +15,22 @@ from safetensors.torch import load_file
 from distill.__main__ import main
 from distill.data.clips import LATENTS, write_clip
 from distill.data.encode import encode_clips, encoder_fingerprint, latents_encoder
-from distill.stages.autoencoder import AutoencoderConfig, AutoencoderStage, VideoWindows, detail_term
+from distill.stages.autoencoder import (
+    AutoencoderConfig,
+    AutoencoderStage,
+    VideoWindows,
+    detail_term,
+)
 from worldmodel.autoencoder import TinyAutoencoder, WanAutoencoder
 from worldmodel.world import open_autoencoder
 
 GOLDEN = Path(__file__).parent / "golden"
-TINY = {"encoder_widths": (8, 8, 8, 8), "encoder_blocks": (1, 1, 1), "decoder_widths": (12, 8, 8, 8), "decoder_blocks": (1, 1, 1)}
+TINY = {
+    "encoder_widths": (8, 8, 8, 8),
+    "encoder_blocks": (1, 1, 1),
+    "decoder_widths": (12, 8, 8, 8),
+    "decoder_blocks": (1, 1, 1),
+}
 
 
 def tiny(seed: int = 0, **overrides) -> TinyAutoencoder:
@@ -39,9 +51,16 @@ def footage(frames: int, height: int = 16, width: int = 24, seed: int = 0) -> np
 def clip(root: Path, name: str, frames: int = 9, seed: int = 0) -> Path:
     latents = (frames + 3) // 4
     write_clip(
-        root, name, footage(frames, seed=seed), np.tile(np.eye(4), (latents, 1, 1)), np.array([0.5, 0.9, 0.5, 0.5]),
-        caption="meadow", fps=16, source="test", licence="CC0-1.0",
-    )  # fmt: skip
+        root,
+        name,
+        footage(frames, seed=seed),
+        np.tile(np.eye(4), (latents, 1, 1)),
+        np.array([0.5, 0.9, 0.5, 0.5]),
+        caption="meadow",
+        fps=16,
+        source="test",
+        licence="CC0-1.0",
+    )
     return root / name
 
 
@@ -49,10 +68,15 @@ def clip(root: Path, name: str, frames: int = 9, seed: int = 0) -> Path:
 def published() -> tuple[TinyAutoencoder, dict[str, torch.Tensor]]:
     """The published widths with the golden recipe's weights."""
     golden = json.loads((GOLDEN / "taehv.json").read_text())
-    generator, weights = np.random.default_rng(golden["weight_seed"]), {}
+    generator = np.random.default_rng(golden["weight_seed"])
+    weights = {}
     for name, shape in golden["state_dict"]:
         values = generator.standard_normal(shape)
-        values = 0.05 * values if name.endswith("bias") else values * np.sqrt(2 / np.prod(shape[1:])) * 0.8
+        values = (
+            0.05 * values
+            if name.endswith("bias")
+            else values * np.sqrt(2 / np.prod(shape[1:])) * 0.8
+        )
         weights[name] = torch.from_numpy(values.astype(np.float32))
     model = TinyAutoencoder()
     model.load_state_dict(weights, strict=True)
@@ -61,24 +85,34 @@ def published() -> tuple[TinyAutoencoder, dict[str, torch.Tensor]]:
 
 def test_published_names_and_shapes(published):
     expected = json.loads((GOLDEN / "taehv_state_dict.json").read_text())
-    assert [[name, list(tensor.shape)] for name, tensor in published[0].state_dict().items()] == expected
+    assert [
+        [name, list(tensor.shape)] for name, tensor in published[0].state_dict().items()
+    ] == expected
 
 
 @torch.no_grad()
 def test_published_values(published):
     model, golden = published
-    latents, decoder = golden["latent_in"].transpose(1, 2), model.streaming_decoder()
+    latents = golden["latent_in"].transpose(1, 2)
+    decoder = model.streaming_decoder()
     decoded = golden["decoded"].transpose(1, 2) * 2 - 1
-    torch.testing.assert_close(decoder.step(latents, clamp=False), decoded[:, :, 3:], atol=1e-4, rtol=0)
-    # The reference keeps the three frames that we drop, and encodes four different frames where our stream has begun.
+    torch.testing.assert_close(
+        decoder.step(latents, clamp=False), decoded[:, :, 3:], atol=1e-4, rtol=0
+    )
+    # The reference keeps the three frames that we drop, and encodes four different frames where our
+    # stream has begun.
     encoder = model.streaming_encoder()
     video = golden["video"].transpose(1, 2) * 2 - 1
     first = torch.cat([video[:, :, :1]] * 4, 2)
     memory = encoder.state()._replace(started=True)
     encoder.restore(memory)
-    torch.testing.assert_close(encoder.step(video), golden["encoded"].transpose(1, 2), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        encoder.step(video), golden["encoded"].transpose(1, 2), atol=1e-4, rtol=0
+    )
     encoder.restore(memory)
-    torch.testing.assert_close(model.encode(video[:, :, :1]), encoder.step(first), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        model.encode(video[:, :, :1]), encoder.step(first), atol=1e-5, rtol=0
+    )
 
 
 @torch.no_grad()
@@ -86,7 +120,8 @@ def test_published_values(published):
 def test_stream_equals_clip(shape):
     model = tiny(**shape)
     video = torch.rand(2, 3, 13, 16, 24) * 2 - 1
-    encoder, decoder = model.streaming_encoder(), model.streaming_decoder()
+    encoder = model.streaming_encoder()
+    decoder = model.streaming_decoder()
     latents = model.encode(video)
     assert latents.shape == (2, 16, 4, 2, 3)
     pieces = [encoder.step(piece) for piece in video.split([1, 4, 8], 2)]
@@ -98,7 +133,9 @@ def test_stream_equals_clip(shape):
     torch.testing.assert_close(torch.cat(pieces, 2), decoded, atol=1e-5, rtol=1e-5)
     assert (model.decode(20 * latents) <= 1).all()
     decoder.reset()
-    frames = [frame for piece in latents.split(1, 2) for frame in decoder.frames(piece)]  # one by one: the first of a latent is early
+    frames = [
+        frame for piece in latents.split(1, 2) for frame in decoder.frames(piece)
+    ]  # one by one: the first of a latent is early
     assert [frame.shape[2] for frame in frames] == [1] * 13
     torch.testing.assert_close(torch.cat(frames, 2), decoded.clamp(-1, 1), atol=1e-5, rtol=1e-5)
 
@@ -107,7 +144,8 @@ def test_stream_equals_clip(shape):
 def test_state_goes_back_and_forks():
     model = tiny()
     latents = torch.randn(1, 16, 4, 2, 3)
-    decoder, fork = model.streaming_decoder(), model.streaming_decoder()
+    decoder = model.streaming_decoder()
+    fork = model.streaming_decoder()
     decoder.step(latents[:, :, :2])
     state = decoder.state()
     third = decoder.step(latents[:, :, 2:3])
@@ -126,7 +164,11 @@ def test_state_goes_back_and_forks():
 
 def test_wrong_input_is_named():
     model = tiny()
-    for shape, message in [((1, 3, 4, 16, 24), "4F - 3"), ((1, 3, 5, 12, 24), "multiples of 8"), ((3, 5, 16, 24), "got shape")]:
+    for shape, message in [
+        ((1, 3, 4, 16, 24), "4F - 3"),
+        ((1, 3, 5, 12, 24), "multiples of 8"),
+        ((3, 5, 16, 24), "got shape"),
+    ]:
         with pytest.raises(ValueError, match=message):
             model.encode(torch.zeros(shape))
     with pytest.raises(ValueError, match="expected latents"):
@@ -140,7 +182,8 @@ def test_wrong_input_is_named():
 
 
 def test_save_and_load(tmp_path):
-    model, latents = tiny(), torch.randn(1, 16, 2, 2, 3)
+    model = tiny()
+    latents = torch.randn(1, 16, 2, 2, 3)
     model.save_pretrained(tmp_path)
     loaded = TinyAutoencoder.from_pretrained(tmp_path)
     assert torch.equal(loaded.decode(latents), model.decode(latents))
@@ -155,7 +198,8 @@ def small_stage(clips: Path, **overrides) -> AutoencoderStage:
 
 
 def train(stage: AutoencoderStage, steps: int) -> list[float]:
-    generator, values = torch.Generator().manual_seed(0), []
+    generator = torch.Generator().manual_seed(0)
+    values = []
     windows = stage.dataset()
     batch = {"video": torch.stack([windows[index]["video"] for index in range(len(windows))])}
     for step in range(steps):
@@ -197,11 +241,23 @@ def test_stage_learns_and_exports_normalised_latents(tmp_path):
     assert not torch.equal(finetuned.decode(ones), trained.decode(ones))
 
     # So may a decoder of another size; another encoder is refused.
-    wider = small_stage(tmp_path / "clips", start=str(tmp_path / "trained"), freeze_encoder=True, decoder_blocks=(1, 1, 2))
+    wider = small_stage(
+        tmp_path / "clips",
+        start=str(tmp_path / "trained"),
+        freeze_encoder=True,
+        decoder_blocks=(1, 1, 2),
+    )
     assert list(wider.autoencoder.config.decoder_blocks) == [1, 1, 2]
     assert encoder_fingerprint(wider.autoencoder) == encoder_fingerprint(trained)
-    with pytest.raises(ValueError, match=r"an autoencoder with encoder_widths .* set autoencoder.encoder_widths"):
-        small_stage(tmp_path / "clips", start=str(tmp_path / "trained"), freeze_encoder=True, encoder_widths=(8, 8, 8, 16))
+    with pytest.raises(
+        ValueError, match=r"an autoencoder with encoder_widths .* set autoencoder.encoder_widths"
+    ):
+        small_stage(
+            tmp_path / "clips",
+            start=str(tmp_path / "trained"),
+            freeze_encoder=True,
+            encoder_widths=(8, 8, 8, 16),
+        )
 
 
 def test_a_grown_autoencoder_does_what_the_small_one_did_and_learns_more(tmp_path):
@@ -210,14 +266,22 @@ def test_a_grown_autoencoder_does_what_the_small_one_did_and_learns_more(tmp_pat
     small = small_stage(tmp_path / "clips")
     small.export(tmp_path / "small")
     old = TinyAutoencoder.from_pretrained(tmp_path / "small")
-    sizes = {"encoder_widths": (8, 16, 16, 24), "encoder_blocks": (2, 1, 3), "decoder_widths": (24, 16, 16, 8), "decoder_blocks": (2, 3, 2)}
+    sizes = {
+        "encoder_widths": (8, 16, 16, 24),
+        "encoder_blocks": (2, 1, 3),
+        "decoder_widths": (24, 16, 16, 8),
+        "decoder_blocks": (2, 3, 2),
+    }
     stage = small_stage(tmp_path / "clips", start=str(tmp_path / "small"), **sizes)
-    new, video = stage.autoencoder, torch.rand(2, 3, 9, 16, 24) * 2 - 1
+    new = stage.autoencoder
+    video = torch.rand(2, 3, 9, 16, 24) * 2 - 1
     latents = old.encode(video)
     torch.testing.assert_close(new.encode(video), latents)
     torch.testing.assert_close(new.decode(latents), old.decode(latents))
     train(stage, 3)  # what was silent at first takes part
-    assert all(weight.grad.any() for name, weight in new.named_parameters() if name.endswith("weight"))
+    assert all(
+        weight.grad.any() for name, weight in new.named_parameters() if name.endswith("weight")
+    )
     with pytest.raises(ValueError, match=r"an autoencoder with decoder_widths .* cannot shrink"):
         small_stage(tmp_path / "clips", start=str(tmp_path / "small"), decoder_widths=(8, 8, 8, 4))
 
@@ -225,20 +289,27 @@ def test_a_grown_autoencoder_does_what_the_small_one_did_and_learns_more(tmp_pat
 def test_the_detail_term_asks_how_crisp_a_place_is_and_not_where_its_edges_run():
     video = torch.zeros(1, 3, 2, 16, 24)
     video[..., 12:] = 1.0
-    blurred = torch.nn.functional.avg_pool3d(video, (1, 1, 5), 1, (0, 0, 2), count_include_pad=False)
+    blurred = torch.nn.functional.avg_pool3d(
+        video, (1, 1, 5), 1, (0, 0, 2), count_include_pad=False
+    )
     moved = video.roll(1, -1)
     moved[..., 0] = 0.0
-    assert (blurred - video).abs().mean() < 1.5 * (moved - video).abs().mean()  # point by point nearly as wrong
+    assert (blurred - video).abs().mean() < 1.5 * (
+        moved - video
+    ).abs().mean()  # point by point nearly as wrong
     assert detail_term(video, video) == 0
     assert detail_term(blurred, video) > 2 * detail_term(moved, video) > 0
 
 
 def test_crops_are_parts_of_the_window_and_repeat(tmp_path):
     clip(tmp_path, "clip")
-    whole, parts = VideoWindows(tmp_path, 2)[3]["video"], VideoWindows(tmp_path, 2, crop=(8, 16))
+    whole = VideoWindows(tmp_path, 2)[3]["video"]
+    parts = VideoWindows(tmp_path, 2, crop=(8, 16))
     part = parts[3]["video"]
     assert part.shape == (3, 5, 8, 16) and torch.equal(part, parts[3]["video"])
-    assert any(torch.equal(part, whole[:, :, y : y + 8, x : x + 16]) for y in range(9) for x in range(9))
+    assert any(
+        torch.equal(part, whole[:, :, y : y + 8, x : x + 16]) for y in range(9) for x in range(9)
+    )
     with pytest.raises(ValueError, match="at most 16x24 pixels"):
         VideoWindows(tmp_path, 2, crop=(24, 24))
 
@@ -260,7 +331,9 @@ def wan() -> WanAutoencoder:
 
 @pytest.fixture
 def two_threads():
-    """With one, oneDNN multiplies a 1x1x1 convolution over one latent and over several in another order: a last bit differs."""
+    """With one, oneDNN multiplies a 1x1x1 convolution over one latent and over several in another
+    order: a last bit differs.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -272,9 +345,14 @@ def test_wan_streams_equal_the_whole_clip_to_the_bit(wan, two_threads):
     video = torch.rand(2, 3, 13, 16, 24) * 2 - 1
     mean, std = wan.latent_statistics()
     whole = (wan.network.encode(video).latent_dist.mode() - mean) / std
-    encoder, decoder = wan.streaming_encoder(), wan.streaming_decoder()
+    encoder = wan.streaming_encoder()
+    decoder = wan.streaming_decoder()
     pieces = [encoder.step(piece) for piece in video.split([1, 4, 8], 2)]
-    assert torch.equal(torch.cat(pieces, 2), whole) and torch.equal(wan.encode(video), whole) and whole.shape == (2, 16, 4, 2, 3)
+    assert (
+        torch.equal(torch.cat(pieces, 2), whole)
+        and torch.equal(wan.encode(video), whole)
+        and whole.shape == (2, 16, 4, 2, 3)
+    )
     decoded = wan.network.decode(whole * std + mean).sample
     pieces = [decoder.step(piece) for piece in whole.split(1, 2)]
     assert [piece.shape[2] for piece in pieces] == [1, 4, 4, 4]
@@ -283,8 +361,11 @@ def test_wan_streams_equal_the_whole_clip_to_the_bit(wan, two_threads):
 
 @torch.no_grad()
 def test_wan_streams_go_back_fork_and_keep_tensors_alone(wan):
-    latents, decoder, fork = torch.randn(1, 16, 4, 2, 3), wan.streaming_decoder(), wan.streaming_decoder()
-    results, states = [], []
+    latents = torch.randn(1, 16, 4, 2, 3)
+    decoder = wan.streaming_decoder()
+    fork = wan.streaming_decoder()
+    results = []
+    states = []
     for piece in latents.split(1, 2):
         states.append(decoder.state())
         results.append(decoder.step(piece))
@@ -305,7 +386,9 @@ def test_wan_streams_go_back_fork_and_keep_tensors_alone(wan):
 def test_wan_opens_from_its_folder_and_names_its_encoding(wan, tmp_path):
     wan.save_pretrained(tmp_path / "wan")
     opened = open_autoencoder(tmp_path / "wan")
-    assert isinstance(opened, WanAutoencoder) and encoder_fingerprint(opened) == encoder_fingerprint(wan)
+    assert isinstance(opened, WanAutoencoder) and encoder_fingerprint(
+        opened
+    ) == encoder_fingerprint(wan)
     for part, changes in (("decoder", False), ("encoder", True)):
         with torch.no_grad():
             next(getattr(opened.network, part).parameters()).add_(1)
@@ -315,7 +398,8 @@ def test_wan_opens_from_its_folder_and_names_its_encoding(wan, tmp_path):
 
 
 def test_encode_resumes_and_follows_the_encoder(tmp_path, capsys):
-    root, model = tmp_path / "clips", tiny()
+    root = tmp_path / "clips"
+    model = tiny()
     folders = [clip(root, name, seed=seed) for seed, name in enumerate("abc")]
     model.save_pretrained(tmp_path / "ae")
     command = ["encode", "--clips", str(root), "--autoencoder", str(tmp_path / "ae")]
@@ -325,7 +409,9 @@ def test_encode_resumes_and_follows_the_encoder(tmp_path, capsys):
     (folders[1] / LATENTS).write_bytes(b"cut off")
     assert main(command) == 0
     assert [(folder / LATENTS).stat().st_mtime_ns for folder in folders[::2]] == stamps
-    assert all(latents_encoder(folder / LATENTS) == encoder_fingerprint(model) for folder in folders)
+    assert all(
+        latents_encoder(folder / LATENTS) == encoder_fingerprint(model) for folder in folders
+    )
 
     frames = VideoWindows(root, 3)[1]["video"]
     whole = model.encode(frames[None].float() / 127.5 - 1)[0].half()
@@ -349,9 +435,17 @@ def test_encode_names_what_is_wrong(tmp_path, capsys):
     assert main(command) == 2
     told = capsys.readouterr()
     error = told.err.splitlines()[-1]
-    assert error.startswith(f"encode: {bad}: expected 9 video frames") and "; 2 of 4 clips could not be encoded, the others are" in error
+    assert (
+        error.startswith(f"encode: {bad}: expected 9 video frames")
+        and "; 2 of 4 clips could not be encoded, the others are" in error
+    )
     assert f"{bad}: expected 9" in told.out and f"{empty / 'session.jsonl'} is damaged" in told.out
-    assert [(folder / LATENTS).exists() for folder in (good, bad, later, empty)] == [True, False, True, False]
+    assert [(folder / LATENTS).exists() for folder in (good, bad, later, empty)] == [
+        True,
+        False,
+        True,
+        False,
+    ]
     assert main(["encode", "--clips", str(root), "--autoencoder", str(tmp_path / "none")]) == 2
     assert "train one first" in capsys.readouterr().err
     assert main([*command, "--device", "nowhere"]) == 2

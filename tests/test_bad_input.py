@@ -1,4 +1,6 @@
-"""Bad input end to end: every command answers with one sentence and a status, and what existed stays as it was."""
+"""Bad input end to end: every command answers with one sentence and a status, and what existed
+stays as it was.
+"""
 
 import errno
 import importlib.util
@@ -28,7 +30,12 @@ from worldmodel.checkpoint import main as checkpoint
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "blocks" / "tiny.yaml"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-WIDTHS = ("encoder_widths=[8, 8, 8, 8]", "encoder_blocks=[1, 1, 1]", "decoder_widths=[8, 8, 8, 8]", "decoder_blocks=[1, 1, 1]")
+WIDTHS = (
+    "encoder_widths=[8, 8, 8, 8]",
+    "encoder_blocks=[1, 1, 1]",
+    "decoder_widths=[8, 8, 8, 8]",
+    "decoder_blocks=[1, 1, 1]",
+)
 PROGRESS = re.compile(r"%\||\d+\w+ \[|\.\.\.$")  # bars, and "Opening the world ..."
 
 
@@ -45,7 +52,8 @@ play = load_play()
 @pytest.fixture(scope="module", autouse=True)
 def torch_settings():
     """play.py sets torch up for itself; the tests after it get theirs back."""
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    threads = torch.get_num_threads()
+    precision = torch.get_float32_matmul_precision()
     yield
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
@@ -53,15 +61,37 @@ def torch_settings():
 
 @pytest.fixture(scope="module")
 def factory(tmp_path_factory):
-    """Two clips of six latents, an autoencoder and a short run: `clips/`, `runs/`, and the words that train there."""
-    root, random = tmp_path_factory.mktemp("factory"), np.random.default_rng(0)
+    """Two clips of six latents, an autoencoder and a short run: `clips/`, `runs/`, and the words
+    that train there.
+    """
+    root = tmp_path_factory.mktemp("factory")
+    random = np.random.default_rng(0)
     for index, mood in enumerate(["meadow", "night"]):
         c2w = np.tile(np.eye(4), (6, 1, 1))
         video = random.integers(0, 255, (21, 32, 32, 3), np.uint8)
-        folder = write_clip(root / "clips", f"clip-{index}", video, c2w, [0.5, 0.8, 0.5, 0.5], mood, 16, "test", "CC0")
+        folder = write_clip(
+            root / "clips",
+            f"clip-{index}",
+            video,
+            c2w,
+            [0.5, 0.8, 0.5, 0.5],
+            mood,
+            16,
+            "test",
+            "CC0",
+        )
         write_latents(folder, torch.randn(16, 6, 4, 4))
-    options = [f"data.root={root / 'clips'}", f"run.folder={root / 'runs'}", "autoencoder.window=2", "autoencoder.steps=1"]
-    words = [word for option in [*options, *(f"autoencoder.{width}" for width in WIDTHS)] for word in ("--set", option)]
+    options = [
+        f"data.root={root / 'clips'}",
+        f"run.folder={root / 'runs'}",
+        "autoencoder.window=2",
+        "autoencoder.steps=1",
+    ]
+    words = [
+        word
+        for option in [*options, *(f"autoencoder.{width}" for width in WIDTHS)]
+        for word in ("--set", option)
+    ]
     for stage in ("autoencoder", "bidirectional"):
         assert distill(["train", str(TINY), "--stage", stage, *words]) == 0
     return root, words
@@ -71,19 +101,35 @@ def factory(tmp_path_factory):
 def take(tiny_bundle, tmp_path_factory):
     """A recording of four latents."""
     folder = tmp_path_factory.mktemp("takes")
-    words = ["--world", tiny_bundle, "--headless", "--trajectory", "w*3", "--threads", "1", "--output", folder / "walk.mp4"]
+    words = [
+        "--world",
+        tiny_bundle,
+        "--headless",
+        "--trajectory",
+        "w*3",
+        "--threads",
+        "1",
+        "--output",
+        folder / "walk.mp4",
+    ]
     assert play([str(word) for word in [*words, "--record", folder / "takes" / "take"]]) == 0
     return folder / "takes" / "take"
 
 
 @pytest.fixture
 def says(capfd):
-    """Runs a command line and checks that it fails with one sentence that matches; returns the sentence."""
+    """Runs a command line and checks that it fails with one sentence that matches; returns the
+    sentence.
+    """
 
     def check(reason: str, main, *words, status: int = command_line.BAD_INPUT) -> str:
         capfd.readouterr()
         assert main([str(word) for word in words]) == status
-        lines = [line for line in re.split(r"[\r\n]+", capfd.readouterr().err) if line.strip() and not PROGRESS.search(line)]
+        lines = [
+            line
+            for line in re.split(r"[\r\n]+", capfd.readouterr().err)
+            if line.strip() and not PROGRESS.search(line)
+        ]
         assert len(lines) == 1 and re.search(reason, lines[0]), lines
         return lines[0]
 
@@ -99,7 +145,7 @@ def change(path: Path, **values):
     path.write_text(json.dumps({**yaml.safe_load(path.read_text()), **values}))
 
 
-# -------------------------------------------------------------------------------------------------- play
+# -------------------- play
 
 
 @pytest.mark.parametrize(
@@ -113,7 +159,10 @@ def change(path: Path, **values):
         (["--seed", str(2**70)], "seed must be a whole number from 0"),
         (["--image", str(TINY)], "tiny.yaml is no complete PNG or JPEG"),
         (["--prompt", "海边的红房子"], "has no mood '海边的红房子'; there are grey, loud"),
-        (["--prompt", "a red house " * 1000], r"has no mood 'a red [a-z ]{1,60} \.\.\.'; there are grey, loud"),
+        (
+            ["--prompt", "a red house " * 1000],
+            r"has no mood 'a red [a-z ]{1,60} \.\.\.'; there are grey, loud",
+        ),
         (["--output", str(ROOT)], "must be a file such as .*walk.mp4, got the folder"),
     ],
 )
@@ -126,23 +175,51 @@ def test_play(says, tiny_bundle, tmp_path, words, reason):
 @pytest.mark.parametrize("content", [b"GIF89a" + bytes(40), b"%PDF-1.4", b""])
 def test_a_picture_of_the_wrong_kind(says, tiny_bundle, tmp_path, content):
     (tmp_path / "photo.jpg").write_bytes(content)
-    walk = ["--world", tiny_bundle, "--headless", "--output", tmp_path / "walk.mp4", "--image", tmp_path / "photo.jpg"]
+    walk = [
+        "--world",
+        tiny_bundle,
+        "--headless",
+        "--output",
+        tmp_path / "walk.mp4",
+        "--image",
+        tmp_path / "photo.jpg",
+    ]
     says("photo.jpg is no complete PNG or JPEG file", play, *walk)
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
 
 
 def test_no_free_memory(says, tiny_bundle, tmp_path, monkeypatch):
     monkeypatch.setattr("worldmodel.world.free_memory", lambda device: 0)
-    says("0.0 GiB are free: close other programs", play, "--world", tiny_bundle, "--headless", "--output", tmp_path / "walk.mp4")
+    says(
+        "0.0 GiB are free: close other programs",
+        play,
+        "--world",
+        tiny_bundle,
+        "--headless",
+        "--output",
+        tmp_path / "walk.mp4",
+    )
 
 
 @pytest.mark.parametrize(
     ("save", "reason"),
     [
-        (lambda path: torch.save({"generator": Payload(path.parent / "executed")}, path), "could run code, so it was not loaded"),
-        (lambda path: path.write_bytes(pickle.dumps(Payload(path.parent / "executed"))), "could run code, so it was not loaded"),
-        (lambda path: (torch.save({"a": torch.zeros(999)}, path), cut(path)), "damaged or incomplete .*: fetch it again"),
-        (lambda path: (save_file({"a": torch.zeros(999)}, path), cut(path)), "damaged or incomplete .*: fetch it again"),
+        (
+            lambda path: torch.save({"generator": Payload(path.parent / "executed")}, path),
+            "could run code, so it was not loaded",
+        ),
+        (
+            lambda path: path.write_bytes(pickle.dumps(Payload(path.parent / "executed"))),
+            "could run code, so it was not loaded",
+        ),
+        (
+            lambda path: (torch.save({"a": torch.zeros(999)}, path), cut(path)),
+            "damaged or incomplete .*: fetch it again",
+        ),
+        (
+            lambda path: (save_file({"a": torch.zeros(999)}, path), cut(path)),
+            "damaged or incomplete .*: fetch it again",
+        ),
     ],
     ids=["code", "bare-code", "half", "half-safetensors"],
 )
@@ -155,15 +232,36 @@ def test_weights(says, tmp_path, save, reason):
 @pytest.mark.parametrize(("width", "height"), [(20_000, 1), (1, 20_000)])
 def test_a_thin_picture(says, tiny_bundle, tmp_path, width, height):
     cv2.imwrite(str(tmp_path / "thin.png"), np.zeros((height, width, 3), np.uint8))
-    walk = ["--world", tiny_bundle, "--headless", "--output", tmp_path / "walk.mp4", "--image", tmp_path / "thin.png"]
+    walk = [
+        "--world",
+        tiny_bundle,
+        "--headless",
+        "--output",
+        tmp_path / "walk.mp4",
+        "--image",
+        tmp_path / "thin.png",
+    ]
     says(f"start picture of {width}x{height} pixels is too thin or too small", play, *walk)
     assert [path.name for path in tmp_path.iterdir()] == ["thin.png"]
 
 
 def test_a_wide_picture_is_played(tiny_bundle, tmp_path):
     cv2.imwrite(str(tmp_path / "wide.png"), np.zeros((300, 20_000, 3), np.uint8))
-    walk = ["--world", tiny_bundle, "--headless", "--trajectory", "w*1", "--threads", "1", "--image", tmp_path / "wide.png"]
-    assert play([str(word) for word in [*walk, "--output", tmp_path / "walk.mp4"]]) == 0 and (tmp_path / "walk.mp4").is_file()
+    walk = [
+        "--world",
+        tiny_bundle,
+        "--headless",
+        "--trajectory",
+        "w*1",
+        "--threads",
+        "1",
+        "--image",
+        tmp_path / "wide.png",
+    ]
+    assert (
+        play([str(word) for word in [*walk, "--output", tmp_path / "walk.mp4"]]) == 0
+        and (tmp_path / "walk.mp4").is_file()
+    )
 
 
 def cut(path: Path):
@@ -181,18 +279,41 @@ def electron(bundle):
     [
         (electron, "no world .*world.yaml"),
         (lambda b: cut(b / "transformer" / WEIGHTS), "cut off or damaged"),
-        (lambda b: shutil.copy(b / "autoencoder" / WEIGHTS, b / "transformer" / WEIGHTS), "transformer: .* not fit .*not expected"),
-        (lambda b: change(b / "transformer" / "config.json", ffn_dim=32), r"wrong shape: .*\[64\] instead of \[32\]"),
-        (lambda b: change(b / "transformer" / "config.json", num_attention_heads="x"), "config.json describes no CausalWan"),
+        (
+            lambda b: shutil.copy(b / "autoencoder" / WEIGHTS, b / "transformer" / WEIGHTS),
+            "transformer: .* not fit .*not expected",
+        ),
+        (
+            lambda b: change(b / "transformer" / "config.json", ffn_dim=32),
+            r"wrong shape: .*\[64\] instead of \[32\]",
+        ),
+        (
+            lambda b: change(b / "transformer" / "config.json", num_attention_heads="x"),
+            "config.json describes no CausalWan",
+        ),
         (lambda b: change(b / "autoencoder" / "config.json", colour=1), "unknown key 'colour'"),
-        (lambda b: change(b / "autoencoder" / "config.json", _class_name="AutoencoderKL"), "holds a AutoencoderKL"),
+        (
+            lambda b: change(b / "autoencoder" / "config.json", _class_name="AutoencoderKL"),
+            "holds a AutoencoderKL",
+        ),
         (lambda b: cut(b / "images" / "grey-0.png"), "grey-0.png is no complete"),
         (lambda b: (b / "world.yaml").write_bytes(bytes(range(256))), "cannot be read as YAML"),
-        (lambda b: change(b / "world.yaml", fps=float("inf")), "fps must be a number, got 'Infinity'"),
+        (
+            lambda b: change(b / "world.yaml", fps=float("inf")),
+            "fps must be a number, got 'Infinity'",
+        ),
         (lambda b: change(b / "world.yaml", width=10**9), "width must be 1 to 4096"),
         (lambda b: change(b / "world.yaml", format=99), "format 99, .*update this program"),
-        (lambda b: save_file({"grey": torch.zeros(8)}, b / "prompts.safetensors"), "Prompts .*of one shape"),
-        (lambda b: save_file({"grey": torch.zeros(2, 8)}, b / "prompts.safetensors", {"texts": "[1]"}), "texts are no table"),
+        (
+            lambda b: save_file({"grey": torch.zeros(8)}, b / "prompts.safetensors"),
+            "Prompts .*of one shape",
+        ),
+        (
+            lambda b: save_file(
+                {"grey": torch.zeros(2, 8)}, b / "prompts.safetensors", {"texts": "[1]"}
+            ),
+            "texts are no table",
+        ),
     ],
 )
 def test_bundles(says, tiny_bundle, tmp_path, spoil, reason):
@@ -200,7 +321,19 @@ def test_bundles(says, tiny_bundle, tmp_path, spoil, reason):
     spoil(tmp_path / "world")
     film = tmp_path / "walk.mp4"
     film.write_bytes(b"older")
-    says(reason, play, "--world", tmp_path / "world", "--headless", "--trajectory", "w*1", "--threads", "1", "--output", film)
+    says(
+        reason,
+        play,
+        "--world",
+        tmp_path / "world",
+        "--headless",
+        "--trajectory",
+        "w*1",
+        "--threads",
+        "1",
+        "--output",
+        film,
+    )
     assert film.read_bytes() == b"older" and torch.get_default_dtype() == torch.float32
 
 
@@ -213,9 +346,17 @@ def test_a_full_disk_while_recording(says, tiny_bundle, tmp_path, monkeypatch):
         add(files, *item)
 
     monkeypatch.setattr(recording._Files, "add", until_full)
-    world, film, folder = ["--world", tiny_bundle, "--threads", "1"], tmp_path / "walk.mp4", tmp_path / "take"
+    world = ["--world", tiny_bundle, "--threads", "1"]
+    film = tmp_path / "walk.mp4"
+    folder = tmp_path / "take"
     walk = ["--headless", "--trajectory", "w*9", "--output", film, "--record", folder]
-    says("Recording ended: No space left on device; .* is kept in .*take", play, *world, *walk, status=command_line.FAILED)
+    says(
+        "Recording ended: No space left on device; .* is kept in .*take",
+        play,
+        *world,
+        *walk,
+        status=command_line.FAILED,
+    )
     with av.open(str(film)) as container:
         assert sum(1 for _ in container.decode(video=0)) == 37  # the walk went on
     assert recording.recover(folder) == 5
@@ -238,7 +379,11 @@ def row(number: int, **values):
         (row(0, fingerprint="other"), "was recorded in the world 'tiny'", 2),
         (row(2, c2w=[[1.0]]), "session.jsonl: expected poses", 2),
         (row(2, sha256="other"), "from latent 1 on the dream is not the recorded one", 1),
-        (lambda f: (f / "video.mp4").write_bytes((f / "video.mp4").read_bytes()[:1200]), "video.mp4 (cannot be read|ends before)", 2),
+        (
+            lambda f: (f / "video.mp4").write_bytes((f / "video.mp4").read_bytes()[:1200]),
+            "video.mp4 (cannot be read|ends before)",
+            2,
+        ),
         (lambda f: (f / "session.jsonl").write_text("[]\n"), "is no recording", 2),
     ],
 )
@@ -246,11 +391,22 @@ def test_recordings(says, tiny_bundle, take, tmp_path, spoil, reason, status):
     shutil.copytree(take, tmp_path / "take")
     spoil(tmp_path / "take")
     before = contents(tmp_path)
-    says(reason, play, "--world", tiny_bundle, "--replay", tmp_path / "take", "--verify", "--threads", "1", status=status)
+    says(
+        reason,
+        play,
+        "--world",
+        tiny_bundle,
+        "--replay",
+        tmp_path / "take",
+        "--verify",
+        "--threads",
+        "1",
+        status=status,
+    )
     assert contents(tmp_path) == before
 
 
-# --------------------------------------------------------------------------------------------- the factory
+# -------------------- the factory
 
 
 def pose(index: int, place: tuple[int, int], value: float):
@@ -271,9 +427,17 @@ def other_film(frames: int, height: int = 32):
     def spoil(clip):
         with av.open(str(clip / "video.mp4"), "w") as container:
             stream = container.add_stream("libx264", rate=16)
-            stream.width, stream.height, stream.pix_fmt = 32, height, "yuv420p"
+            stream.width = 32
+            stream.height = height
+            stream.pix_fmt = "yuv420p"
             for _ in range(frames):
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((height, 32, 3), np.uint8), format="rgb24")))
+                container.mux(
+                    stream.encode(
+                        av.VideoFrame.from_ndarray(
+                            np.zeros((height, 32, 3), np.uint8), format="rgb24"
+                        )
+                    )
+                )
             container.mux(stream.encode())
 
     return spoil
@@ -297,29 +461,59 @@ def test_clips(says, factory, tmp_path, spoil, reason):
     shutil.copytree(root / "clips", tmp_path / "clips")
     (tmp_path / "clips" / "clip-1" / "latents.safetensors").unlink()
     spoil(tmp_path / "clips" / "clip-1")
-    encode = ["encode", "--clips", tmp_path / "clips", "--autoencoder", root / "runs/autoencoder/export"]
+    encode = [
+        "encode",
+        "--clips",
+        tmp_path / "clips",
+        "--autoencoder",
+        root / "runs/autoencoder/export",
+    ]
     says(reason, distill, *encode)
-    assert sorted(path.name for path in (tmp_path / "clips" / "clip-1").iterdir()) == ["meta.yaml", "poses.json", "video.mp4"]
+    assert sorted(path.name for path in (tmp_path / "clips" / "clip-1").iterdir()) == [
+        "meta.yaml",
+        "poses.json",
+        "video.mp4",
+    ]
 
 
 @pytest.mark.parametrize(
     ("text", "setting", "reason"),
     [
-        ("bidirectionl: {steps: 2}", None, "unknown key 'bidirectionl'; did you mean 'bidirectional'"),
+        (
+            "bidirectionl: {steps: 2}",
+            None,
+            "unknown key 'bidirectionl'; did you mean 'bidirectional'",
+        ),
         ("bidirectional: {stepz: 2}", None, "unknown key 'stepz'; did you mean 'steps'"),
-        ("bidirectional: {steps: many}", None, "bidirectional: steps must be a whole number, got 'many'"),
+        (
+            "bidirectional: {steps: many}",
+            None,
+            "bidirectional: steps must be a whole number, got 'many'",
+        ),
         ("- a", None, "expected sections"),
         ("a: [", None, "is not valid YAML"),
         (None, "data.frames=[", "a value in YAML after --set data.frames="),
         (None, "data.frames=0", "frames must be at least 1, got 0"),
         (None, "bidirectional.lr=nan", "lr must be a number, got 'nan'"),
-        (None, "bidirectional.caption_dropout=7", "caption_dropout must be at least 0 and at most 1, got 7"),
+        (
+            None,
+            "bidirectional.caption_dropout=7",
+            "caption_dropout must be at least 0 and at most 1, got 7",
+        ),
         (None, "optimiser.betas=[0.9]", "betas must be a list of 2"),
         (None, "dmd.clamp=[0.9, 0.1]", "clamp must rise"),
         (None, "run.log_every=0", "log_every must be at least 1"),
         (None, "model.channels=8", "latents of 8 channels .* have 16"),
-        (None, "bidirectional.init=WORLD/transformer", "prompts of width 8, the clips .* the prompts 16"),
-        (None, "bidirectional.init=WORLD/autoencoder", "holds a TinyAutoencoder, a CausalWanTransformer is expected"),
+        (
+            None,
+            "bidirectional.init=WORLD/transformer",
+            "prompts of width 8, the clips .* the prompts 16",
+        ),
+        (
+            None,
+            "bidirectional.init=WORLD/autoencoder",
+            "holds a TinyAutoencoder, a CausalWanTransformer is expected",
+        ),
         (None, "data.root=nowhere", "expected a folder of clips"),
     ],
 )
@@ -330,25 +524,42 @@ def test_recipes(says, factory, tiny_bundle, tmp_path, text, setting, reason):
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(text)
     settings = [word for word in (setting, f"run.folder={tmp_path / 'runs'}") if word]
-    more = [word.replace("WORLD", str(tiny_bundle)) for setting in settings for word in ("--set", setting)]
+    more = [
+        word.replace("WORLD", str(tiny_bundle))
+        for setting in settings
+        for word in ("--set", setting)
+    ]
     says(reason, distill, "train", recipe, "--stage", "bidirectional", *words, *more)
     assert not (tmp_path / "runs").exists()
 
 
 def test_resuming(says, factory, tmp_path):
-    """A finished stage resumes to nothing and exports again; another config or a broken checkpoint changes no file."""
+    """A finished stage resumes to nothing and exports again; another config or a broken checkpoint
+    changes no file.
+    """
     root, words = factory
     runs = tmp_path / "runs"
     shutil.copytree(root / "runs", runs)
     train = ["train", TINY, "--stage", "bidirectional", *words, "--set", f"run.folder={runs}"]
-    before, metrics = contents(runs / "bidirectional/export"), (runs / "bidirectional/metrics.jsonl").read_bytes()
+    before = contents(runs / "bidirectional/export")
+    metrics = (runs / "bidirectional/metrics.jsonl").read_bytes()
     for option in ("--resume", "--export-only"):
         shutil.rmtree(runs / "bidirectional/export")
         assert distill([str(word) for word in [*train, option]]) == 0
-        assert contents(runs / "bidirectional/export") == before and (runs / "bidirectional/metrics.jsonl").read_bytes() == metrics
+        assert (
+            contents(runs / "bidirectional/export") == before
+            and (runs / "bidirectional/metrics.jsonl").read_bytes() == metrics
+        )
     before = contents(runs)
     says("holds a run already", distill, *train)
-    says(r"trained with bidirectional.lr = 0.001, not 0.5", distill, *train, "--resume", "--set", "bidirectional.lr=0.5")
+    says(
+        r"trained with bidirectional.lr = 0.001, not 0.5",
+        distill,
+        *train,
+        "--resume",
+        "--set",
+        "bidirectional.lr=0.5",
+    )
     assert contents(runs) == before
     state = runs / "bidirectional/checkpoints/step-00000004/state.json"
     for broken in (b"[]", bytes(range(256)), b'{"step": "x"}'):
@@ -361,35 +572,75 @@ def test_a_full_disk_while_training(says, factory, tmp_path, monkeypatch):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("distill.run_folder.save_file", full)
-    train = ["train", TINY, "--stage", "bidirectional", *factory[1], "--set", f"run.folder={tmp_path / 'runs'}"]
+    train = [
+        "train",
+        TINY,
+        "--stage",
+        "bidirectional",
+        *factory[1],
+        "--set",
+        f"run.folder={tmp_path / 'runs'}",
+    ]
     says("No space left on device .*see to the disk", distill, *train, status=command_line.FAILED)
     assert list((tmp_path / "runs/bidirectional/checkpoints").iterdir()) == []
 
 
 def test_encoding_twice_and_a_recording(factory, take, tmp_path, capsys):
     shutil.copytree(take.parent, tmp_path / "takes")
-    encode = ["encode", "--clips", str(tmp_path / "takes"), "--autoencoder", str(factory[0] / "runs/autoencoder/export")]
+    encode = [
+        "encode",
+        "--clips",
+        str(tmp_path / "takes"),
+        "--autoencoder",
+        str(factory[0] / "runs/autoencoder/export"),
+    ]
     for made in (1, 0):
-        assert distill(encode) == 0 and capsys.readouterr().out.startswith(f"{made} of 1 clips encoded")
+        assert distill(encode) == 0 and capsys.readouterr().out.startswith(
+            f"{made} of 1 clips encoded"
+        )
 
 
 def test_encoding_beside_a_recording_that_goes_on(says, factory, take, tmp_path):
-    """One that is being recorded and one that holds nothing do not keep the others from being encoded."""
+    """One that is being recorded and one that holds nothing do not keep the others from being
+    encoded.
+    """
     for name in ("a", "b", "c"):
         shutil.copytree(take, tmp_path / "takes" / name)
         (tmp_path / "takes" / name / "latents.safetensors").unlink(missing_ok=True)
     for name, rows in (("a", -1), ("b", 1)):  # neither has an end line
         log = tmp_path / "takes" / name / "session.jsonl"
         log.write_text("".join(line + "\n" for line in log.read_text().splitlines()[:rows]))
-    encode = ["encode", "--clips", tmp_path / "takes", "--autoencoder", factory[0] / "runs/autoencoder/export"]
+    encode = [
+        "encode",
+        "--clips",
+        tmp_path / "takes",
+        "--autoencoder",
+        factory[0] / "runs/autoencoder/export",
+    ]
     with (tmp_path / "takes/a/session.jsonl").open("a") as file:
         assert recording.lock(file)
-        says("a is still being recorded; close it first; 2 of 3 clips could not be encoded", distill, *encode)
-    assert [(tmp_path / "takes" / name / "latents.safetensors").exists() for name in "abc"] == [False, False, True]
+        says(
+            "a is still being recorded; close it first; 2 of 3 clips could not be encoded",
+            distill,
+            *encode,
+        )
+    assert [(tmp_path / "takes" / name / "latents.safetensors").exists() for name in "abc"] == [
+        False,
+        False,
+        True,
+    ]
 
 
 COLLECT = ["collect", "blocks", "--output", "OUT", "--clips", "1", "--latents", "1"]
-EXPORT = ["export", "--config", TINY, "--output", "OUT", "--autoencoder", "ROOT/runs/autoencoder/export"]
+EXPORT = [
+    "export",
+    "--config",
+    TINY,
+    "--output",
+    "OUT",
+    "--autoencoder",
+    "ROOT/runs/autoencoder/export",
+]
 EVALUATE = ["evaluate", "--output", "OUT.json"]
 
 
@@ -401,20 +652,48 @@ EVALUATE = ["evaluate", "--output", "OUT.json"]
         (distill, ["train", TINY, "--stage", "zz"], "^train: .*invalid choice: 'zz'"),
         (distill, [*COLLECT, "--clips", "x"], "--clips: invalid int value: 'x'"),
         (distill, [*COLLECT, "--height", "33"], "multiple of 8"),
-        (distill, ["collect", "vizdoom", "--output", "OUT"], "not installed: run `python -m pip install vizdoom`"),
-        (distill, ["import", "--input", "OUT", "--output", "OUT"], "expected a folder or preencode_input.json"),
+        (
+            distill,
+            ["collect", "vizdoom", "--output", "OUT"],
+            "not installed: run `python -m pip install vizdoom`",
+        ),
+        (
+            distill,
+            ["import", "--input", "OUT", "--output", "OUT"],
+            "expected a folder or preencode_input.json",
+        ),
         (distill, [*EXPORT, "--transformer", "nowhere"], "nowhere holds no CausalWanTransformer"),
-        (distill, [*EXPORT, "--transformer", "ROOT/runs/autoencoder/export"], "holds a TinyAutoencoder"),
-        (distill, [*EXPORT, "--transformer", "ROOT/runs/bidirectional/export", "--stages", "dmdd"], "dmdd holds no"),
+        (
+            distill,
+            [*EXPORT, "--transformer", "ROOT/runs/autoencoder/export"],
+            "holds a TinyAutoencoder",
+        ),
+        (
+            distill,
+            [*EXPORT, "--transformer", "ROOT/runs/bidirectional/export", "--stages", "dmdd"],
+            "dmdd holds no",
+        ),
         (distill, EVALUATE, "arguments are required: --world"),
         (distill, [*EVALUATE, "--world", "OUT"], "There is no world at"),
         (distill, [*EVALUATE, "--world", "WORLD"], "only towns can be evaluated"),
-        (distill, [*EVALUATE, "--world", "WORLD", "--device", "abacus"], "a device that torch can compute on here.*'abacus'"),
+        (
+            distill,
+            [*EVALUATE, "--world", "WORLD", "--device", "abacus"],
+            "a device that torch can compute on here.*'abacus'",
+        ),
         (checkpoint, ["inspect", TINY], "neither a safetensors file nor a torch.save file"),
-        (checkpoint, ["inspect", "ROOT/runs/autoencoder/export/" + WEIGHTS], "not the weights of a Wan transformer"),
+        (
+            checkpoint,
+            ["inspect", "ROOT/runs/autoencoder/export/" + WEIGHTS],
+            "not the weights of a Wan transformer",
+        ),
         (benchmark, ["--world", "WORLD", "--set", "window=["], "a value in YAML"),
         (benchmark, ["--world", "WORLD", "--steps", "0"], "at least 1, got '0'"),
-        (benchmark, ["--world", "WORLD", "--device", "meta"], "a device that torch can compute on here"),
+        (
+            benchmark,
+            ["--world", "WORLD", "--device", "meta"],
+            "a device that torch can compute on here",
+        ),
     ],
 )
 def test_commands(says, factory, tiny_bundle, tmp_path, monkeypatch, main, words, reason):
@@ -431,9 +710,17 @@ def test_commands(says, factory, tiny_bundle, tmp_path, monkeypatch, main, words
     [
         (KeyboardInterrupt(), 130, "game: stopped before the end."),
         (command_line.Stopped(15, "Halfway; go on."), 143, "game: Halfway; go on.\n"),
-        (OSError(errno.ENOSPC, "No space left on device", "a/b"), 1, "game: a/b: No space left on device; make room and start again."),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a/b"),
+            1,
+            "game: a/b: No space left on device; make room and start again.",
+        ),
         (ValueError("two\n  lines"), 2, "game: two lines"),
-        (RuntimeError("CUDA out of memory. Tried to allocate 9 GiB"), 1, "game: there is not enough memory (CUDA out of memory)"),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 9 GiB"),
+            1,
+            "game: there is not enough memory (CUDA out of memory)",
+        ),
     ],
 )
 def test_what_stops_a_command(capsys, error, status, sentence):
@@ -446,4 +733,9 @@ def test_what_stops_a_command(capsys, error, status, sentence):
 
 def test_a_fault_of_our_own_is_not_hidden():
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        command_line.run("game", lambda: (_ for _ in ()).throw(RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
+        command_line.run(
+            "game",
+            lambda: (_ for _ in ()).throw(
+                RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+            ),
+        )

@@ -41,12 +41,16 @@ def test_minwm_text(golden, index):
 def test_worldplay_text(golden, index):
     c2w = parse_trajectory(META["pose_strings"][index])
     np.testing.assert_allclose(c2w[:20], golden[f"pose{index}.c2w"], atol=1e-12)
-    np.testing.assert_allclose(poses_to_vectors(c2w[:20]), golden[f"pose{index}.poses_tq"], atol=1e-6)
+    np.testing.assert_allclose(
+        poses_to_vectors(c2w[:20]), golden[f"pose{index}.poses_tq"], atol=1e-6
+    )
 
 
 def test_vectors(golden):
     c2w = vectors_to_poses(golden["raw.poses_tq"])
-    np.testing.assert_allclose(Camera.from_poses(c2w, np.ones(4)).viewmats, golden["raw.viewmats"], atol=2e-6)
+    np.testing.assert_allclose(
+        Camera.from_poses(c2w, np.ones(4)).viewmats, golden["raw.viewmats"], atol=2e-6
+    )
     np.testing.assert_allclose(vectors_to_poses(poses_to_vectors(c2w)), c2w, atol=1e-12)
 
 
@@ -80,9 +84,13 @@ def test_text_grammar():
 
 
 def test_walk_keeps_to_the_ground():
-    c2w = parse_trajectory("l*15,i*10,w*5", MotionStep(1.0, 6.0), style="walk")  # right 90 degrees, up 60, forward
+    c2w = parse_trajectory(
+        "l*15,i*10,w*5", MotionStep(1.0, 6.0), style="walk"
+    )  # right 90 degrees, up 60, forward
     np.testing.assert_allclose(c2w[-1, :3, 3], [5, 0, 0], atol=1e-12)
-    np.testing.assert_allclose(c2w[-1, :3, 2], [0.5, -np.sqrt(0.75), 0], atol=1e-12)  # looks forward and up
+    np.testing.assert_allclose(
+        c2w[-1, :3, 2], [0.5, -np.sqrt(0.75), 0], atol=1e-12
+    )  # looks forward and up
     past_vertical = advance(advance(np.eye(4), [0, 0, 0], 0, 120, "walk"), [0, 0, 1], 0, 0, "walk")
     np.testing.assert_allclose(past_vertical[:3, 3], [0, 0, 1], atol=1e-12)
     flown = parse_trajectory("i*10,w*5", MotionStep(1.0, 6.0))

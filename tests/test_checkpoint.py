@@ -79,7 +79,11 @@ def test_names_are_the_verified_map(weights):
     [
         (lambda state: state, "", ""),
         (lambda state: prefixed(state, "model."), "", "model."),
-        (lambda state: {"generator": prefixed(state, "model."), "critic": {}, "step": 3}, "generator", "model."),
+        (
+            lambda state: {"generator": prefixed(state, "model."), "critic": {}, "step": 3},
+            "generator",
+            "model.",
+        ),
         (lambda state: {"generator_ema": prefixed(state, FSDP)}, "generator_ema", FSDP),
         (lambda state: {"model": prefixed(state, "module.")}, "model", "module."),
     ],
@@ -89,7 +93,9 @@ def test_wrappers_are_seen_through(weights, wrap, part, prefix):
     info = inspect_state(wrap(weights))
     assert (info.family, info.part, info.prefix, info.camera) == ("wan", part, prefix, True)
     config = info.config(attention_head_dim=HEAD_DIM)
-    assert {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}.items() >= {
+    assert {
+        key: list(value) if isinstance(value, tuple) else value for key, value in config.items()
+    }.items() >= {
         key: value for key, value in NAMES["diffusers_config"].items() if key in config
     }.items()
     assert info.parameters == sum(tensor.numel() for tensor in weights.values())
@@ -99,10 +105,15 @@ def test_wrappers_are_seen_through(weights, wrap, part, prefix):
 def test_parts_and_checkpointed_blocks(weights):
     ema = {name: tensor + 1 for name, tensor in weights.items()}
     state = {"generator": prefixed(weights, "model."), "generator_ema": prefixed(ema, FSDP)}
-    assert inspect_state(state).part == "generator_ema" and inspect_state(state).other_parts == ("generator",)
-    assert torch.equal(to_diffusers_names(state, "generator")["proj_out.bias"], weights["head.head.bias"])
+    assert inspect_state(state).part == "generator_ema" and inspect_state(state).other_parts == (
+        "generator",
+    )
+    assert torch.equal(
+        to_diffusers_names(state, "generator")["proj_out.bias"], weights["head.head.bias"]
+    )
     deep = {
-        name.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module."): tensor for name, tensor in weights.items()
+        name.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module."): tensor
+        for name, tensor in weights.items()
     }
     assert to_diffusers_names(deep) == to_diffusers_names(weights)
     with pytest.raises(CheckpointError, match="has no part critic"):
@@ -115,11 +126,17 @@ def test_files_load_into_the_transformer(weights, tmp_path, kind):
     if kind == "safetensors":
         save_file(weights, path)
     else:
-        torch.save({"generator_ema": prefixed(weights, FSDP)}, path, _use_new_zipfile_serialization=kind == "zip")
+        torch.save(
+            {"generator_ema": prefixed(weights, FSDP)},
+            path,
+            _use_new_zipfile_serialization=kind == "zip",
+        )
     model = load_transformer(path, attention_head_dim=HEAD_DIM)
     expected = to_diffusers_names(weights)
     loaded = model.state_dict()
-    assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
+    assert loaded.keys() == expected.keys() and all(
+        torch.equal(loaded[name], expected[name]) for name in expected
+    )
     assert model.config.num_attention_heads == 4 and model.config.camera
 
 
@@ -127,9 +144,13 @@ def test_model_agrees_with_diffusers_and_owns_its_memory(weights):
     state = without_camera(weights)
     theirs = WanTransformer3DModel(**NAMES["diffusers_config"]).eval()
     theirs.load_state_dict(to_diffusers_names(state))
-    ours = load_transformer(state, attention_head_dim=HEAD_DIM, camera=True)  # the camera path starts at zero
+    ours = load_transformer(
+        state, attention_head_dim=HEAD_DIM, camera=True
+    )  # the camera path starts at zero
     torch.manual_seed(0)
-    latents, text, sigma = torch.randn(1, 16, 2, 4, 6), torch.randn(1, 5, 32), torch.tensor([0.5])
+    latents = torch.randn(1, 16, 2, 4, 6)
+    text = torch.randn(1, 5, 32)
+    sigma = torch.tensor([0.5])
     projection = torch.randn(1, 2, 4, 4) + 4 * torch.eye(4)
     with torch.no_grad():
         expected = theirs(latents, 1000 * sigma, text, return_dict=False)[0]
@@ -137,7 +158,9 @@ def test_model_agrees_with_diffusers_and_owns_its_memory(weights):
         ours.proj_out.bias.zero_()
     assert torch.allclose(got, expected, atol=2e-5)
     assert weights["head.head.bias"].abs().max() > 0
-    plain = load_transformer(weights, attention_head_dim=HEAD_DIM, camera=False, dtype=torch.bfloat16)
+    plain = load_transformer(
+        weights, attention_head_dim=HEAD_DIM, camera=False, dtype=torch.bfloat16
+    )
     assert plain.dtype == torch.bfloat16 and not any("prope" in name for name in plain.state_dict())
 
 
@@ -145,7 +168,10 @@ def test_model_agrees_with_diffusers_and_owns_its_memory(weights):
     ("change", "message"),
     [
         (lambda state: state.pop("blocks.1.ffn.2.bias"), r"missing: blocks\.1\.ffn\.net\.2\.bias"),
-        (lambda state: state.pop("blocks.2.self_attn.prope_o.bias"), r"missing: blocks\.2\.attn1\.prope_out\.bias"),
+        (
+            lambda state: state.pop("blocks.2.self_attn.prope_o.bias"),
+            r"missing: blocks\.2\.attn1\.prope_out\.bias",
+        ),
         (lambda state: state.pop("patch_embedding.weight"), r"patch_embedding\.weight is missing"),
         (
             lambda state: state.update({"blocks.0.cross_attn.k_img.weight": torch.zeros(2)}),
@@ -155,7 +181,10 @@ def test_model_agrees_with_diffusers_and_owns_its_memory(weights):
             lambda state: state.update({"head.head.bias": torch.zeros(3)}),
             r"wrong shape: proj_out\.bias \[3\] instead of \[64\]",
         ),
-        (lambda state: state.update({"model.head.head.bias": torch.zeros(64)}), r"two tensors for head\.head\.bias"),
+        (
+            lambda state: state.update({"model.head.head.bias": torch.zeros(64)}),
+            r"two tensors for head\.head\.bias",
+        ),
         (lambda state: state.update({"step": 5}), "found other things: step"),
         (lambda state: state.clear(), "nothing in it"),
     ],
@@ -173,15 +202,20 @@ def test_what_shapes_do_not_tell_is_asked_for(weights):
     with pytest.raises(CheckpointError, match="unknown configuration key 'heads'"):
         load_transformer(weights, attention_head_dim=HEAD_DIM, heads=4)
     assert load_transformer(weights, num_attention_heads=4).config.attention_head_dim == HEAD_DIM
-    with pytest.raises(CheckpointError, match=r"not the weights of a Wan transformer.*found conv\.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"not the weights of a Wan transformer.*found conv\.weight"
+    ):
         inspect_state({"conv.weight": torch.zeros(1)})
 
 
 @pytest.mark.parametrize(
-    "save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))], ids=["torch", "pickle"]
+    "save",
+    [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))],
+    ids=["torch", "pickle"],
 )
 def test_code_in_a_file_never_runs(tmp_path, save):
-    path, made = tmp_path / "weights.pt", tmp_path / "executed"
+    path = tmp_path / "weights.pt"
+    made = tmp_path / "executed"
     save({"generator": Payload(made)}, path)
     with pytest.raises(CheckpointError, match="could run code"):
         read_state(path)
@@ -202,9 +236,16 @@ def test_broken_files_are_refused(weights, tmp_path):
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match="damaged or incomplete"):
         read_state(path)
-    for left in (b"version https://git-lfs.github.com/spec/v1", b"", b"\x10\x00"):  # git without lfs; a download that hardly began
+    for left in (
+        b"version https://git-lfs.github.com/spec/v1",
+        b"",
+        b"\x10\x00",
+    ):  # git without lfs; a download that hardly began
         path.write_bytes(left)
-        with pytest.raises(CheckpointError, match=f"stands for a file that was not fetched, it holds {len(left)} bytes"):
+        with pytest.raises(
+            CheckpointError,
+            match=f"stands for a file that was not fetched, it holds {len(left)} bytes",
+        ):
             read_state(path)
     path.write_bytes(b"<!DOCTYPE html><html>")
     with pytest.raises(CheckpointError, match="neither"):
@@ -216,7 +257,8 @@ def test_broken_files_are_refused(weights, tmp_path):
 def shards(state, folder, count=2):
     """The state as sharded safetensors with an index; returns the index."""
     folder.mkdir(parents=True, exist_ok=True)
-    table, names = {}, sorted(state)
+    table = {}
+    names = sorted(state)
     for number in range(count):
         file = f"diffusion_pytorch_model-{number + 1:05}-of-{count:05}.safetensors"
         part = names[number::count]
@@ -233,7 +275,13 @@ def training(state, folder, stage="dmd", **networks):
     for name, tensors in {"student": state, **networks}.items():
         save_file(tensors, folder / f"{name}.safetensors")
     save_file({"0.step": torch.zeros(1)}, folder / "optimizer-student.safetensors")
-    config = {"data": {}, "optimiser": {}, stage: {"lr": 1e-3}, "model": {"head_dim": HEAD_DIM}, "run": {}}
+    config = {
+        "data": {},
+        "optimiser": {},
+        stage: {"lr": 1e-3},
+        "model": {"head_dim": HEAD_DIM},
+        "run": {},
+    }
     (folder / "state.json").write_text(json.dumps({"step": 12, "drawn": 96, "config": config}))
     return folder
 
@@ -241,7 +289,9 @@ def training(state, folder, stage="dmd", **networks):
 def test_sharded_weights(weights, tmp_path):
     index = shards(weights, tmp_path / "wan")
     read = read_state(index)
-    assert read.keys() == weights.keys() and all(torch.equal(read[name], weights[name]) for name in weights)
+    assert read.keys() == weights.keys() and all(
+        torch.equal(read[name], weights[name]) for name in weights
+    )
     assert read_state(tmp_path / "wan").keys() == weights.keys()
     second = index.with_name("diffusion_pytorch_model-00002-of-00002.safetensors")
     tensors = load_file(second)
@@ -253,10 +303,15 @@ def test_sharded_weights(weights, tmp_path):
     with pytest.raises(CheckpointError, match="holds beside what the index names stray:"):
         read_state(index)
     second.write_bytes(second.read_bytes()[:500])
-    with pytest.raises(CheckpointError, match=r"00002-of-00002.safetensors is damaged or incomplete"):
+    with pytest.raises(
+        CheckpointError, match=r"00002-of-00002.safetensors is damaged or incomplete"
+    ):
         read_state(index)
     second.unlink()
-    with pytest.raises(CheckpointError, match=r"00002-of-00002.safetensors is missing, which diffusion_pytorch_model"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"00002-of-00002.safetensors is missing, which diffusion_pytorch_model",
+    ):
         read_state(index)
     index.write_text(index.read_text()[:100])
     with pytest.raises(ValueError, match="is no index of weights files"):
@@ -271,28 +326,50 @@ def test_folders(weights, tmp_path):
     save_file({"shared.weight": torch.zeros(1)}, wan / "a_text_encoder.safetensors")
     save_file(weights, wan / "zz.safetensors")  # neither its name nor its place says it
     assert find_weights(wan).name == "zz.safetensors" and inspect(wan).head_dim is None
-    (wan / "config.json").write_text(json.dumps({"_class_name": "WanModel", "dim": 96, "num_heads": 4}))
-    assert inspect(wan).head_dim == HEAD_DIM and load_transformer(str(wan)).config.num_attention_heads == 4
+    (wan / "config.json").write_text(
+        json.dumps({"_class_name": "WanModel", "dim": 96, "num_heads": 4})
+    )
+    assert (
+        inspect(wan).head_dim == HEAD_DIM
+        and load_transformer(str(wan)).config.num_attention_heads == 4
+    )
     (wan / "config.json").write_text(json.dumps({"_class_name": "UMT5", "dim": 96, "num_heads": 4}))
     assert inspect(wan).head_dim is None
     save_file(weights, wan / "another.safetensors")
-    with pytest.raises(CheckpointError, match=r"holds 2 transformers, another.safetensors, zz.safetensors: name the file"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"holds 2 transformers, another.safetensors, zz.safetensors: name the file",
+    ):
         read_state(wan)
 
 
 def test_our_training(weights, tmp_path):
     average = {name: tensor + 1 for name, tensor in weights.items()}
-    folder = training(to_diffusers_names(weights), tmp_path / "step-12", average=to_diffusers_names(average), critic={"x": torch.zeros(1)})
+    folder = training(
+        to_diffusers_names(weights),
+        tmp_path / "step-12",
+        average=to_diffusers_names(average),
+        critic={"x": torch.zeros(1)},
+    )
     info = inspect(folder)
-    assert (info.part, info.other_parts, info.stage, info.head_dim) == ("average", ("critic", "student"), "dmd, step 12", HEAD_DIM)
+    assert (info.part, info.other_parts, info.stage, info.head_dim) == (
+        "average",
+        ("critic", "student"),
+        "dmd, step 12",
+        HEAD_DIM,
+    )
     assert torch.equal(load_transformer(folder).proj_out.bias, average["head.head.bias"])
-    assert torch.equal(load_transformer(folder, part="student").proj_out.bias, weights["head.head.bias"])
+    assert torch.equal(
+        load_transformer(folder, part="student").proj_out.bias, weights["head.head.bias"]
+    )
     (folder / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match="state.json is damaged or of another program"):
         inspect(folder)
     (coder := tmp_path / "step-3").mkdir()
     (coder / "state.json").write_text(json.dumps({"step": 3, "config": {"autoencoder": {}}}))
-    with pytest.raises(CheckpointError, match="holds no transformer's weights: name the checkpoint of a stage"):
+    with pytest.raises(
+        CheckpointError, match="holds no transformer's weights: name the checkpoint of a stage"
+    ):
         inspect(coder)
 
 
@@ -300,7 +377,9 @@ def test_half_precision_keeps_what_diffusers_keeps(weights):
     model = load_transformer(weights, attention_head_dim=HEAD_DIM, dtype=torch.bfloat16)
     precise = {name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32}
     assert precise == {
-        name for name in model.state_dict() if any(part in name for part in ("time_embedder", "scale_shift_table", "norm2"))
+        name
+        for name in model.state_dict()
+        if any(part in name for part in ("time_embedder", "scale_shift_table", "norm2"))
     }
 
 
@@ -309,29 +388,50 @@ def test_inspect_command(weights, tmp_path, capsys):
     torch.save({"generator": prefixed(weights, "model."), "critic": {}, "step": 600}, path)
     assert main(["inspect", str(path)]) == 0
     said = capsys.readouterr().out
-    assert all(words in said for words in ("wan, prefix 'model.'", "PRoPE", "96", "step 600", "critic", "not told: give their width"))
+    assert all(
+        words in said
+        for words in (
+            "wan, prefix 'model.'",
+            "PRoPE",
+            "96",
+            "step 600",
+            "critic",
+            "not told: give their width",
+        )
+    )
     assert main(["inspect", str(training(to_diffusers_names(weights), tmp_path / "s"))]) == 0
-    assert "4 of 24, as said beside the weights" in (said := capsys.readouterr().out) and "dmd, step 12" in said
-    for source, reason in ((tmp_path / "absent", "no file or folder"), ("no where", "no file or folder"), (path, "neither")):
+    assert (
+        "4 of 24, as said beside the weights" in (said := capsys.readouterr().out)
+        and "dmd, step 12" in said
+    )
+    for source, reason in (
+        (tmp_path / "absent", "no file or folder"),
+        ("no where", "no file or folder"),
+        (path, "neither"),
+    ):
         path.write_bytes(b"nothing at all")
         assert main(["inspect", str(source)]) == 2
         said = capsys.readouterr().err
         assert said.startswith("inspect: ") and reason in said and said.count("\n") == 1
 
 
-# ------------------------------------------------------------------------------------------------ worlds of published weights
+# -------------------- worlds of published weights
 
 SIZE = "height: 32\nwidth: 48\n"
-YAML = """
+YAML = (
+    """
 title: Noise of others
 source: {source}
 autoencoder: {autoencoder}
 licence: Apache-2.0.
 prompt: a street of noise
-""" + SIZE + """
+"""
+    + SIZE
+    + """
 envelope: {{forward: 0.08, strafe: 0.08, yaw: 3.0, pitch: 3.0, style: fly}}
 rollout: {{steps: [1000, 500], first_steps: [1000, 750], window: 6, chunk: {chunk}}}
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -340,7 +440,9 @@ def published(tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
     torch.manual_seed(3)
     AutoencoderKLWan(base_dim=8, z_dim=16, num_res_blocks=1).save_pretrained(folder / "vae")
-    PromptBook({"default": torch.randn(4, 24), "other": torch.randn(4, 24)}, {"default": "noise"}).save(folder / "prompts.safetensors")
+    PromptBook(
+        {"default": torch.randn(4, 24), "other": torch.randn(4, 24)}, {"default": "noise"}
+    ).save(folder / "prompts.safetensors")
     return folder, load_file(GOLDEN / "weights_cd_teacher.safetensors")
 
 
@@ -353,13 +455,17 @@ def recipe(folder, published, chunk=1, source="no/where/x.pt"):
 def original(state, folder):
     """Wan-AI/Wan2.1-T2V-14B: the original names in shards."""
     shards(without_camera(state), folder)
-    (folder / "config.json").write_text(json.dumps({"_class_name": "WanModel", "dim": 48, "num_heads": 2}))
+    (folder / "config.json").write_text(
+        json.dumps({"_class_name": "WanModel", "dim": 48, "num_heads": 2})
+    )
     return folder, {}
 
 
 def diffusers(state, folder):
     """Wan-AI/Wan2.1-T2V-1.3B-Diffusers."""
-    load_transformer(without_camera(state), attention_head_dim=HEAD_DIM).save_pretrained(folder / "transformer")
+    load_transformer(without_camera(state), attention_head_dim=HEAD_DIM).save_pretrained(
+        folder / "transformer"
+    )
     return folder, {}
 
 
@@ -372,7 +478,13 @@ def minwm(state, folder):
 def forcing(state, folder):
     """zhuhz22/Causal-Forcing, gdhe17/Self-Forcing: the average beside the generator, no camera."""
     wrong = {name: tensor + 1 for name, tensor in without_camera(state).items()}
-    torch.save({"generator": prefixed(wrong, "model."), "generator_ema": prefixed(without_camera(state), FSDP)}, folder / "dmd.pt")
+    torch.save(
+        {
+            "generator": prefixed(wrong, "model."),
+            "generator_ema": prefixed(without_camera(state), FSDP),
+        },
+        folder / "dmd.pt",
+    )
     return folder / "dmd.pt", {"--head-dim": HEAD_DIM}
 
 
@@ -384,7 +496,13 @@ def ours(state, folder):
 
 @pytest.mark.parametrize(
     ("form", "camera", "chunk"),
-    [(original, False, 1), (diffusers, False, 1), (minwm, True, 4), (forcing, False, 3), (ours, True, 1)],
+    [
+        (original, False, 1),
+        (diffusers, False, 1),
+        (minwm, True, 4),
+        (forcing, False, 3),
+        (ours, True, 1),
+    ],
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_every_published_form_is_played(published, tmp_path, play, form, camera, chunk, capsys):
@@ -393,15 +511,35 @@ def test_every_published_form_is_played(published, tmp_path, play, form, camera,
     source, options = form(published[1], tmp_path / "in")
     output = tmp_path / "worlds" / "theirs"
     command = ["convert", source, "--world", recipe(tmp_path, published, chunk), "--output", output]
-    command += ["--prompts", published[0] / "prompts.safetensors", *(word for pair in options.items() for word in pair)]
+    command += [
+        "--prompts",
+        published[0] / "prompts.safetensors",
+        *(word for pair in options.items() for word in pair),
+    ]
     assert main([str(word) for word in command]) == 0, capsys.readouterr().err
     world = World.from_pretrained(output, dtype=torch.float32)
-    assert torch.equal(world.transformer.proj_out.weight, published[1]["head.head.weight"].bfloat16().float())
-    assert (world.config.name, world.prompts.names, world.transformer.config.camera) == ("theirs", ("default", "other"), camera)
-    assert set(world.config.envelope.locked) == ({"rise", "sink", "run"} if camera else set(MOTIONS))
+    assert torch.equal(
+        world.transformer.proj_out.weight, published[1]["head.head.weight"].bfloat16().float()
+    )
+    assert (world.config.name, world.prompts.names, world.transformer.config.camera) == (
+        "theirs",
+        ("default", "other"),
+        camera,
+    )
+    assert set(world.config.envelope.locked) == (
+        {"rise", "sink", "run"} if camera else set(MOTIONS)
+    )
     readme = (output / "README.md").read_text()
-    assert str(source) in world.config.licence and str(source) in readme and "Apache-2.0" in world.config.licence
-    assert ("cannot be steered" in world.config.title) == ("every motion key is locked" in readme) == (not camera)
+    assert (
+        str(source) in world.config.licence
+        and str(source) in readme
+        and "Apache-2.0" in world.config.licence
+    )
+    assert (
+        ("cannot be steered" in world.config.title)
+        == ("every motion key is locked" in readme)
+        == (not camera)
+    )
     loop = Loop(lambda tell: Scenes(world))
     loop.open()
     assert (UNSTEERED in loop.notices) == (not camera)
@@ -410,7 +548,12 @@ def test_every_published_form_is_played(published, tmp_path, play, form, camera,
     words = ["--world", str(output), *walk, "--output", str(tmp_path / "walk.mp4")]
     capsys.readouterr()
     if form is minwm:  # the others without a process of their own: it starts slowly
-        told = subprocess.run([sys.executable, str(ROOT / "play.py"), *words], capture_output=True, text=True, check=True).stdout
+        told = subprocess.run(
+            [sys.executable, str(ROOT / "play.py"), *words],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     else:
         assert play(words) == 0
         told = capsys.readouterr().out
@@ -418,8 +561,13 @@ def test_every_published_form_is_played(published, tmp_path, play, form, camera,
     assert (report["world"], report["latents"]) == ("theirs", 32 if chunk == 4 else 30)
     with av.open(str(tmp_path / "walk.mp4")) as film:
         pictures = [frame.to_ndarray(format="rgb24").astype(int) for frame in film.decode(video=0)]
-    assert len(pictures) == 4 * report["latents"] - 3 and min(picture.std() for picture in pictures) > 0
-    assert np.abs(pictures[-1] - pictures[4 * chunk]).mean() > 1  # it moves on by itself, or is steered
+    assert (
+        len(pictures) == 4 * report["latents"] - 3
+        and min(picture.std() for picture in pictures) > 0
+    )
+    assert (
+        np.abs(pictures[-1] - pictures[4 * chunk]).mean() > 1
+    )  # it moves on by itself, or is steered
 
 
 def test_a_published_world_that_cannot_be_steered_refuses_keys(published, tmp_path, play, capsys):
@@ -431,7 +579,20 @@ def test_a_published_world_that_cannot_be_steered_refuses_keys(published, tmp_pa
     frames = [session.step(np.eye(4)).frames for _ in range(2)]
     session.rewind(1)
     assert np.array_equal(session.step(np.eye(4)).frames, frames[1])
-    assert play(["--world", str(tmp_path / "theirs"), "--headless", "--trajectory", "w*3", "--output", str(tmp_path / "walk.mp4")]) == 2
+    assert (
+        play(
+            [
+                "--world",
+                str(tmp_path / "theirs"),
+                "--headless",
+                "--trajectory",
+                "w*3",
+                "--output",
+                str(tmp_path / "walk.mp4"),
+            ]
+        )
+        == 2
+    )
     assert "'w' is locked: this world has not learned that motion" in capsys.readouterr().err
 
 
@@ -441,11 +602,20 @@ def test_worlds_are_converted_too(tiny_bundle, tmp_path):
     PromptBook({"grey": torch.randn(3, 8)}).save(book)
     path = tmp_path / "again.yaml"
     path.write_text(YAML.format(source=tiny_bundle, autoencoder=tiny_bundle, chunk=1))
-    world = convert(PublishedWorld.read(path), tmp_path / "again", Conversion(prompts=book, dtype="float32"))
+    world = convert(
+        PublishedWorld.read(path), tmp_path / "again", Conversion(prompts=book, dtype="float32")
+    )
     opened = World.from_pretrained(tmp_path / "again", dtype=torch.float32)
     stored = load_file(tiny_bundle / "transformer" / "diffusion_pytorch_model.safetensors")
-    assert all(torch.equal(tensor, stored[name]) for name, tensor in opened.transformer.state_dict().items())
-    assert opened.config == world.config and opened.config.prompts.default == "grey" and not opened.config.text_encoder
+    assert all(
+        torch.equal(tensor, stored[name])
+        for name, tensor in opened.transformer.state_dict().items()
+    )
+    assert (
+        opened.config == world.config
+        and opened.config.prompts.default == "grey"
+        and not opened.config.text_encoder
+    )
 
 
 def cached_repository(cache, name):
@@ -459,9 +629,14 @@ def cached_repository(cache, name):
 
 
 def test_a_repository_on_the_hub(published, tmp_path, monkeypatch):
-    """One diffusers repository gives transformer, autoencoder and the text encoder's name, another the tiny autoencoder."""
-    repository, tiny = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", PublishedWorld.tiny_autoencoder
-    snapshot, light = (cached_repository(tmp_path / "hub", name) for name in (repository, "lightx2v/Autoencoders"))
+    """One diffusers repository gives transformer, autoencoder and the text encoder's name, another
+    the tiny autoencoder.
+    """
+    repository = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    tiny = PublishedWorld.tiny_autoencoder
+    snapshot, light = (
+        cached_repository(tmp_path / "hub", name) for name in (repository, "lightx2v/Autoencoders")
+    )
     diffusers(published[1], snapshot)
     shutil.copytree(published[0] / "vae", snapshot / "vae")
     torch.save(TinyAutoencoder().state_dict(), light / "taew2_1.pth")
@@ -477,37 +652,91 @@ def test_a_repository_on_the_hub(published, tmp_path, monkeypatch):
     monkeypatch.setattr("worldmodel.convert.libraries", lambda *_: None)
     monkeypatch.setattr("worldmodel.client.options.PUBLISHED", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-    text = YAML.format(source=repository, autoencoder=repository, chunk=1) + f"text_encoder: {repository}\nnegative: a grey blur\n"
+    text = (
+        YAML.format(source=repository, autoencoder=repository, chunk=1)
+        + f"text_encoder: {repository}\nnegative: a grey blur\n"
+    )
     (tmp_path / "mine.yaml").write_text(text)
     folder = find_world("mine")
     assert folder == tmp_path / "user/worldmodel/worlds/mine"
-    assert asked == [(sentence, repository, (512, 24)) for sentence in ("a street of noise", "a grey blur")]
+    assert asked == [
+        (sentence, repository, (512, 24)) for sentence in ("a street of noise", "a grey blur")
+    ]
     world = World.from_pretrained(folder, dtype=torch.float32)
-    assert torch.equal(world.prompts.unconditional, torch.full((512, 24), 2.0)) and world.prompts.names == ("default",)
-    assert world.prompts.text("default") == "a street of noise" and world.config.text_encoder == repository
+    assert torch.equal(
+        world.prompts.unconditional, torch.full((512, 24), 2.0)
+    ) and world.prompts.names == ("default",)
+    assert (
+        world.prompts.text("default") == "a street of noise"
+        and world.config.text_encoder == repository
+    )
     assert Session(world).step(np.eye(4)).frames.shape == (1, 32, 48, 3)
     world = World.from_pretrained(find_world("mine-tiny"), dtype=torch.float32)
-    assert (world.folder.name, world.config.name) == ("mine-tiny", "mine-tiny") and isinstance(world.autoencoder, TinyAutoencoder)
-    assert f"autoencoder {tiny}." in world.config.licence and Session(world).step(np.eye(4)).frames.shape == (1, 32, 48, 3)
+    assert (world.folder.name, world.config.name) == ("mine-tiny", "mine-tiny") and isinstance(
+        world.autoencoder, TinyAutoencoder
+    )
+    assert f"autoencoder {tiny}." in world.config.licence and Session(world).step(
+        np.eye(4)
+    ).frames.shape == (1, 32, 48, 3)
     shutil.rmtree(tmp_path / "hub")
     assert find_world("mine") == folder and len(asked) == 4  # made once
     shutil.rmtree(folder.parent)
-    with pytest.raises(ValueError, match=rf"mine could not be made: transformer/.* of {repository} cannot be had: HF_HUB_OFFLINE"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            rf"mine could not "
+            rf"be made: "
+            rf"transformer/.* of "
+            rf"{repository} "
+            rf"cannot "
+            rf"be had: "
+            rf"HF_HUB_OFFLINE"
+        ),
+    ):
         find_world("mine")
     assert not folder.exists()
-    with pytest.raises(ValueError, match=r"mine-tiny could not be made: .*/mine.yaml --output \S+/mine-tiny --autoencoder SOURCE"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"mine-tiny could "
+            r"not be made: "
+            r".*/mine.yaml "
+            r"--output "
+            r"\S+/mine-tiny "
+            r"--autoencoder "
+            r"SOURCE"
+        ),
+    ):
         find_world("mine-tiny")
-    with pytest.raises(ValueError, match="no world 'min'.*those of published weights, fetched on first use, are mine .NAME-tiny:"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "no world 'min'.*those of published weights, fetched on first use, are mine .NAME-tiny:"
+        ),
+    ):
         find_world("min")
 
 
 @pytest.mark.parametrize("missing", ["transformers", "ftfy"])
-def test_what_the_text_encoder_needs_is_asked_for_before_anything_is_fetched(published, tmp_path, monkeypatch, missing):
+def test_what_the_text_encoder_needs_is_asked_for_before_anything_is_fetched(
+    published, tmp_path, monkeypatch, missing
+):
     for name in ("transformers", "ftfy"):
         monkeypatch.setitem(sys.modules, name, None if name == missing else sys)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     monkeypatch.setattr("worldmodel.convert.fetch", lambda *_: pytest.fail("something was fetched"))
-    with pytest.raises(ValueError, match=rf"minwm-4step could not be made: .* needs {missing}, .*pip install transformers ftfy.*--prompts"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            rf"minwm-4step could "
+            rf"not be made: "
+            rf".* needs "
+            rf"{missing}, "
+            rf".*pip install "
+            rf"transformers "
+            rf"ftfy.*--prompts"
+        ),
+    ):
         find_world("minwm-4step")
     with pytest.raises(ValueError, match="A world needs a stored prompt"):
         convert(PublishedWorld.read(recipe(tmp_path, published)), tmp_path / "theirs")
@@ -518,23 +747,48 @@ def test_the_worlds_of_this_repository(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-    causal, own = "zhuhz22/Causal-Forcing", "MIN-Lab/minWM/Wan21/Action2V"
+    causal = "zhuhz22/Causal-Forcing"
+    own = "MIN-Lab/minWM/Wan21/Action2V"
     expected = {
         "minwm-4step": (f"{own}/dmd/model.pt", 4, 4, 20, 0.08),
         "causal-forcing-4step": (f"{causal}/framewise/causal_forcing.pt", 4, 1, 21, None),
         "causal-forcing-2step": (f"{causal}/causal-forcing++/framewise-2step.pt", 2, 1, 21, None),
         "causal-forcing-1step": (f"{causal}/causal-forcing++/framewise-1step.pt", 1, 1, 21, None),
         "causal-forcing-chunk-4step": (f"{causal}/chunkwise/causal_forcing.pt", 4, 3, 21, None),
-        "self-forcing-chunk-4step": ("gdhe17/Self-Forcing/checkpoints/self_forcing_dmd.pt", 4, 3, 21, None),
+        "self-forcing-chunk-4step": (
+            "gdhe17/Self-Forcing/checkpoints/self_forcing_dmd.pt",
+            4,
+            3,
+            21,
+            None,
+        ),
     }
     assert {path.stem for path in PUBLISHED.glob("*.yaml")} == expected.keys()
     for name, (source, steps, chunk, window, speed) in expected.items():
         world = PublishedWorld.read(PUBLISHED / f"{name}.yaml")
-        assert (world.source, len(world.rollout.steps), world.rollout.chunk, world.rollout.window) == (source, steps, chunk, window)
-        assert (world.height, world.width, world.fps, world.rollout.shift, len(world.rollout.first_steps)) == (480, 832, 16.0, 5.0, 4)
+        assert (
+            world.source,
+            len(world.rollout.steps),
+            world.rollout.chunk,
+            world.rollout.window,
+        ) == (source, steps, chunk, window)
+        assert (
+            world.height,
+            world.width,
+            world.fps,
+            world.rollout.shift,
+            len(world.rollout.first_steps),
+        ) == (480, 832, 16.0, 5.0, 4)
         assert speed is None or (world.envelope.forward, world.envelope.yaw) == (speed, 3.0)
         place = parse_source(source)
-        reason = re.escape(f"The world {name} could not be made: {place.path} of {place.repository} cannot be had: HF_HUB_OFFLINE is set")
+        reason = re.escape(
+            f"The world {name} "
+            "could not be "
+            f"made: {place.path} "
+            f"of {place.repository} "
+            "cannot be had: "
+            "HF_HUB_OFFLINE is set"
+        )
         with pytest.raises(ValueError, match=f"{reason}.* --output"):
             find_world(name)
 
@@ -548,7 +802,10 @@ def test_tiny_autoencoders(tmp_path):
     video = torch.rand(1, 3, 1, 16, 16)
     assert torch.equal(open_vae(path).encode(video), tiny.encode(video))
     torch.save({"encoder.conv1.weight": torch.zeros(1)}, tmp_path / "Wan2.1_VAE.pth")
-    with pytest.raises(ValueError, match=r"Wan2.1_VAE.pth is no tiny autoencoder.*missing: encoder.0.weight.*give vae/"):
+    with pytest.raises(
+        ValueError,
+        match=r"Wan2.1_VAE.pth is no tiny autoencoder.*missing: encoder.0.weight.*give vae/",
+    ):
         open_vae(tmp_path / "Wan2.1_VAE.pth")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no autoencoder"):
@@ -558,8 +815,14 @@ def test_tiny_autoencoders(tmp_path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"--world": "absent.yaml"}, r"absent.yaml cannot be read as a published world \(No such file or directory\)"),
-        ({"--world": "mine.yaml", "text": "title: x\nsauce: y"}, "mine.yaml: unknown key 'sauce'; did you mean 'source'"),
+        (
+            {"--world": "absent.yaml"},
+            r"absent.yaml cannot be read as a published world \(No such file or directory\)",
+        ),
+        (
+            {"--world": "mine.yaml", "text": "title: x\nsauce: y"},
+            "mine.yaml: unknown key 'sauce'; did you mean 'source'",
+        ),
         ({"--world": "mine.yaml", "text": "title: x"}, "the key 'source' is missing"),
         ({"--output": "full"}, "expected the output as a new name or an older world"),
         ({"--prompts": "absent.safetensors"}, "absent.safetensors cannot be read"),
@@ -588,19 +851,29 @@ def test_conversions_that_cannot_be(published, tmp_path, monkeypatch, capsys, ch
     if "text" in change:
         (tmp_path / "mine.yaml").write_text(change["text"])
     before = sorted(path.name for path in tmp_path.iterdir())
-    given = {"--world": "mine.yaml", "--output": "theirs", "--prompts": str(published[0] / "prompts.safetensors"), "--head-dim": "24"}
+    given = {
+        "--world": "mine.yaml",
+        "--output": "theirs",
+        "--prompts": str(published[0] / "prompts.safetensors"),
+        "--head-dim": "24",
+    }
     given |= {key: value for key, value in change.items() if key.startswith("--")}
     words = [word for key, value in given.items() if value is not None for word in (key, value)]
     assert main(["convert", change.get("source", str(source)), *words]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("convert: ") and re.search(reason, said), said
-    assert sorted(path.name for path in tmp_path.iterdir()) == before and (tmp_path / "full/notes.txt").is_file()
+    assert (
+        sorted(path.name for path in tmp_path.iterdir()) == before
+        and (tmp_path / "full/notes.txt").is_file()
+    )
 
 
 def test_an_older_world_stays_until_the_new_one_is_there(published, tmp_path):
     source, _ = minwm(published[1], tmp_path)
     world = PublishedWorld.read(recipe(tmp_path, published))
-    good = Conversion(source=str(source), prompts=published[0] / "prompts.safetensors", head_dim=HEAD_DIM)
+    good = Conversion(
+        source=str(source), prompts=published[0] / "prompts.safetensors", head_dim=HEAD_DIM
+    )
     convert(world, tmp_path / "theirs", good)
     before = (tmp_path / "theirs/world.yaml").read_text()
     with pytest.raises(CheckpointError):

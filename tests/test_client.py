@@ -1,4 +1,6 @@
-"""The client without a window: the loop on a clock that only the test turns, the command line, the headless walk."""
+"""The client without a window: the loop on a clock that only the test turns, the command line, the
+headless walk.
+"""
 
 import importlib.util
 import json
@@ -28,13 +30,17 @@ TICK = 0.001  # seconds; how finely the fake clock moves
 
 
 class FakeSession:
-    """Takes `step_seconds` on the fake clock to the first frame, and `rest_seconds` for the others; its pictures are numbered, so that
-    lost or stale ones show."""
+    """Takes `step_seconds` on the fake clock to the first frame, and `rest_seconds` for the others;
+    its pictures are numbered, so that lost or stale ones show.
+    """
 
     def __init__(self, machine, scene, number):
-        self.machine, self.scene, self.number = machine, scene, number
+        self.machine = machine
+        self.scene = scene
+        self.number = number
         self.poses = [np.eye(4)] if machine.scenes.pictures else []
-        self.prompt, self.changes = "meadow", []
+        self.prompt = "meadow"
+        self.changes = []
 
     def set_prompt(self, name):
         self.prompt = name
@@ -46,7 +52,8 @@ class FakeSession:
     def step(self, c2w, early=None):
         self.machine.begun.append(self.machine.clock())
         self.machine.spend(self.machine.step_seconds())
-        index, latents = len(self.poses), self.machine.scenes.chunk
+        index = len(self.poses)
+        latents = self.machine.scenes.chunk
         assert c2w.shape == (latents, 4, 4)
         self.poses.extend(c2w)
         chunk = self._chunk(4 * latents if index else 4 * latents - 3, index, latents)
@@ -61,12 +68,22 @@ class FakeSession:
     def _chunk(self, frames, index, latents):
         pictures = np.zeros((frames, 2, 2, 3), np.uint8)
         pictures[..., 0] = self.number
-        return FrameChunk(pictures, index, latents, "meadow", {"network": 1.0}, "Memory is full" if index == 5 else "")
+        return FrameChunk(
+            pictures,
+            index,
+            latents,
+            "meadow",
+            {"network": 1.0},
+            "Memory is full" if index == 5 else "",
+        )
 
 
 class FakeRecorder:
     def __init__(self, folder):
-        self.folder, self.error, self.taken, self.closed = folder, None, [], False
+        self.folder = folder
+        self.error = None
+        self.taken = []
+        self.closed = False
 
     def write(self, chunk, c2w, keys=()):
         self.taken.append((chunk.index, keys))
@@ -77,10 +94,19 @@ class FakeRecorder:
 
 
 class FakeScenes:
-    name, fps, frames_per_latent, window, envelope = "fake", 16, 4, 12, ENVELOPE
+    name = "fake"
+    fps = 16
+    frames_per_latent = 4
+    window = 12
+    envelope = ENVELOPE
 
     def __init__(self, machine, chunk=1, pictures=True, camera=True):
-        self.machine, self.chunk, self.pictures, self.camera, self.sessions, self.recorders = machine, chunk, pictures, camera, [], []
+        self.machine = machine
+        self.chunk = chunk
+        self.pictures = pictures
+        self.camera = camera
+        self.sessions = []
+        self.recorders = []
 
     def open(self, scene):
         self.sessions.append(FakeSession(self.machine, scene, len(self.sessions)))
@@ -95,14 +121,22 @@ class FakeScenes:
 
 
 class Machine:
-    """One thread plays all parts: while the generator sleeps or computes, the window ticks every millisecond."""
+    """One thread plays all parts: while the generator sleeps or computes, the window ticks every
+    millisecond.
+    """
 
     def __init__(self, step_seconds=0.06, options=None, rest_seconds=0.0, **world):
         self.rest_seconds = rest_seconds
         self.step_seconds = step_seconds if callable(step_seconds) else lambda: step_seconds
-        self.milliseconds, self.settled, self.begun, self.seen, self.plan = 0, 0, [], [], []
+        self.milliseconds = 0
+        self.settled = 0
+        self.begun = []
+        self.seen = []
+        self.plan = []
         self.scenes = FakeScenes(self, **world)
-        self.loop = Loop(lambda tell: self.scenes, options or LoopOptions(), clock=self.clock, sleep=self.sleep)
+        self.loop = Loop(
+            lambda tell: self.scenes, options or LoopOptions(), clock=self.clock, sleep=self.sleep
+        )
 
     def clock(self):
         return self.milliseconds / 1000
@@ -142,13 +176,17 @@ class Machine:
 
 
 def test_a_key_is_on_screen_within_one_chunk_and_one_step():
-    """The latency regression test: whatever the phase of the key, chunk + margin + time to the first frame is the most it may take."""
+    """The latency regression test: whatever the phase of the key, chunk + margin + time to the
+    first frame is the most it may take.
+    """
     machine = Machine(step_seconds=0.06, rest_seconds=0.02)
     presses = [2 + 0.433 * n for n in range(60)]  # 433 ms against 250 ms: every phase comes up
     for moment in presses:
         machine.at(moment, partial(machine.loop.press, "forward"))
         machine.at(moment + 0.2, partial(machine.loop.release, "forward"))
-        machine.at(moment + 0.1, partial(machine.loop.press, "look_up"))  # locked here: shows nothing, counts nothing
+        machine.at(
+            moment + 0.1, partial(machine.loop.press, "look_up")
+        )  # locked here: shows nothing, counts nothing
     machine.play(29.0)
     samples = np.array(machine.loop.pacer._latencies)
     assert len(samples) == 2 * len(presses)
@@ -168,8 +206,12 @@ def test_chunks_of_three_without_a_start_picture():
         machine.at(moment + 0.25, partial(machine.loop.release, "forward"))
     machine.play(24.0)
     path = np.array(machine.scenes.sessions[0].poses)
-    assert np.array_equal(path[:3], np.tile(np.eye(4), (3, 1, 1)))  # the first chunk is seen from the origin
-    assert path[-1, 2, 3] == pytest.approx(16 * ENVELOPE.forward, rel=1e-3)  # each press lasted one latent
+    assert np.array_equal(
+        path[:3], np.tile(np.eye(4), (3, 1, 1))
+    )  # the first chunk is seen from the origin
+    assert path[-1, 2, 3] == pytest.approx(
+        16 * ENVELOPE.forward, rel=1e-3
+    )  # each press lasted one latent
     assert np.diff(path[:, 2, 3]).max() < ENVELOPE.forward + 1e-9
     assert machine.gaps[12:] == pytest.approx(1 / 16, abs=2 * TICK) and machine.loop.pacer.late == 0
     assert max(machine.loop.pacer._latencies) <= 3 * LATENT + 0.06 + MARGIN + 3 * TICK
@@ -183,9 +225,14 @@ def test_a_fast_generator_waits_for_the_screen(step_seconds):
     chunks = [frame.latent for _, frame in machine.seen]
     assert chunks == sorted(chunks) and np.all(np.bincount(chunks)[1:-2] == 4)  # none is lost
     assert np.diff(machine.begun[4:]) == pytest.approx(LATENT, abs=3 * TICK)
-    # never more than one chunk ahead: when a chunk begins, its first frame is due within a chunk's time
+    # never more than one chunk ahead: when a chunk begins, its first frame is due within a chunk's
+    # time
     first_seen = {frame.latent: moment for moment, frame in reversed(machine.seen)}
-    ahead = [first_seen[n + 1] - begun for n, begun in enumerate(machine.begun) if n + 1 in first_seen and n > 4]
+    ahead = [
+        first_seen[n + 1] - begun
+        for n, begun in enumerate(machine.begun)
+        if n + 1 in first_seen and n > 4
+    ]
     assert max(ahead) <= min(step_seconds + MARGIN, LATENT) + 3 * TICK
 
 
@@ -202,12 +249,18 @@ def test_one_slow_step_is_one_late_chunk():
     machine = Machine(lambda: next(durations)).play(12.0)
     assert machine.loop.pacer.late == 1 and machine.loop.pacer.dropped == 0
     assert np.sum(machine.gaps[1:] > 0.1) == 1
-    assert np.diff(machine.begun[-8:]) == pytest.approx(LATENT, abs=3 * TICK)  # it did not start to run ahead
+    assert np.diff(machine.begun[-8:]) == pytest.approx(
+        LATENT, abs=3 * TICK
+    )  # it did not start to run ahead
 
 
 def test_a_late_window_drops_frames_but_no_key():
     pacer = Pacer(fps=16)
-    pacer.put([Frame(np.zeros((1, 1, 3), np.uint8), 1, edges) for edges in ((), (0.01,), (), ())], 0.0, 1 / 16)
+    pacer.put(
+        [Frame(np.zeros((1, 1, 3), np.uint8), 1, edges) for edges in ((), (0.01,), (), ())],
+        0.0,
+        1 / 16,
+    )
     assert pacer.take(0.0).edges == ()
     frame = pacer.take(0.2)  # the second and third frame were due meanwhile
     assert pacer.dropped == 2 and frame.edges == (0.01,)
@@ -221,13 +274,16 @@ def test_restart_shows_nothing_stale_and_records_on(tmp_path):
     machine.at(1.0, partial(machine.loop.press, "forward"))
     machine.at(3.0, lambda now: machine.loop.command("next_mood"))
     machine.play(5.0)
-    sessions, recorders = machine.scenes.sessions, machine.scenes.recorders
+    sessions = machine.scenes.sessions
+    recorders = machine.scenes.recorders
     numbers = [frame.picture[0, 0, 0] for _, frame in machine.seen]
     assert numbers == sorted(numbers) and set(numbers) == {0, 1}
     switched = next(moment for moment, frame in machine.seen if frame.picture[0, 0, 0] == 1)
     assert 3.0 < switched < 3.0 + 0.06 + 3 * TICK  # after the chunk that was under way at the most
     assert machine.loop.status.scene.prompt == "snow" and "Mood: snow" in machine.loop.notices
-    assert np.array_equal(sessions[1].poses[0], np.eye(4)) and sessions[1].poses[-1][2, 3] > 0  # the key is still held
+    assert (
+        np.array_equal(sessions[1].poses[0], np.eye(4)) and sessions[1].poses[-1][2, 3] > 0
+    )  # the key is still held
     assert recorders[0].closed and not recorders[1].closed
     assert [index for index, _ in recorders[1].taken][:3] == [0, 1, 2]
     assert recorders[0].taken[-1][1] == ("forward",)
@@ -235,15 +291,22 @@ def test_restart_shows_nothing_stale_and_records_on(tmp_path):
 
 @pytest.mark.parametrize("pictures", [True, False])
 def test_a_frame_is_never_ahead_of_its_figures(monkeypatch, pictures):
-    machine, told, put = Machine(pictures=pictures), [], Pacer.put
+    machine = Machine(pictures=pictures)
+    told = []
+    put = Pacer.put
 
     def spy(pacer, frames, now, period):
-        told.append((machine.loop.status.pose is None, frames[0].latent - machine.loop.status.latent))
+        told.append(
+            (machine.loop.status.pose is None, frames[0].latent - machine.loop.status.latent)
+        )
         put(pacer, frames, now, period)
 
     monkeypatch.setattr(Pacer, "put", spy)
     machine.play(3.0)
-    assert told[0] == (False, -1) and set(told) == {(False, -1), (False, 0)}  # 0: the frame that is there early
+    assert told[0] == (False, -1) and set(told) == {
+        (False, -1),
+        (False, 0),
+    }  # 0: the frame that is there early
 
 
 def test_the_benchmark_simulates_this_client():
@@ -261,7 +324,9 @@ def test_a_world_without_camera_weights_says_so_once(camera):
     machine = Machine(camera=camera, pictures=camera)
     machine.at(1.0, lambda now: machine.loop.command("restart"))
     machine.play(2.0)
-    assert [words for words in machine.loop.notices if "camera" in words] == ([] if camera else [UNSTEERED])
+    assert [words for words in machine.loop.notices if "camera" in words] == (
+        [] if camera else [UNSTEERED]
+    )
 
 
 def test_a_change_of_mood_keeps_the_place():
@@ -272,8 +337,13 @@ def test_a_change_of_mood_keeps_the_place():
     (session,) = machine.scenes.sessions
     ((name, latents),) = session.changes
     assert name == session.prompt == "snow" and 8 < latents < len(session.poses) - 4
-    assert "The mood turns to snow" in machine.loop.notices and machine.loop.status.scene.prompt == "snow"
-    assert np.diff([pose[2, 3] for pose in session.poses])[latents - 2 : latents + 3].min() > 0  # the walk goes on
+    assert (
+        "The mood turns to snow" in machine.loop.notices
+        and machine.loop.status.scene.prompt == "snow"
+    )
+    assert (
+        np.diff([pose[2, 3] for pose in session.poses])[latents - 2 : latents + 3].min() > 0
+    )  # the walk goes on
 
 
 def test_pause_freezes_and_costs_no_time():
@@ -288,7 +358,9 @@ def test_pause_freezes_and_costs_no_time():
     assert not any(4.1 < begun < 8.9 for begun in machine.begun)
     path = np.array(machine.scenes.sessions[0].poses)
     steps = np.diff(path[:, 2, 3])
-    assert steps.max() == pytest.approx(ENVELOPE.forward) and np.all(path[:, 0, 2] == 0)  # no leap, no turn
+    assert steps.max() == pytest.approx(ENVELOPE.forward) and np.all(
+        path[:, 0, 2] == 0
+    )  # no leap, no turn
     frames = [frame.latent for _, frame in machine.seen]
     assert np.all(np.bincount(frames)[1:-2] == 4)  # what was queued is seen afterwards
     assert machine.loop.pacer.late == 0 and machine.loop.pacer.latency()[1] < 0.4
@@ -302,14 +374,22 @@ def test_an_error_becomes_one_sentence_and_saves_the_recording(tmp_path):
 
     machine = Machine(breaks, LoopOptions(record=tmp_path / "walk"))
     machine.loop.run()
-    assert machine.loop.status.phase == "failed" and machine.loop.status.error == "The card is out of memory."
+    assert (
+        machine.loop.status.phase == "failed"
+        and machine.loop.status.error == "The card is out of memory."
+    )
     assert machine.scenes.recorders[0].closed
 
 
 def test_a_full_disk_ends_the_recording_not_the_walk(tmp_path):
     machine = Machine(options=LoopOptions(recordings=tmp_path))
     machine.at(1.0, lambda now: machine.loop.command("record"))
-    machine.at(2.0, lambda now: setattr(machine.scenes.recorders[0], "error", "Recording ended: the disk is full."))
+    machine.at(
+        2.0,
+        lambda now: setattr(
+            machine.scenes.recorders[0], "error", "Recording ended: the disk is full."
+        ),
+    )
     machine.play(4.0)
     assert "Recording ended: the disk is full." in machine.loop.notices
     assert machine.loop.status.recording is None and machine.loop.status.phase == "running"
@@ -345,7 +425,9 @@ def test_a_replay_is_shown_at_the_worlds_rate_and_then_handed_over(tmp_path):
     machine.play(7.0)
     assert "A replay is not recorded again" in machine.loop.notices and not machine.scenes.recorders
     numbers = [frame.picture[0, 0, 0] for _, frame in machine.seen]
-    assert numbers[:29] == [7] * 29 and set(numbers[29:]) == {0}  # all of the replay, then a session of one's own
+    assert numbers[:29] == [7] * 29 and set(numbers[29:]) == {
+        0
+    }  # all of the replay, then a session of one's own
     assert machine.gaps[8:28] == pytest.approx(1 / 16, abs=2 * TICK)
     assert machine.scenes.sessions[0].scene == Scene("dunes", str(tmp_path / "start.png"), 3)
     assert machine.scenes.sessions[0].poses[-1][2, 3] > 0
@@ -375,7 +457,11 @@ def test_moods_and_towns_go_round(tiny_world):
 
 def test_bindings_are_data():
     bindings = Bindings({"z": "forward"})
-    assert bindings.action("z") == "forward" and bindings.action("w") is None and bindings.action("w", 26) == "forward"
+    assert (
+        bindings.action("z") == "forward"
+        and bindings.action("w") is None
+        and bindings.action("w", 26) == "forward"
+    )
     with pytest.raises(ValueError, match="Key 5 is bound to the unknown action 'jump'"):
         Bindings(places={5: "jump"})
     with pytest.raises(ValueError, match="unknown action 'jump'"):
@@ -393,7 +479,8 @@ def play():
 @pytest.fixture
 def torch_settings():
     """The program sets torch up for itself; the tests after it get theirs back."""
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    threads = torch.get_num_threads()
+    precision = torch.get_float32_matmul_precision()
     yield
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
@@ -427,11 +514,15 @@ def test_bad_input_is_one_sentence(play, tiny_bundle, capsys, arguments, reason)
 
 
 def test_headless_walk_record_replay_verify(play, tiny_bundle, tmp_path, capsys, torch_settings):
-    world, film, take = ["--world", str(tiny_bundle)], tmp_path / "walk.mp4", tmp_path / "take"
+    world = ["--world", str(tiny_bundle)]
+    film = tmp_path / "walk.mp4"
+    take = tmp_path / "take"
     walk = ["--headless", "--trajectory", "w*3,l*2", "--seed", "5", "--threads", "1"]
     assert play.main([*world, *walk, "--output", str(film), "--record", str(take)]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["latents"] == 6 and report["world"] == "tiny" and report["ms_per_latent"]["p50"] > 0
+    assert (
+        report["latents"] == 6 and report["world"] == "tiny" and report["ms_per_latent"]["p50"] > 0
+    )
     with av.open(str(film)) as container:
         assert sum(1 for _ in container.decode(video=0)) == 21
     lines = [json.loads(line) for line in (take / "session.jsonl").read_text().splitlines()]
@@ -442,12 +533,19 @@ def test_headless_walk_record_replay_verify(play, tiny_bundle, tmp_path, capsys,
     assert play.main([*world, "--replay", str(take), "--verify", "--threads", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["exact"] is True
     before = film.read_bytes()
-    assert play.main([*world, "--replay", str(take), "--headless", "--output", str(tmp_path / "again.mp4")]) == 0
+    assert (
+        play.main(
+            [*world, "--replay", str(take), "--headless", "--output", str(tmp_path / "again.mp4")]
+        )
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["latents"] == 6
     assert film.read_bytes() == before
 
 
-def test_a_walk_that_fails_leaves_the_old_film(play, tiny_bundle, tmp_path, capsys, torch_settings, monkeypatch):
+def test_a_walk_that_fails_leaves_the_old_film(
+    play, tiny_bundle, tmp_path, capsys, torch_settings, monkeypatch
+):
     film = tmp_path / "walk.mp4"
     film.write_bytes(b"older")
 
@@ -455,12 +553,29 @@ def test_a_walk_that_fails_leaves_the_old_film(play, tiny_bundle, tmp_path, caps
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr("worldmodel.session.Session.step", breaks)
-    assert play.main(["--world", str(tiny_bundle), "--headless", "--trajectory", "w*3", "--output", str(film)]) == 1
+    assert (
+        play.main(
+            [
+                "--world",
+                str(tiny_bundle),
+                "--headless",
+                "--trajectory",
+                "w*3",
+                "--output",
+                str(film),
+            ]
+        )
+        == 1
+    )
     assert "not enough memory" in capsys.readouterr().err
-    assert film.read_bytes() == b"older" and [path.name for path in tmp_path.iterdir()] == ["walk.mp4"]
+    assert film.read_bytes() == b"older" and [path.name for path in tmp_path.iterdir()] == [
+        "walk.mp4"
+    ]
 
 
-def test_without_a_display_it_says_so_and_walks(play, tiny_bundle, tmp_path, capsys, torch_settings, monkeypatch):
+def test_without_a_display_it_says_so_and_walks(
+    play, tiny_bundle, tmp_path, capsys, torch_settings, monkeypatch
+):
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)

@@ -51,7 +51,11 @@ def frames_of_pattern(count: int, height: int = 32, width: int = 48) -> np.ndarr
 
 
 def make_clip(root, name="a", latents=4, **changes):
-    clip = {"frames": frames_of_pattern(4 * latents - 3), "c2w": poses_of(latents, 3.0), "intrinsics": LENS}
+    clip = {
+        "frames": frames_of_pattern(4 * latents - 3),
+        "c2w": poses_of(latents, 3.0),
+        "intrinsics": LENS,
+    }
     clip |= {"caption": "meadow", "fps": 16, "source": "blocks:meadow:0", "licence": "Apache-2.0"}
     return write_clip(root, name, **{**clip, **changes})
 
@@ -60,19 +64,31 @@ def test_clip_survives_the_disk(tmp_path):
     folder = make_clip(tmp_path, seed=5)
     clip = read_clip(folder)
     assert clip.frames.shape == (13, 32, 48, 3)
-    assert np.abs(clip.frames.astype(int) - frames_of_pattern(13)).mean() < 1.0  # colours and edges survive the codec
+    assert (
+        np.abs(clip.frames.astype(int) - frames_of_pattern(13)).mean() < 1.0
+    )  # colours and edges survive the codec
     assert np.allclose(clip.c2w, poses_of(4, 3.0)) and np.allclose(clip.intrinsics, LENS)
-    assert (clip.caption, clip.fps, clip.source, clip.extra) == ("meadow", 16, "blocks:meadow:0", {"seed": 5})
+    assert (clip.caption, clip.fps, clip.source, clip.extra) == (
+        "meadow",
+        16,
+        "blocks:meadow:0",
+        {"seed": 5},
+    )
     entry = json.loads((folder / POSES).read_text())["3"]
-    assert np.allclose(entry["extrinsic"], poses_of(4, 3.0)[3]) and np.allclose(np.diag(entry["K"]), [24, 25.6, 1])
+    assert np.allclose(entry["extrinsic"], poses_of(4, 3.0)[3]) and np.allclose(
+        np.diag(entry["K"]), [24, 25.6, 1]
+    )
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"c2w": poses_of(5)}, "expected 17 video frames for 5 poses"),
-    ({"c2w": np.full((4, 4, 4), np.nan)}, "NaN"),
-    ({"frames": np.zeros((13, 32, 47, 3), np.uint8)}, "even H and W"),
-    ({"frames": np.zeros((13, 32, 48, 3), np.float32)}, "uint8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"c2w": poses_of(5)}, "expected 17 video frames for 5 poses"),
+        ({"c2w": np.full((4, 4, 4), np.nan)}, "NaN"),
+        ({"frames": np.zeros((13, 32, 47, 3), np.uint8)}, "even H and W"),
+        ({"frames": np.zeros((13, 32, 48, 3), np.float32)}, "uint8"),
+    ],
+)
 def test_what_is_no_clip_is_not_written(tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
         make_clip(tmp_path, **changes)
@@ -120,10 +136,16 @@ def test_broken_clips_are_named(tmp_path):
 
     assert "expected 17 video frames for 5 poses (4F - 3), got 13" in broken("more-poses", add_pose)
     assert "found none" in broken("no-video", lambda folder: (folder / VIDEO).unlink())
-    assert "does not decode" in broken("bad-video", lambda folder: (folder / VIDEO).write_bytes(b"no video at all"))
+    assert "does not decode" in broken(
+        "bad-video", lambda folder: (folder / VIDEO).write_bytes(b"no video at all")
+    )
     assert "found none" in broken("no-poses", lambda folder: (folder / POSES).unlink())
-    assert "caption and fps" in broken("bare-meta", lambda folder: (folder / META).write_text("fps: 16"))
-    assert "does not parse" in broken("bad-meta", lambda folder: (folder / META).write_text("a: [1"))
+    assert "caption and fps" in broken(
+        "bare-meta", lambda folder: (folder / META).write_text("fps: 16")
+    )
+    assert "does not parse" in broken(
+        "bad-meta", lambda folder: (folder / META).write_text("a: [1")
+    )
 
 
 def add_pose(folder):
@@ -170,7 +192,9 @@ def test_latent_windows(tmp_path):
         assert item["latents"].shape == (2, 5, 3, 5) and item["latents"].dtype == torch.float32
         assert item["latents"][0, :, 0, 0].tolist() == [first + k for k in range(5)]
         assert item["caption"] == f"caption{number}"
-        assert np.allclose(item["viewmats"], invert(poses_of(5)), atol=1e-6)  # relative to the window's first
+        assert np.allclose(
+            item["viewmats"], invert(poses_of(5)), atol=1e-6
+        )  # relative to the window's first
         assert np.allclose(item["intrinsics"], LENS)
         assert torch.equal(item["latents"], again[index]["latents"])
         starts.append((number, start))
@@ -196,12 +220,26 @@ def test_latent_mistakes_are_named(tmp_path):
         LatentClips(tmp_path, frames=3)
 
 
-COLLECT = ["collect", "blocks", "--latents", "2", "--height", "24", "--width", "40", "--samples", "1"]
+COLLECT = [
+    "collect",
+    "blocks",
+    "--latents",
+    "2",
+    "--height",
+    "24",
+    "--width",
+    "40",
+    "--samples",
+    "1",
+]
 
 
 def test_collect_resumes_to_the_same_clips(tmp_path, capsys):
-    """Two processes or one, interrupted or not: the same clips, and their towns give the true frames back."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    """Two processes or one, interrupted or not: the same clips, and their towns give the true
+    frames back.
+    """
+    whole = tmp_path / "whole"
+    parts = tmp_path / "parts"
     assert main([*COLLECT, "--output", str(whole), "--clips", "4", "--workers", "1"]) == 0
     assert main([*COLLECT, "--output", str(parts), "--clips", "1", "--workers", "1"]) == 0
     stamp = (parts / "blocks-00000" / VIDEO).stat().st_mtime_ns
@@ -210,7 +248,9 @@ def test_collect_resumes_to_the_same_clips(tmp_path, capsys):
     for one, other in zip(list_clips(whole), list_clips(parts), strict=True):
         assert (one / VIDEO).read_bytes() == (other / VIDEO).read_bytes()
         assert (one / POSES).read_text() == (other / POSES).read_text()
-    captions = [yaml.safe_load((folder / META).read_text())["caption"] for folder in list_clips(whole)]
+    captions = [
+        yaml.safe_load((folder / META).read_text())["caption"] for folder in list_clips(whole)
+    ]
     assert captions == ["meadow", "dunes", "snow", "night"]
     clip = read_clip(whole / "blocks-00001")
     true = truth(clip.source, clip.c2w, clip.intrinsics, 24, 40, samples=1).numpy()
@@ -242,7 +282,15 @@ def test_a_killed_worker_is_one_sentence_and_finished_clips_stay(tmp_path, capsy
     config = CollectConfig("blocks", tmp_path, clips=2, latents=1, height=24, width=40, samples=1)
     assert run("collect", lambda: make_missing(config, one_dies, lambda config, index: {})) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error == "collect: a worker process died (out of memory?): run again, finished clips are kept; --workers 1 needs less"
+    assert error == (
+        "collect: a worker "
+        "process died "
+        "(out of memory?): "
+        "run again, finished "
+        "clips are "
+        "kept; --workers "
+        "1 needs less"
+    )
     assert [folder.name for folder in list_clips(tmp_path)] == ["blocks-00000"]
 
 
@@ -251,23 +299,42 @@ def test_two_collectors_do_not_share_a_folder(tmp_path, capsys):
     output = ["--output", str(tmp_path / "clips"), "--workers", "1", "--clips", "1"]
     holder = "import sys, time; from pathlib import Path; from distill.lock import alone\n"
     holder += "with alone(Path(sys.argv[1])): print('in', flush=True); time.sleep(600)"
-    with subprocess.Popen([sys.executable, "-c", holder, tmp_path / "clips"], stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, tmp_path / "clips"],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as other:
         assert other.stdout.readline() == "in\n"
         half = tmp_path / "clips" / ".blocks-00000.partial" / VIDEO
         half.parent.mkdir()
         half.write_bytes(b"half written")
         assert main([*COLLECT, *output]) == 2
         error = capsys.readouterr().err
-        assert error == f"collect: another process is writing into {tmp_path / 'clips'}: wait for its end, or choose another folder\n"
+        assert error == (
+            "collect: another "
+            "process "
+            "is writing into "
+            f"{tmp_path / 'clips'}: "
+            "wait for its "
+            "end, or choose "
+            "another folder\n"
+        )
         assert half.read_bytes() == b"half written"
         other.kill()
     assert main([*COLLECT, *output]) == 0
-    assert [folder.name for folder in list_clips(tmp_path / "clips")] == ["blocks-00000"] and not half.parent.exists()
+    assert [folder.name for folder in list_clips(tmp_path / "clips")] == [
+        "blocks-00000"
+    ] and not half.parent.exists()
 
 
 def test_heldout_towns_never_occur_in_training(tmp_path):
     towns = {
-        split: {town_of(CollectConfig("blocks", tmp_path, seed=seed, split=split), k).seed for seed in range(4) for k in range(500)}
+        split: {
+            town_of(CollectConfig("blocks", tmp_path, seed=seed, split=split), k).seed
+            for seed in range(4)
+            for k in range(500)
+        }
         for split in ("train", "heldout")
     }
     assert len(towns["train"]) == 2000 and not towns["train"] & towns["heldout"]

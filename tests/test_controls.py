@@ -7,7 +7,9 @@ from worldmodel.camera import invert
 from worldmodel.controls import Controls, Envelope
 
 LATENT = 0.25  # seconds: 4 frames at 16 fps
-ENVELOPE = Envelope(forward=0.4, strafe=0.3, vertical=0.0, run=1.5, yaw=6.0, pitch=4.0, pitch_limit=30.0)
+ENVELOPE = Envelope(
+    forward=0.4, strafe=0.3, vertical=0.0, run=1.5, yaw=6.0, pitch=4.0, pitch_limit=30.0
+)
 
 
 def controls(**changes) -> Controls:
@@ -27,10 +29,14 @@ def test_directions():
     for turn_right in (lambda c: c.press("turn_right", 0.0), lambda c: c.look(60, 0, 0.1)):
         made = controls()
         turn_right(made)
-        assert (invert(made.pose_until(LATENT)) @ [0, 0, 5, 1])[0] < 0, "turning right moves the picture left"
+        assert (invert(made.pose_until(LATENT)) @ [0, 0, 5, 1])[0] < 0, (
+            "turning right moves the picture left"
+        )
     made = controls()
     made.look(0, -20, 0.1)  # mouse up
-    assert (invert(made.pose_until(LATENT)) @ [0, 0, 5, 1])[1] > 0, "looking up moves the picture down"
+    assert (invert(made.pose_until(LATENT)) @ [0, 0, 5, 1])[1] > 0, (
+        "looking up moves the picture down"
+    )
 
 
 def test_time_is_exact():
@@ -42,8 +48,11 @@ def test_time_is_exact():
 
 
 def test_split_hold_is_the_same():
-    """Many edges (key repeat, release and press at one instant, motion events) sum up to one hold."""
-    one, many = controls(smoothing=0.4), controls(smoothing=0.4)
+    """Many edges (key repeat, release and press at one instant, motion events) sum up to one
+    hold.
+    """
+    one = controls(smoothing=0.4)
+    many = controls(smoothing=0.4)
     one.press("forward", 0.03)
     one.look(30, -10, 0.2)
     one.release("forward", 0.9)
@@ -55,7 +64,9 @@ def test_split_hold_is_the_same():
     for _ in range(10):
         many.look(3, -1, 0.2)
     for k in range(1, 7):
-        np.testing.assert_allclose(many.pose_until(k * LATENT), one.pose_until(k * LATENT), atol=1e-12)
+        np.testing.assert_allclose(
+            many.pose_until(k * LATENT), one.pose_until(k * LATENT), atol=1e-12
+        )
 
 
 def test_opposite_keys_and_diagonals():
@@ -105,7 +116,9 @@ def test_momentum():
 
 
 def test_pace():
-    """A held key is one full step a latent whether poses are asked early or late; a late tap keeps its worth."""
+    """A held key is one full step a latent whether poses are asked early or late; a late tap keeps
+    its worth.
+    """
     made = controls()
     made.press("forward", 0.0)
     for k, t in enumerate((0.2, 0.5, 1.7, 1.8), start=1):
@@ -119,8 +132,20 @@ def test_pace():
 
 def test_never_beyond_the_envelope():
     draw = np.random.default_rng(0)
-    made, t = controls(smoothing=0.6), 0.0
-    keys = ["forward", "back", "left", "right", "turn_left", "turn_right", "look_up", "look_down", "run", "rise"]
+    made = controls(smoothing=0.6)
+    t = 0.0
+    keys = [
+        "forward",
+        "back",
+        "left",
+        "right",
+        "turn_left",
+        "turn_right",
+        "look_up",
+        "look_down",
+        "run",
+        "rise",
+    ]
     for _ in range(400):
         for when in np.sort(draw.uniform(t, t + 0.4, draw.integers(0, 5))):
             getattr(made, draw.choice(["press", "release"]))(draw.choice(keys), when)
@@ -128,7 +153,11 @@ def test_never_beyond_the_envelope():
         t += draw.uniform(0.05, 0.6)
         pose = made.pose_until(t)
         share = made.velocity / np.array([0.4, 0.3, 1, 6, 4])
-        assert np.linalg.norm(share[:2]) <= 1.5 + 1e-9 and abs(share[3]) <= 1 + 1e-9 and abs(share[4]) <= 1 + 1e-9
+        assert (
+            np.linalg.norm(share[:2]) <= 1.5 + 1e-9
+            and abs(share[3]) <= 1 + 1e-9
+            and abs(share[4]) <= 1 + 1e-9
+        )
         assert share[2] == 0 and abs(np.degrees(np.arcsin(-pose[1, 2]))) <= 30 + 1e-6
         np.testing.assert_allclose(pose[1, 0], 0, atol=1e-9)  # a walker does not roll
     assert abs(pose[1, 3]) < 1e-9

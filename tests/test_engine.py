@@ -1,4 +1,6 @@
-"""The engine: a world in little memory, in 8 bits, compiled while it is played. Devices are played by numbers here."""
+"""The engine: a world in little memory, in 8 bits, compiled while it is played. Devices are played
+by numbers here.
+"""
 
 import gc
 import itertools
@@ -17,7 +19,18 @@ from worldmodel.autoencoder import StreamingDecoder, StreamingEncoder
 from worldmodel.camera import MotionStep, parse_trajectory
 from worldmodel.client.scenes import fastest_device
 from worldmodel.compiled import CompiledBlocks
-from worldmodel.engine import HISTORY, TIERS, Engine, EngineOptions, Tier, choose_attention, demand, fitting, quantise, tiers_from
+from worldmodel.engine import (
+    HISTORY,
+    TIERS,
+    Engine,
+    EngineOptions,
+    Tier,
+    choose_attention,
+    demand,
+    fitting,
+    quantise,
+    tiers_from,
+)
 from worldmodel.kv_cache import KVCache
 from worldmodel.rollout import RolloutConfig
 from worldmodel.session import Session
@@ -36,25 +49,36 @@ def world(tiny_bundle):
 
 @pytest.fixture(scope="module")
 def wan():
-    """Memory that Wan2.1-1.3B with cameras needs at 480x832, frame by frame, with the tiny autoencoder (22 MB; 68 MB a state)."""
+    """Memory that Wan2.1-1.3B with cameras needs at 480x832, frame by frame, with the tiny
+    autoencoder (22 MB; 68 MB a state).
+    """
     with init_empty_weights():
         model = CausalWanTransformer().to(torch.bfloat16)
     return demand(model, 60, 104, 1, rest=GIB, rewound=68 * 2**20)
 
 
-@pytest.mark.parametrize(("free", "tier"), [(80, 0), (39, 0), (22.5, 1), (15.3, 2), (11.2, 3), (7.4, 4)])
+@pytest.mark.parametrize(
+    ("free", "tier"), [(80, 0), (39, 0), (22.5, 1), (15.3, 2), (11.2, 3), (7.4, 4)]
+)
 def test_memory_decides_the_tier(wan, free, tier):
     config = RolloutConfig(window=12)
     assert fitting(TIERS, wan, config, HISTORY, int(free * GIB)) == TIERS[tier:]
     assert wan.of(TIERS[tier], config, HISTORY) < free * GIB
-    merged = wan.of(TIERS[tier], replace(config, merge_clean=True), HISTORY)  # a pass leaves two chunks' keys
+    merged = wan.of(
+        TIERS[tier], replace(config, merge_clean=True), HISTORY
+    )  # a pass leaves two chunks' keys
     assert merged == wan.of(TIERS[tier], config, HISTORY) + wan.stored
-    assert wan.of(TIERS[tier], replace(config, guidance=3.0), HISTORY) > wan.of(TIERS[tier], config, HISTORY) + config.chunk * wan.shown
+    assert (
+        wan.of(TIERS[tier], replace(config, guidance=3.0), HISTORY)
+        > wan.of(TIERS[tier], config, HISTORY) + config.chunk * wan.shown
+    )
 
 
 def test_full_device_is_one_sentence(wan):
     for free in (0, 2 * GIB):
-        with pytest.raises(ValueError, match=r"needs \d+\.\d GiB .* are free: close other programs"):
+        with pytest.raises(
+            ValueError, match=r"needs \d+\.\d GiB .* are free: close other programs"
+        ):
             fitting(TIERS, wan, RolloutConfig(), HISTORY, free)
 
 
@@ -73,11 +97,32 @@ def test_a_world_opens_in_what_is_free_or_asked_for(tiny_bundle, monkeypatch):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
 def test_a_device_without_a_free_byte_is_not_an_unknown_one(monkeypatch, device):
-    out_of_memory(monkeypatch, torch, "zeros", {0}, RuntimeError, "CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
-    with pytest.raises(ValueError, match=f"^The memory of the device '{device}' is full, not one number fits: close other programs"):
+    out_of_memory(
+        monkeypatch,
+        torch,
+        "zeros",
+        {0},
+        RuntimeError,
+        "CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA",
+    )
+    with pytest.raises(
+        ValueError,
+        match=(
+            "^The memory of "
+            "the device "
+            f"'{device}' is full, "
+            "not one number fits: "
+            "close other "
+            "programs"
+        ),
+    ):
         open_device(device)
-    out_of_memory(monkeypatch, torch, "zeros", {0}, AssertionError, "Torch not compiled with CUDA enabled")
-    with pytest.raises(ValueError, match=f"expected a device that torch can compute on here, .* got '{device}'"):
+    out_of_memory(
+        monkeypatch, torch, "zeros", {0}, AssertionError, "Torch not compiled with CUDA enabled"
+    )
+    with pytest.raises(
+        ValueError, match=f"expected a device that torch can compute on here, .* got '{device}'"
+    ):
         open_device(device)
 
 
@@ -106,9 +151,12 @@ def test_a_kernel_that_is_not_there_is_refused():
         choose_attention("fa3", torch.device("cpu"))
 
 
-def out_of_memory(monkeypatch, place, name, at, kind=torch.OutOfMemoryError, words="CUDA out of memory."):
+def out_of_memory(
+    monkeypatch, place, name, at, kind=torch.OutOfMemoryError, words="CUDA out of memory."
+):
     """Lets the calls of `place.name` with the numbers `at` fail as on a full GPU."""
-    plain, calls = getattr(place, name), itertools.count()
+    plain = getattr(place, name)
+    calls = itertools.count()
 
     def call(*inputs, **options):
         if next(calls) in at:
@@ -122,7 +170,9 @@ SMALL = Tier("small", window=3, history=1)
 DOWN = "Memory is full: going on as with small"
 
 
-@pytest.mark.parametrize("failing", [{0, 1}, {1}])  # the clean pass of latent 6, twice; the first pass of latent 7
+@pytest.mark.parametrize(
+    "failing", [{0, 1}, {1}]
+)  # the clean pass of latent 6, twice; the first pass of latent 7
 def test_a_full_memory_goes_down_a_tier_and_loses_nothing(world, monkeypatch, failing):
     def walked():
         session = Session(world, image="grey-0")
@@ -130,7 +180,8 @@ def test_a_full_memory_goes_down_a_tier_and_loses_nothing(world, monkeypatch, fa
             assert session.step(pose).notice == ""
         return session
 
-    session, expected = walked(), walked()
+    session = walked()
+    expected = walked()
     if 0 not in failing:
         expected.settle()
     expected.rollout = expected.rollout.fork(SMALL.rollout(expected.config, HISTORY))
@@ -140,19 +191,28 @@ def test_a_full_memory_goes_down_a_tier_and_loses_nothing(world, monkeypatch, fa
     chunk = session.step(WALK[6])
     assert chunk.notice == DOWN
     np.testing.assert_array_equal(chunk.frames, expected.step(WALK[6]).frames)
-    assert (chunk.index, session.frames, session.config.window, session.config.history) == (7, 8, 3, 1)
+    assert (chunk.index, session.frames, session.config.window, session.config.history) == (
+        7,
+        8,
+        3,
+        1,
+    )
     assert len(session.rollout.cache.frames) <= 4 and len(session._states) <= 2
     assert all(session.step(pose).notice == "" for pose in WALK[7:])
 
 
 def test_the_old_ring_is_gone_before_anything_new_is_made(world, monkeypatch):
-    world.engine.tiers, session = (TIERS[0], SMALL), Session(world, image="grey-0")
+    session = Session(world, image="grey-0")
+    world.engine.tiers = (TIERS[0], SMALL)
     for pose in WALK[:4]:
         session.step(pose)
     old = weakref.ref(session.rollout.cache)
-    ring = [weakref.ref(tensor) for layer in session.rollout.cache._ring.values() for tensor in layer]
+    ring = [
+        weakref.ref(tensor) for layer in session.rollout.cache._ring.values() for tensor in layer
+    ]
     left = []  # of the old ring, when weights are stored and when the new window is made
     for place, name in ((Engine, "refit"), (KVCache, "_new_window")):
+
         def watched(owner, *inputs, plain=getattr(place, name)):
             if owner is not old():
                 left.append(sum(tensor() is not None for tensor in ring))
@@ -168,11 +228,13 @@ def test_the_old_ring_is_gone_before_anything_new_is_made(world, monkeypatch):
     assert len(ring) == 4 and old() is None and left == [0, 0]
 
 
-FULL = [(torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB."),
-        (RuntimeError, "CUDA error: out of memory"),
-        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        (RuntimeError, "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
-        (RuntimeError, "MPS backend out of memory (MPS allocated: 8.00 GB)")]  # fmt: skip
+FULL = [
+    (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB."),
+    (RuntimeError, "CUDA error: out of memory"),
+    (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    (RuntimeError, "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    (RuntimeError, "MPS backend out of memory (MPS allocated: 8.00 GB)"),
+]
 
 
 @pytest.mark.parametrize(("kind", "words"), FULL)
@@ -180,18 +242,26 @@ def test_every_failure_is_a_tier_until_there_is_none(world, monkeypatch, kind, w
     world.engine.tiers = (TIERS[0], Tier("middle", window=4), SMALL)
     session = Session(world)
     session.step(WALK[0])
-    out_of_memory(monkeypatch, world.transformer, "forward", {0, 1}, kind, words)  # the clean pass, and again with the middle tier
+    out_of_memory(
+        monkeypatch, world.transformer, "forward", {0, 1}, kind, words
+    )  # the clean pass, and again with the middle tier
     chunk = session.step(WALK[1])
     assert (chunk.notice, chunk.index, world.engine.tiers) == (DOWN, 1, (SMALL,))
     out_of_memory(monkeypatch, world.transformer, "forward", {1}, kind, words)
-    with pytest.raises(MemoryError, match=r"full in the smallest tier \(small\): close other programs"):
+    with pytest.raises(
+        MemoryError, match=r"full in the smallest tier \(small\): close other programs"
+    ):
         session.step(WALK[2])
     assert session.frames == 2 and session.step(WALK[2]).index == 2  # somebody did
 
 
 @pytest.mark.parametrize(("place", "name"), [(KVCache, "_new_window"), (engine, "quantise")])
 def test_a_failure_while_going_down_is_a_tier_too(world, monkeypatch, place, name):
-    world.engine.tiers = (TIERS[0], Tier("middle", "int8", window=4), replace(SMALL, weights="int8"))
+    world.engine.tiers = (
+        TIERS[0],
+        Tier("middle", "int8", window=4),
+        replace(SMALL, weights="int8"),
+    )
     monkeypatch.setattr(engine, "quantise", lambda *_: None)
     session = Session(world)
     session.step(WALK[0])
@@ -202,8 +272,10 @@ def test_a_failure_while_going_down_is_a_tier_too(world, monkeypatch, place, nam
 
 
 def test_what_was_shown_before_memory_ran_out_is_shown_once(world, monkeypatch):
-    plain, early = Session(world, image="grey-0").step(WALK[0]), []
-    world.engine.tiers, session = (TIERS[0], SMALL), Session(world, image="grey-0")
+    plain = Session(world, image="grey-0").step(WALK[0])
+    early = []
+    session = Session(world, image="grey-0")
+    world.engine.tiers = (TIERS[0], SMALL)
     out_of_memory(monkeypatch, session_room, "to_frames", {1})  # of the second frame
     chunk = session.step(WALK[0], early.append)
     assert (chunk.notice, len(early)) == (DOWN, 1)
@@ -213,14 +285,24 @@ def test_what_was_shown_before_memory_ran_out_is_shown_once(world, monkeypatch):
 
 def test_another_error_is_none_of_memory(world, monkeypatch):
     session = Session(world)
-    out_of_memory(monkeypatch, world.transformer, "forward", {0}, RuntimeError, "shapes cannot be multiplied")
+    out_of_memory(
+        monkeypatch, world.transformer, "forward", {0}, RuntimeError, "shapes cannot be multiplied"
+    )
     with pytest.raises(RuntimeError, match="multiplied"):
         session.step(WALK[0])
     assert len(world.engine.tiers) == len(TIERS)
 
 
-@pytest.mark.parametrize(("place", "name"), [(StreamingEncoder, "step"), (StreamingDecoder, "frames"), (KVCache, "_new_window"),
-                                             (CausalWanTransformer, "forward"), (CausalWanTransformer, "encode_text")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (StreamingEncoder, "step"),
+        (StreamingDecoder, "frames"),
+        (KVCache, "_new_window"),
+        (CausalWanTransformer, "forward"),
+        (CausalWanTransformer, "encode_text"),
+    ],
+)
 def test_a_start_without_memory_goes_down_a_tier(world, monkeypatch, place, name):
     world.engine.tiers = (TIERS[0], SMALL)
     out_of_memory(monkeypatch, place, name, {0})
@@ -232,7 +314,8 @@ def test_a_start_without_memory_goes_down_a_tier(world, monkeypatch, place, name
 
 
 def test_a_prompt_without_memory_goes_down_a_tier(world, monkeypatch):
-    world.engine.tiers, session = (TIERS[0], SMALL), Session(world)
+    session = Session(world)
+    world.engine.tiers = (TIERS[0], SMALL)
     session.step(WALK[0])
     out_of_memory(monkeypatch, world.transformer, "encode_text", {0})
     session.set_prompt("loud")
@@ -243,7 +326,9 @@ def test_a_prompt_without_memory_goes_down_a_tier(world, monkeypatch):
 @pytest.mark.parametrize(("weights", "most"), [("int8", 0.02), ("fp8", 0.08)])
 def test_eight_bits_are_close(world, weights, most):
     pytest.importorskip("torchao")
-    x, text, sigma = torch.randn(1, 16, 2, 4, 6), torch.randn(1, 3, 8), torch.tensor([0.7])
+    x = torch.randn(1, 16, 2, 4, 6)
+    text = torch.randn(1, 3, 8)
+    sigma = torch.tensor([0.7])
     before = world.transformer(x, sigma, text, torch.eye(4).expand(1, 2, 4, 4))
     quantise(world.transformer, weights, torch.device("cpu"))
     after = world.transformer(x, sigma, text, torch.eye(4).expand(1, 2, 4, 4))
@@ -255,7 +340,9 @@ def test_eight_bits_are_close(world, weights, most):
 def test_eight_bits_without_torchao_are_refused(tiny_bundle, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="torchao, which is not installed"):
-        World.from_pretrained(tiny_bundle, dtype=torch.float32, engine=EngineOptions(weights="int8"))
+        World.from_pretrained(
+            tiny_bundle, dtype=torch.float32, engine=EngineOptions(weights="int8")
+        )
 
 
 def test_without_torchao_the_weights_stay_full(wan, world, monkeypatch):
@@ -263,9 +350,16 @@ def test_without_torchao_the_weights_stay_full(wan, world, monkeypatch):
     world.engine.tiers = tiers_from(EngineOptions())
     session = Session(world)
     out_of_memory(monkeypatch, world.transformer, "forward", set(range(4)))
-    assert session.step(WALK[0]).notice == "Memory is full: going on as with 8 GB" and session.config.window == 4
-    assert "weights full (int8 with torchao, which is not installed)" in world.engine.describe(session.config)
-    with pytest.raises(ValueError, match=r"install torchao \(int8 weights need less\), or play a smaller world"):
+    assert (
+        session.step(WALK[0]).notice == "Memory is full: going on as with 8 GB"
+        and session.config.window == 4
+    )
+    assert "weights full (int8 with torchao, which is not installed)" in world.engine.describe(
+        session.config
+    )
+    with pytest.raises(
+        ValueError, match=r"install torchao \(int8 weights need less\), or play a smaller world"
+    ):
         fitting(tiers_from(EngineOptions()), wan, RolloutConfig(), HISTORY, 7 * GIB)
     assert tiers_from(EngineOptions(memory="8", weights="full"))[0].missed == ""
 
@@ -281,8 +375,11 @@ def test_weights_that_change_are_compiled_anew(tiny_bundle, monkeypatch):
         return run
 
     monkeypatch.setattr(torch, "compile", compile)
-    world = World.from_pretrained(tiny_bundle, dtype=torch.float32, engine=EngineOptions(compile="on"))
-    world.engine.tiers, session = (TIERS[0], replace(SMALL, weights="int8")), Session(world)
+    world = World.from_pretrained(
+        tiny_bundle, dtype=torch.float32, engine=EngineOptions(compile="on")
+    )
+    session = Session(world)
+    world.engine.tiers = (TIERS[0], replace(SMALL, weights="int8"))
     session.step(WALK[0])
     old = world.engine.compiled
     old.wait()
@@ -295,7 +392,9 @@ def test_weights_that_change_are_compiled_anew(tiny_bundle, monkeypatch):
     assert session.step(WALK[2]).notice == DOWN and stopped == [True]
     new = world.engine.compiled
     new.wait()
-    assert compiled_by[0] == "compiler" and new is not old and new.ready  # the new thread meets the new weights first
+    assert (
+        compiled_by[0] == "compiler" and new is not old and new.ready
+    )  # the new thread meets the new weights first
 
 
 @pytest.mark.slow
@@ -303,7 +402,9 @@ def test_compiled_blocks_take_over_and_agree(world):
     plain = [Session(world, image="grey-0").step(WALK[0]).frames]
     compiled = CompiledBlocks(world.transformer.blocks)
     eager = Session(world, image="grey-0")
-    np.testing.assert_array_equal(eager.step(WALK[0]).frames, plain[0])  # nobody waits for the compiler
+    np.testing.assert_array_equal(
+        eager.step(WALK[0]).frames, plain[0]
+    )  # nobody waits for the compiler
     compiled.wait()
     assert compiled.fault == "" and compiled.ready >= 2
     with torch.compiler.set_stance("fail_on_recompile"):  # one code for all blocks
@@ -319,10 +420,14 @@ def test_a_compiler_that_fails_is_mentioned_once(tiny_bundle, monkeypatch):
         return run
 
     monkeypatch.setattr(torch, "compile", broken)
-    world = World.from_pretrained(tiny_bundle, dtype=torch.float32, engine=EngineOptions(compile="on"))
+    world = World.from_pretrained(
+        tiny_bundle, dtype=torch.float32, engine=EngineOptions(compile="on")
+    )
     session = Session(world)
     session.step(WALK[0])
     compiled = world.engine.compiled
     compiled.wait()
     assert "cannot be compiled here (no C++ compiler)" in session.step(WALK[1]).notice
-    assert session.step(WALK[2]).notice == "" and world.engine.compiled is None and compiled.ready == 0
+    assert (
+        session.step(WALK[2]).notice == "" and world.engine.compiled is None and compiled.ready == 0
+    )

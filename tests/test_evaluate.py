@@ -1,4 +1,6 @@
-"""Evaluation: metrics in closed form, paths that keep their promises, and a whole run on a tiny random world."""
+"""Evaluation: metrics in closed form, paths that keep their promises, and a whole run on a tiny
+random world.
+"""
 
 import copy
 import json
@@ -34,11 +36,16 @@ def picture():
 
 @pytest.fixture(scope="module")
 def town_bundle(tmp_path_factory, tiny_world):
-    """The tiny world under the town's moods, with a decoder of more contrast, so that differences are seen."""
+    """The tiny world under the town's moods, with a decoder of more contrast, so that differences
+    are seen.
+    """
     folder = tmp_path_factory.mktemp("worlds") / "town"
     prompts = PromptBook({mood: torch.full((3, 8), float(i)) for i, mood in enumerate(MOODS)})
     config = replace(
-        tiny_world.config, name="town", prompts=replace(tiny_world.config.prompts, default="meadow"), images={}
+        tiny_world.config,
+        name="town",
+        prompts=replace(tiny_world.config.prompts, default="meadow"),
+        images={},
     )
     autoencoder = copy.deepcopy(tiny_world.autoencoder)
     autoencoder.decoder[-1].weight.mul_(60)
@@ -57,14 +64,16 @@ def test_identical_pictures_score_best(picture):
 
 def test_psnr_of_a_known_error():
     black = torch.zeros(2, 3, 16, 16)
-    assert metrics.psnr(black + torch.tensor([0.1, 0.5]).view(2, 1, 1, 1), black).tolist() == pytest.approx(
-        [20.0, 6.0206], abs=1e-3
-    )
+    assert metrics.psnr(
+        black + torch.tensor([0.1, 0.5]).view(2, 1, 1, 1), black
+    ).tolist() == pytest.approx([20.0, 6.0206], abs=1e-3)
 
 
 def test_ssim_of_flat_pictures_is_the_luminance_term():
     """Wang et al. 2004: without structure only (2ab + c1) / (a^2 + b^2 + c1) is left."""
-    a, b, c1 = 0.4, 0.8, 1e-4
+    a = 0.4
+    b = 0.8
+    c1 = 1e-4
     score = metrics.ssim(torch.full((1, 3, 16, 16), a), torch.full((1, 3, 16, 16), b)).item()
     assert score == pytest.approx((2 * a * b + c1) / (a * a + b * b + c1), abs=1e-4)
     with pytest.raises(ValueError, match="11x11"):
@@ -77,13 +86,22 @@ def test_correlation_ignores_brightness_and_contrast_and_grey_gains_nothing(pict
     assert metrics.correlation(dark, picture).item() == pytest.approx(1, abs=1e-4)
     assert metrics.correlation(1 - picture, picture).item() == pytest.approx(-1, abs=1e-4)
     assert metrics.correlation(torch.full_like(picture, 0.5), picture).item() == 0
-    table = metrics.correlation_table(torch.cat([picture, dark]), torch.cat([picture, picture.flip(-1), picture * 0]))
-    assert table[:, 0].tolist() == pytest.approx([1, 1], abs=1e-4) and table[:, 2].tolist() == [0, 0]
-    assert table[0, 1].item() == pytest.approx(metrics.correlation(picture, picture.flip(-1)).item(), abs=1e-5)
+    table = metrics.correlation_table(
+        torch.cat([picture, dark]), torch.cat([picture, picture.flip(-1), picture * 0])
+    )
+    assert table[:, 0].tolist() == pytest.approx([1, 1], abs=1e-4) and table[:, 2].tolist() == [
+        0,
+        0,
+    ]
+    assert table[0, 1].item() == pytest.approx(
+        metrics.correlation(picture, picture.flip(-1)).item(), abs=1e-5
+    )
 
 
 def test_sharpness_is_the_laplacian_energy():
-    """A single white pixel: one centre of 16 and four neighbours of 1, over the 6x6 places of an 8x8 picture."""
+    """A single white pixel: one centre of 16 and four neighbours of 1, over the 6x6 places of an
+    8x8 picture.
+    """
     point = torch.zeros(1, 3, 8, 8)
     point[..., 4, 4] = 1
     assert metrics.sharpness(point).item() == pytest.approx(20 / 36, rel=1e-5)
@@ -94,7 +112,9 @@ def test_blur_lowers_sharpness_and_noise_raises_it(picture):
     noisy = picture + 0.05 * torch.randn(picture.shape, generator=torch.Generator().manual_seed(0))
     sharp, soft, rough = (metrics.sharpness(x).item() for x in (picture, blurred, noisy))
     assert soft < 0.5 * sharp < sharp < rough
-    assert metrics.saturation(picture.mean(1, keepdim=True).expand(-1, 3, -1, -1)).item() == pytest.approx(0, abs=1e-6)
+    assert metrics.saturation(
+        picture.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    ).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_pictures_of_another_kind_are_refused():
@@ -104,7 +124,14 @@ def test_pictures_of_another_kind_are_refused():
 
 def test_retrieval_merges_frames_of_one_view():
     poses = np.tile(np.eye(4), (6, 1, 1))
-    poses[:, 2, 3] = [0, 0.1, 0.2, 0.2, 0.3, 0.1]  # stands once, and comes back to where latent 1 was
+    poses[:, 2, 3] = [
+        0,
+        0.1,
+        0.2,
+        0.2,
+        0.3,
+        0.1,
+    ]  # stands once, and comes back to where latent 1 was
     views = metrics.distinct_poses(poses, 0.02, 0.5)
     assert views.size == 4 and views.group.tolist() == [0, 1, 2, 2, 3, 1]
     best = lambda index: np.eye(6)[index]  # noqa: E731
@@ -116,7 +143,10 @@ def test_retrieval_merges_frames_of_one_view():
         "other",
         "neighbour",
     ]
-    assert metrics.retrieve(best(4), 3, views) == "neighbour" and metrics.retrieve(best(5), 1, views) == "right"
+    assert (
+        metrics.retrieve(best(4), 3, views) == "neighbour"
+        and metrics.retrieve(best(5), 1, views) == "right"
+    )
 
 
 def test_turning_is_a_different_view():
@@ -146,7 +176,8 @@ def test_paths_are_seeded_held_out_and_free():
         assert protocol.is_free(case.town, case.c2w)
     assert not np.array_equal(cases[1].c2w, protocol.fidelity_cases(2, 8, seed=2)[1].c2w)
     forward, turn, strafe = (
-        case.latents[0][:3, :3].T @ (case.latents[-1][:3, 3] - case.latents[0][:3, 3]) for case in cases[1:4]
+        case.latents[0][:3, :3].T @ (case.latents[-1][:3, 3] - case.latents[0][:3, 3])
+        for case in cases[1:4]
     )
     gait = Gait()
     assert forward[2] > 0.8 * 8 * gait.walk and abs(forward[0]) < 1e-6
@@ -164,9 +195,17 @@ def test_a_path_through_a_house_is_not_free():
 
 def test_leave_and_return_leaves_and_returns():
     for case in protocol.return_cases(1, seed=0):
-        start, away, back = case.latents[0], case.latents[case.away], case.latents[case.back]
-        assert metrics.distinct_poses(np.stack([start, away, back]), 0.005, 0.1).group.tolist() == [0, 1, 0]
-        assert metrics.distinct_poses(case.latents[case.back :], 0.005, 0.1).size == 1  # stands still to the end
+        start = case.latents[0]
+        away = case.latents[case.away]
+        back = case.latents[case.back]
+        assert metrics.distinct_poses(np.stack([start, away, back]), 0.005, 0.1).group.tolist() == [
+            0,
+            1,
+            0,
+        ]
+        assert (
+            metrics.distinct_poses(case.latents[case.back :], 0.005, 0.1).size == 1
+        )  # stands still to the end
 
 
 def test_gain_is_over_the_away_baseline():
@@ -174,9 +213,16 @@ def test_gain_is_over_the_away_baseline():
     cases = protocol.return_cases(1, seed=0)
     true = protocol.truth(cases, LENS, 48, 80, every=FRAMES_PER_LATENT)
     for entry in scores.leave_and_return(true, true, cases):
-        assert entry["return"] > 0.98 and entry["gain"] > 0.2 and entry["share"] == pytest.approx(1, abs=0.05)
+        assert (
+            entry["return"] > 0.98
+            and entry["gain"] > 0.2
+            and entry["share"] == pytest.approx(1, abs=0.05)
+        )
     frozen = np.repeat(true[:, :1], true.shape[1], 1)
-    assert all(entry["gain"] == 0 and entry["share"] is None for entry in scores.leave_and_return(frozen, true, cases))
+    assert all(
+        entry["gain"] == 0 and entry["share"] is None
+        for entry in scores.leave_and_return(frozen, true, cases)
+    )
     forgets = true.copy()
     for index, case in enumerate(cases):
         forgets[index, case.back] = true[index, case.away]
@@ -186,20 +232,35 @@ def test_gain_is_over_the_away_baseline():
 def test_scores_tell_truth_blur_and_frozen_apart():
     cases = protocol.fidelity_cases(10, 8, seed=0)  # some of the free walks stand still for a while
     true = protocol.truth(cases, LENS, 48, 80, every=FRAMES_PER_LATENT)
-    blurred = np.stack([np.stack([cv2.GaussianBlur(frame, (0, 0), 1.5) for frame in film]) for film in true])
+    blurred = np.stack(
+        [np.stack([cv2.GaussianBlur(frame, (0, 0), 1.5) for frame in film]) for film in true]
+    )
     films = {"truth": true, "blurred": blurred, "frozen": np.repeat(true[:, :1], 9, 1)}
     rows = [
-        {"name": n, "dreamed": n != "frozen", "horizons": scores.fidelity(f, true, cases, [1, 4, 8])}
+        {
+            "name": n,
+            "dreamed": n != "frozen",
+            "horizons": scores.fidelity(f, true, cases, [1, 4, 8]),
+        }
         for n, f in films.items()
     ]
     perfect, soft, frozen = (row["horizons"]["8"] for row in rows)
-    assert perfect["psnr"] == metrics.PSNR_LIMIT and perfect["sharpness"] == 1 and perfect["retrieval"]["right"] == 1
+    assert (
+        perfect["psnr"] == metrics.PSNR_LIMIT
+        and perfect["sharpness"] == 1
+        and perfect["retrieval"]["right"] == 1
+    )
     assert soft["sharpness"] < 0.5 and soft["retrieval"]["right"] > 0.5
     assert frozen["retrieval"]["right"] == 0 and frozen["correlation"] < soft["correlation"] < 1
-    passed = {(bar["name"], bar["bar"].split()[0]): bar["passed"] for bar in scores.bars(rows, "frozen", "truth")}
+    passed = {
+        (bar["name"], bar["bar"].split()[0]): bar["passed"]
+        for bar in scores.bars(rows, "frozen", "truth")
+    }
     assert passed[("truth", "sharpness")] and not passed[("blurred", "sharpness")]
     assert (
-        passed[("truth", "retrieval")] and passed[("truth", "correlation")] and not passed[("blurred", "correlation")]
+        passed[("truth", "retrieval")]
+        and passed[("truth", "correlation")]
+        and not passed[("blurred", "correlation")]
     )
 
 
@@ -209,11 +270,12 @@ def test_drift_is_relative_to_the_start():
     fading = (128 + (noise - 128) * np.linspace(1, 0, 9).reshape(1, 9, 1, 1, 1)).astype(np.uint8)
     entry = scores.drift(fading, noise.astype(np.uint8), fps=16, spans=4)
     assert entry["seconds"] == [0.5, 1.0, 1.5, 2.0]
-    assert entry["sharpness_of_truth"] == pytest.approx([1] * 4) and entry["saturation_of_truth"] == pytest.approx(
-        [1] * 4
-    )
+    assert entry["sharpness_of_truth"] == pytest.approx([1] * 4) and entry[
+        "saturation_of_truth"
+    ] == pytest.approx([1] * 4)
     assert entry["sharpness"] == pytest.approx(
-        [np.mean([(1 - k / 8) ** 2 for k in pair]) for pair in ((1, 2), (3, 4), (5, 6), (7, 8))], abs=0.03
+        [np.mean([(1 - k / 8) ** 2 for k in pair]) for pair in ((1, 2), (3, 4), (5, 6), (7, 8))],
+        abs=0.03,
     )
 
 
@@ -230,12 +292,21 @@ def test_lateness_is_what_late_frames_have_of_early_ones():
 
 
 def test_variants_are_read_from_text(town_bundle):
-    folder, rollout = town_bundle / "transformer", RolloutConfig()
+    folder = town_bundle / "transformer"
+    rollout = RolloutConfig()
     (own,) = parse_variant(str(folder), rollout)
     assert own.rollout == rollout and own.name == f"{folder}, 2 steps"
     many, two, one = parse_variant(f"stage 1={folder}@16e,2,1", rollout)
-    assert (many.name, two.name, one.name) == ("stage 1, 16 steps (Euler)", "stage 1, 2 steps", "stage 1, 1 step")
-    assert len(many.rollout.steps) == 16 and many.rollout.sampler == "euler" and two.rollout.sampler == "renoise"
+    assert (many.name, two.name, one.name) == (
+        "stage 1, 16 steps (Euler)",
+        "stage 1, 2 steps",
+        "stage 1, 1 step",
+    )
+    assert (
+        len(many.rollout.steps) == 16
+        and many.rollout.sampler == "euler"
+        and two.rollout.sampler == "renoise"
+    )
     for text in (f"{folder}@x", f"{folder}@0", str(town_bundle / "nothing")):
         with pytest.raises(ValueError):
             parse_variant(text, rollout)
@@ -244,7 +315,9 @@ def test_variants_are_read_from_text(town_bundle):
 def test_cases_of_a_batch_are_dreams_of_their_own(town_bundle):
     """Cases of a batch do not see each other, and the first frame is the ceiling's."""
     world = World.from_pretrained(town_bundle, dtype=torch.float32)
-    world = replace(world, transformer=load_transformer(town_bundle / "transformer", world.device, world.dtype))
+    world = replace(
+        world, transformer=load_transformer(town_bundle / "transformer", world.device, world.dtype)
+    )
     cases = protocol.fidelity_cases(3, 4, seed=0)
     film = protocol.truth(cases, world.config.intrinsics, 32, 48)
     path = np.stack([case.latents for case in cases])
@@ -254,7 +327,9 @@ def test_cases_of_a_batch_are_dreams_of_their_own(town_bundle):
     changed = film[:, 0].copy()
     changed[1:] = 255 - changed[1:]
     others = [f for f in dream(world, world.config.rollout, changed, path, prompts, seed=5)]
-    apart = [np.abs(frames[4][case].astype(int) - others[4][case].astype(int)).max() for case in range(3)]
+    apart = [
+        np.abs(frames[4][case].astype(int) - others[4][case].astype(int)).max() for case in range(3)
+    ]
     assert apart[0] <= 2 and min(apart[1:]) > 8
     ceiling = reconstruct(world.autoencoder, film, batch=2)
     assert ceiling.shape == (3, 5, 32, 48, 3)
@@ -264,8 +339,23 @@ def test_cases_of_a_batch_are_dreams_of_their_own(town_bundle):
 def test_the_command_writes_tables_and_sheets(town_bundle, tmp_path, capsys):
     output = tmp_path / "results" / "town.json"
     command = ["evaluate", "--world", str(town_bundle), "--output", str(output)]
-    command += ["--transformer", f"a={town_bundle / 'transformer'}@2e,1", "--reference", "a, 1 step"]
-    sizes = "--cases 5 --latents 4 --returns 1 --flows 1 --drift-cases 1 --drift-latents 6 --batch 3 --workers 1 --windows 4 4+1 --late 20"
+    command += [
+        "--transformer",
+        f"a={town_bundle / 'transformer'}@2e,1",
+        "--reference",
+        "a, 1 step",
+    ]
+    sizes = (
+        "--cases 5 "
+        "--latents 4 "
+        "--returns 1 "
+        "--flows 1 "
+        "--drift-cases 1 "
+        "--drift-latents 6 "
+        "--batch 3 --workers "
+        "1 --windows "
+        "4 4+1 --late 20"
+    )
     assert main(command + sizes.split()) == 0
     results = json.loads(output.read_text())
     assert [row["name"] for row in results["rows"]] == [
@@ -310,7 +400,9 @@ def embedded_flow():
         pytest.skip("the embedded world is not there")
     world = World.from_pretrained(EMBEDDED, dtype=torch.float32)
     (variant,) = parse_variant(f"blocks={EMBEDDED / 'transformer'}", world.config.rollout)
-    results, _ = evaluate(world, [variant], EvaluateOptions(cases=1, latents=1, returns=1, flows=4, drift_latents=0))
+    results, _ = evaluate(
+        world, [variant], EvaluateOptions(cases=1, latents=1, returns=1, flows=4, drift_latents=0)
+    )
     return results["flow"][1]
 
 

@@ -1,4 +1,6 @@
-"""Export: a bundle that opens and plays, with what its README promises. And the benchmark, which plays bundles."""
+"""Export: a bundle that opens and plays, with what its README promises. And the benchmark, which
+plays bundles.
+"""
 
 import json
 
@@ -22,11 +24,18 @@ BAR_NAMES = ("network", "clean", "decode", "total")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A recipe, and what its stages would have left: random networks, the prompts, and two lines of metrics."""
+    """A recipe, and what its stages would have left: random networks, the prompts, and two lines of
+    metrics.
+    """
     root = tmp_path_factory.mktemp("trained")
     torch.manual_seed(0)
     transformer = CausalWanTransformer(
-        num_attention_heads=2, attention_head_dim=24, text_dim=8, freq_dim=16, ffn_dim=64, num_layers=1
+        num_attention_heads=2,
+        attention_head_dim=24,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=64,
+        num_layers=1,
     )
     transformer.save_pretrained(root / "runs/dmd/export")
     make_prompt_book(MOODS, 2, 8).save(root / "runs/dmd/export/prompts.safetensors")
@@ -49,7 +58,15 @@ def trained(tmp_path_factory):
 
 
 def export(trained, output, *more):
-    command = ["export", "--config", trained / "recipe.yaml", "--transformer", "dmd", "--autoencoder", "autoencoder"]
+    command = [
+        "export",
+        "--config",
+        trained / "recipe.yaml",
+        "--transformer",
+        "dmd",
+        "--autoencoder",
+        "autoencoder",
+    ]
     sizes = ["--output", output, "--images", 1, "--height", 32, "--width", 48]
     return main([str(word) for word in [*command, *sizes, *more]])
 
@@ -60,11 +77,31 @@ def test_an_exported_bundle_plays(trained, tmp_path):
     assert world.prompts.names == tuple(sorted(MOODS)) and world.config.prompts.default == "meadow"
     assert [len(world.images(mood)) for mood in MOODS] == [2] * 4
     picture = world.image(world.images("night")[0])
-    assert picture.shape == (32, 48, 3) and picture.mean() < world.image(world.images("snow")[0]).mean() - 40
-    rollout, envelope = world.config.rollout, world.config.envelope
-    assert (rollout.steps, rollout.window, rollout.shift, rollout.sampler) == ((1000, 400), 6, 3.0, "renoise")
-    assert (envelope.forward, envelope.strafe, envelope.run, envelope.yaw, envelope.pitch) == (0.1, 0.08, 1.6, 10, 5)
-    assert (envelope.vertical, envelope.pitch_limit, envelope.smoothing, envelope.style) == (0, 20, 0.5, "walk")
+    assert (
+        picture.shape == (32, 48, 3)
+        and picture.mean() < world.image(world.images("snow")[0]).mean() - 40
+    )
+    rollout = world.config.rollout
+    envelope = world.config.envelope
+    assert (rollout.steps, rollout.window, rollout.shift, rollout.sampler) == (
+        (1000, 400),
+        6,
+        3.0,
+        "renoise",
+    )
+    assert (envelope.forward, envelope.strafe, envelope.run, envelope.yaw, envelope.pitch) == (
+        0.1,
+        0.08,
+        1.6,
+        10,
+        5,
+    )
+    assert (envelope.vertical, envelope.pitch_limit, envelope.smoothing, envelope.style) == (
+        0,
+        20,
+        0.5,
+        "walk",
+    )
     np.testing.assert_allclose(world.config.intrinsics, (0.5, 0.75, 0.5, 0.5))
     session = Session(world, "snow", world.images("snow")[0], seed=1)
     assert session.start().frames.shape == (1, 32, 48, 3)
@@ -75,9 +112,15 @@ def test_weights_are_stored_in_the_type_asked_for(trained, tmp_path):
     stored = {}
     for dtype in ("bfloat16", "float32"):
         assert export(trained, tmp_path / dtype, "--dtype", dtype) == 0
-        stored[dtype] = sum(path.stat().st_size for path in (tmp_path / dtype / "transformer").glob("*.safetensors"))
-        exact = World.from_pretrained(tmp_path / dtype, dtype=torch.float32).transformer.proj_out.weight
-        trained_weight = CausalWanTransformer.from_pretrained(trained / "runs/dmd/export").proj_out.weight
+        stored[dtype] = sum(
+            path.stat().st_size for path in (tmp_path / dtype / "transformer").glob("*.safetensors")
+        )
+        exact = World.from_pretrained(
+            tmp_path / dtype, dtype=torch.float32
+        ).transformer.proj_out.weight
+        trained_weight = CausalWanTransformer.from_pretrained(
+            trained / "runs/dmd/export"
+        ).proj_out.weight
         assert torch.equal(exact, trained_weight.to(getattr(torch, dtype)).float())
     assert stored["bfloat16"] < 0.6 * stored["float32"]
 
@@ -90,11 +133,21 @@ def test_the_readme_says_how(trained, tmp_path):
 
 
 def test_the_readme_tells_the_footage_from_the_clips(trained, tmp_path):
-    town, frames = Town("meadow", 2 * 5 * 1_000_003), np.zeros((5, 32, 48, 3), np.uint8)
+    town = Town("meadow", 2 * 5 * 1_000_003)
+    frames = np.zeros((5, 32, 48, 3), np.uint8)
     sizes = {"latents": 2, "height": 32, "width": 48, "samples": 2}
     poses = np.tile(np.eye(4), (2, 1, 1))
     write_clip(
-        trained / "clips", "blocks-00000", frames, poses, (0.5, 0.75, 0.5, 0.5), "meadow", 16, town.source, "", **sizes
+        trained / "clips",
+        "blocks-00000",
+        frames,
+        poses,
+        (0.5, 0.75, 0.5, 0.5),
+        "meadow",
+        16,
+        town.source,
+        "",
+        **sizes,
     )
     assert export(trained, tmp_path / "blocks") == 0
     text = (tmp_path / "blocks" / "README.md").read_text()
@@ -104,7 +157,11 @@ def test_the_readme_tells_the_footage_from_the_clips(trained, tmp_path):
 def test_one_step_and_euler_are_options(trained, tmp_path):
     assert export(trained, tmp_path / "teacher", "--steps", 8, "--sampler", "euler") == 0
     rollout = World.from_pretrained(tmp_path / "teacher", dtype=torch.float32).config.rollout
-    assert len(rollout.steps) == 8 and rollout.first_steps == rollout.steps and rollout.sampler == "euler"
+    assert (
+        len(rollout.steps) == 8
+        and rollout.first_steps == rollout.steps
+        and rollout.sampler == "euler"
+    )
 
 
 def test_a_failed_export_leaves_the_old_bundle(trained, tmp_path, capsys, monkeypatch):
@@ -135,24 +192,45 @@ def test_a_failed_export_leaves_the_old_bundle(trained, tmp_path, capsys, monkey
     assert {path.name for path in tmp_path.iterdir()} == {"blocks", "bad.json", "mine"}
 
 
-# ---------------------------------------------------------------------------------------------- benchmark
+# -------------------- benchmark
 
 
 def test_benchmark_reports_every_part_and_pairs_variants(tiny_bundle, capsys):
-    words = ["--world", tiny_bundle, "--latents", 16, "--set", "window=4", "--versus", "steps=8", "window=4"]
+    words = [
+        "--world",
+        tiny_bundle,
+        "--latents",
+        16,
+        "--set",
+        "window=4",
+        "--versus",
+        "steps=8",
+        "window=4",
+    ]
     assert benchmark.main([str(word) for word in words]) == 0
     report = json.loads(capsys.readouterr().out)
     one, other = report["variants"]
     assert (
-        one["chunks"] == other["chunks"] == 16 and one["rollout"]["window"] == 4 and len(other["rollout"]["steps"]) == 8
+        one["chunks"] == other["chunks"] == 16
+        and one["rollout"]["window"] == 4
+        and len(other["rollout"]["steps"]) == 8
     )
     for variant in report["variants"]:
         times = variant["ms_per_latent"]
-        assert set(times) == set(BAR_NAMES) and all(0 < t["p10"] <= t["median"] <= t["p90"] for t in times.values())
-        assert times["total"]["median"] >= max(times[part]["median"] for part in ("network", "decode"))
-        assert variant["frames_per_second"] == pytest.approx(4000 / times["total"]["median"], rel=1e-2)
+        assert set(times) == set(BAR_NAMES) and all(
+            0 < t["p10"] <= t["median"] <= t["p90"] for t in times.values()
+        )
+        assert times["total"]["median"] >= max(
+            times[part]["median"] for part in ("network", "decode")
+        )
+        assert variant["frames_per_second"] == pytest.approx(
+            4000 / times["total"]["median"], rel=1e-2
+        )
     assert report["ratio"]["network"] < 0.7  # 2 steps against 8
-    assert report["machine"]["threads"] == torch.get_num_threads() and report["parameters"]["transformer"] > 0
+    assert (
+        report["machine"]["threads"] == torch.get_num_threads()
+        and report["parameters"]["transformer"] > 0
+    )
 
 
 def test_benchmark_of_random_weights_needs_no_files(capsys):
@@ -177,12 +255,20 @@ def test_benchmark_of_random_weights_needs_no_files(capsys):
 
 
 def test_key_to_pixel_of_a_steady_machine():
-    """100 ms a chunk, 250 ms of frames: read 106 ms before it is due, a press waits 0 to 250 ms for that."""
-    delays = benchmark.key_to_pixel(np.full(40, 100.0), np.full(40, 130.0), 250.0)[20 * benchmark.PRESSES :]
+    """100 ms a chunk, 250 ms of frames: read 106 ms before it is due, a press waits 0 to 250 ms for
+    that.
+    """
+    delays = benchmark.key_to_pixel(np.full(40, 100.0), np.full(40, 130.0), 250.0)[
+        20 * benchmark.PRESSES :
+    ]
     assert delays.min() == pytest.approx(106, abs=8) and delays.max() == pytest.approx(356, abs=8)
     assert delays.mean() == pytest.approx(231, abs=1)
-    slow = benchmark.key_to_pixel(np.full(40, 400.0), np.full(40, 400.0), 250.0)[20 * benchmark.PRESSES :]
-    assert slow.mean() == pytest.approx(600, abs=1)  # always dreaming: half a chunk of waiting, one of dreaming
+    slow = benchmark.key_to_pixel(np.full(40, 400.0), np.full(40, 400.0), 250.0)[
+        20 * benchmark.PRESSES :
+    ]
+    assert slow.mean() == pytest.approx(
+        600, abs=1
+    )  # always dreaming: half a chunk of waiting, one of dreaming
 
 
 def test_benchmark_refuses_what_it_cannot_do(tiny_bundle, capsys):

@@ -19,17 +19,26 @@ from worldmodel.session import Session
 from worldmodel.world import World
 
 WEIGHTS = Path(__file__).parent / "golden" / "weights_big.safetensors"
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 
 def dream(device, config):
     model = load_transformer(WEIGHTS, attention_head_dim=24).eval().to(device)
-    rollout = Rollout(model, torch.ones(1, 5, 32, device=device), config, height=4, width=4, device=device)
+    rollout = Rollout(
+        model, torch.ones(1, 5, 32, device=device), config, height=4, width=4, device=device
+    )
     viewmats = torch.eye(4, dtype=torch.float64).repeat(1, 6, 1, 1)
     viewmats[0, :, 2, 3] = -0.1 * torch.arange(6)
-    lens, generator = torch.tensor([[0.5, 0.8, 0.5, 0.5]], device=device), torch.Generator().manual_seed(0)
+    lens = torch.tensor([[0.5, 0.8, 0.5, 0.5]], device=device)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        chunks = [rollout.step(viewmats[:, i : i + 1].to(device), lens, generator=generator) for i in range(6)]
+        chunks = [
+            rollout.step(viewmats[:, i : i + 1].to(device), lens, generator=generator)
+            for i in range(6)
+        ]
     return torch.cat(chunks, 2).cpu()
 
 
@@ -43,8 +52,11 @@ def test_rollout_on_cuda_matches_cpu(merge):
 def test_no_chunk_waits_for_the_device(merge):
     model = load_transformer(WEIGHTS, attention_head_dim=24).eval().to("cuda")
     config = RolloutConfig(window=4, merge_clean=merge)
-    rollout = Rollout(model, torch.ones(1, 5, 32, device="cuda"), config, height=4, width=4, device="cuda")
-    viewmats, lens = torch.eye(4, dtype=torch.float64, device="cuda").view(1, 1, 4, 4), torch.full((1, 4), 0.5, device="cuda")
+    rollout = Rollout(
+        model, torch.ones(1, 5, 32, device="cuda"), config, height=4, width=4, device="cuda"
+    )
+    viewmats = torch.eye(4, dtype=torch.float64, device="cuda").view(1, 1, 4, 4)
+    lens = torch.full((1, 4), 0.5, device="cuda")
     with torch.no_grad():
         rollout.step(viewmats, lens)  # libraries set themselves up
         torch.cuda.set_sync_debug_mode("error")
@@ -57,7 +69,10 @@ def test_no_chunk_waits_for_the_device(merge):
 
 
 def test_no_step_of_a_session_waits_for_the_device(tiny_bundle):
-    session = Session(World.from_pretrained(tiny_bundle, "cuda", torch.float32, EngineOptions(compile="off")), image="grey-0")
+    session = Session(
+        World.from_pretrained(tiny_bundle, "cuda", torch.float32, EngineOptions(compile="off")),
+        image="grey-0",
+    )
     poses = [advance(np.eye(4), [0.0, 0.0, 0.1 * step], 0.0, 0.0) for step in range(12)]
     for pose in poses[:4]:  # libraries set themselves up
         session.step(pose)
@@ -71,17 +86,23 @@ def test_no_step_of_a_session_waits_for_the_device(tiny_bundle):
 
 
 def test_the_ring_stays_where_it_is_on_cuda(tiny_bundle):
-    session = Session(World.from_pretrained(tiny_bundle, "cuda", torch.float32, EngineOptions(compile="off")), image="grey-0")
+    session = Session(
+        World.from_pretrained(tiny_bundle, "cuda", torch.float32, EngineOptions(compile="off")),
+        image="grey-0",
+    )
     rings = []
     for step in range(10):
         session.step(advance(np.eye(4), [0.0, 0.0, 0.1 * step], 0.0, 0.0))
-        rings.append([x.data_ptr() for layer in session.rollout.cache._ring.values() for x in layer])
+        rings.append(
+            [x.data_ptr() for layer in session.rollout.cache._ring.values() for x in layer]
+        )
     assert rings[0] and all(ring == rings[0] for ring in rings)
 
 
 def test_decoding_aside_changes_no_frame(tiny_bundle):
     world = World.from_pretrained(tiny_bundle, "cuda", torch.float32, EngineOptions(compile="off"))
-    aside, plain = Session(world), Session(world)
+    aside = Session(world)
+    plain = Session(world)
     plain._aside = None
     for step in range(6):
         pose = advance(np.eye(4), [0.0, 0.0, 0.5 * step], 0.0, 0.0)
@@ -94,27 +115,47 @@ def test_compiled_blocks_agree_on_cuda(tiny_bundle):
     first = Session(world, image="grey-0").step(np.eye(4)).frames
     world.engine.compiled.wait()
     assert world.engine.compiled.fault == "" and world.engine.compiled.ready
-    assert np.abs(Session(world, image="grey-0").step(np.eye(4)).frames.astype(int) - first).max() <= 1
+    assert (
+        np.abs(Session(world, image="grey-0").step(np.eye(4)).frames.astype(int) - first).max() <= 1
+    )
 
 
-@pytest.mark.parametrize("config", [RolloutConfig(window=4, sinks=1), RolloutConfig(window=6, chunk=2, history=9)])
+@pytest.mark.parametrize(
+    "config", [RolloutConfig(window=4, sinks=1), RolloutConfig(window=6, chunk=2, history=9)]
+)
 @pytest.mark.parametrize("merge", [False, True])
 def test_recorded_passes_agree_and_wait_for_nobody(config, merge):
     model = load_transformer(WEIGHTS, attention_head_dim=24).eval().to("cuda")
-    graphs, dreams = Graphs(partial(CudaRecorder, torch.device("cuda")), lambda: 0), []
-    prompts, lens = torch.randn(2, 1, 5, 32, device="cuda"), torch.tensor([[0.5, 0.8, 0.5, 0.5]], device="cuda")
+    graphs = Graphs(partial(CudaRecorder, torch.device("cuda")), lambda: 0)
+    dreams = []
+    prompts = torch.randn(2, 1, 5, 32, device="cuda")
+    lens = torch.tensor([[0.5, 0.8, 0.5, 0.5]], device="cuda")
     viewmats = torch.eye(4, dtype=torch.float64, device="cuda").repeat(1, 30, 1, 1)
     viewmats[0, :, 2, 3] = -0.1 * torch.arange(30, device="cuda")
     noise = torch.randn(4, 1, 16, 30, 4, 4, device="cuda")
 
     def on(rollout, latents):
-        for now in (slice(i, i + config.chunk) for i in range(rollout.frames, latents, config.chunk)):
+        for now in (
+            slice(i, i + config.chunk) for i in range(rollout.frames, latents, config.chunk)
+        ):
             draws = noise[:, :, :, now].unbind()
-            dreams[-1].append(rollout.step(viewmats[:, now], lens, noise=draws[0], renoise=draws[1:], settle=False))
+            dreams[-1].append(
+                rollout.step(
+                    viewmats[:, now], lens, noise=draws[0], renoise=draws[1:], settle=False
+                )
+            )
 
     with torch.no_grad():
         for how in (None, graphs):
-            rollout = Rollout(model, prompts[0], replace(config, merge_clean=merge), height=4, width=4, device="cuda", graphs=how)
+            rollout = Rollout(
+                model,
+                prompts[0],
+                replace(config, merge_clean=merge),
+                height=4,
+                width=4,
+                device="cuda",
+                graphs=how,
+            )
             dreams.append([])
             on(rollout, 16)  # recorded meanwhile, and libraries set themselves up
             rollout.set_text(prompts[1])
@@ -125,15 +166,20 @@ def test_recorded_passes_agree_and_wait_for_nobody(config, merge):
                 torch.cuda.set_sync_debug_mode("default")
             rollout.rewind(20) if config.history else None
             on(rollout, 30)
-    assert graphs.fault == "" and sum(made is not None for made in rollout._passes._recordings.values()) >= 2
+    assert (
+        graphs.fault == ""
+        and sum(made is not None for made in rollout._passes._recordings.values()) >= 2
+    )
     ours, theirs = (torch.cat(dream, 2) for dream in dreams)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
 def test_a_failed_recording_leaves_play_as_it_was(tiny_bundle):
     world = World.from_pretrained(tiny_bundle, "cuda", torch.float32, EngineOptions(compile="off"))
-    plain, graphs = Session(world, image="grey-0"), Graphs(partial(CudaRecorder, torch.device("cuda")), lambda: 0)
-    world.engine.graphs, forward = graphs, world.transformer.forward
+    plain = Session(world, image="grey-0")
+    graphs = Graphs(partial(CudaRecorder, torch.device("cuda")), lambda: 0)
+    world.engine.graphs = graphs
+    forward = world.transformer.forward
     recorded = Session(world, image="grey-0")
 
     def refusing(*inputs, **options):
@@ -147,15 +193,26 @@ def test_a_failed_recording_leaves_play_as_it_was(tiny_bundle):
         pose = advance(np.eye(4), [0.0, 0.0, 0.1 * step], 0.0, 0.0)
         ours, theirs = (session.step(pose).frames for session in (recorded, plain))
         assert np.abs(ours.astype(int) - theirs).max() <= 1
-    assert "(refused)" in graphs.fault and torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert (
+        "(refused)" in graphs.fault and torch.cuda.current_stream() == torch.cuda.default_stream()
+    )
 
 
 def test_teacher_forcing_gradients_on_cuda_match_cpu():
-    x, clean, text, sigma = torch.randn(1, 16, 4, 4, 4), torch.randn(1, 16, 4, 4, 4), torch.randn(1, 5, 32), torch.rand(1, 4)
+    x = torch.randn(1, 16, 4, 4, 4)
+    clean = torch.randn(1, 16, 4, 4, 4)
+    text = torch.randn(1, 5, 32)
+    sigma = torch.rand(1, 4)
     gradients = []
     for device in ("cpu", "cuda"):
         model = load_transformer(WEIGHTS, attention_head_dim=24).to(device)
-        out = model(x.to(device), sigma.to(device), text.to(device), mode="teacher_forcing", clean=clean.to(device))
+        out = model(
+            x.to(device),
+            sigma.to(device),
+            text.to(device),
+            mode="teacher_forcing",
+            clean=clean.to(device),
+        )
         out.square().mean().backward()
         gradients.append(model.blocks[0].attn1.to_k.weight.grad.cpu())
     assert (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[0].norm()
@@ -164,6 +221,10 @@ def test_teacher_forcing_gradients_on_cuda_match_cpu():
 def test_renderer_on_cuda_matches_cpu():
     pose = torch.eye(4, dtype=torch.float64)[None]
     pose[0, 1, 3] = -0.17
-    town, lens = Town("meadow", 3), [0.5, 0.8333, 0.5, 0.5]
-    ours, theirs = (render(town, pose.numpy(), lens, 48, 80, device=device).cpu().int() for device in ("cpu", "cuda"))
+    town = Town("meadow", 3)
+    lens = [0.5, 0.8333, 0.5, 0.5]
+    ours, theirs = (
+        render(town, pose.numpy(), lens, 48, 80, device=device).cpu().int()
+        for device in ("cpu", "cuda")
+    )
     assert (ours - theirs).abs().float().mean() < 0.5

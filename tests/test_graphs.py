@@ -1,4 +1,6 @@
-"""Recorded passes. A tape stands in for the CUDA graph: it knows nothing but operations and the tensors that they were done on."""
+"""Recorded passes. A tape stands in for the CUDA graph: it knows nothing but operations and the
+tensors that they were done on.
+"""
 
 import gc
 import threading
@@ -21,11 +23,14 @@ from worldmodel.world import World
 
 
 class Tape(TorchDispatchMode):
-    """Remembers operations; `play` does them again on the same tensors and leaves results where they were."""
+    """Remembers operations; `play` does them again on the same tensors and leaves results where
+    they were.
+    """
 
     def __init__(self):
         super().__init__()
-        self.done, self.played = [], 0
+        self.done = []
+        self.played = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
@@ -35,8 +40,12 @@ class Tape(TorchDispatchMode):
     def play(self):
         self.played += 1
         for operation, args, kwargs, result in self.done:
-            for old, new in zip(tree_leaves(result), tree_leaves(operation(*args, **kwargs)), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # no view, not in place
+            for old, new in zip(
+                tree_leaves(result), tree_leaves(operation(*args, **kwargs)), strict=True
+            ):
+                if (
+                    isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr()
+                ):  # no view, not in place
                     old.copy_(new)
 
 
@@ -44,7 +53,8 @@ class Tapes:
     """As `CudaRecorder`; `failing`: the recordings with these numbers fail, half-way."""
 
     def __init__(self, failing=()):
-        self.made, self.failing = [], failing
+        self.made = []
+        self.failing = failing
 
     def __call__(self, work):
         work()
@@ -61,7 +71,14 @@ class Tapes:
 @pytest.fixture(scope="module")
 def network():
     torch.manual_seed(3)
-    model = CausalWanTransformer(num_attention_heads=2, attention_head_dim=24, text_dim=8, freq_dim=16, ffn_dim=64, num_layers=2)
+    model = CausalWanTransformer(
+        num_attention_heads=2,
+        attention_head_dim=24,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=64,
+        num_layers=2,
+    )
     for block in model.blocks:
         torch.nn.init.normal_(block.attn1.prope_out.weight, std=0.2)
     return model.eval().requires_grad_(False)
@@ -73,21 +90,35 @@ def graphs_of(tapes, code=lambda: 0):
 
 def begin(network, config, graphs=None):
     prompts = torch.randn(2, 1, 5, 8, generator=torch.Generator().manual_seed(2))
-    rollout = Rollout(network, prompts[0], config, height=4, width=4, unconditional=torch.zeros(5, 8), graphs=graphs)
+    rollout = Rollout(
+        network,
+        prompts[0],
+        config,
+        height=4,
+        width=4,
+        unconditional=torch.zeros(5, 8),
+        graphs=graphs,
+    )
     return rollout, prompts
 
 
 def on(rollout, latents, seed=1, settle=False):
     """The next latents, along a path that walks and turns."""
-    c2w, draw, chunk, dreamed = torch.eye(4, dtype=torch.float64), torch.Generator().manual_seed(seed), rollout.config.chunk, []
+    c2w = torch.eye(4, dtype=torch.float64)
+    draw = torch.Generator().manual_seed(seed)
+    chunk = rollout.config.chunk
+    dreamed = []
     angles = 0.1 * torch.arange(rollout.frames, rollout.frames + latents, dtype=torch.float64)
     c2w = c2w.repeat(latents, 1, 1)
     c2w[:, 0, 0] = c2w[:, 2, 2] = angles.cos()
     c2w[:, 0, 2], c2w[:, 2, 0], c2w[:, 2, 3] = angles.sin(), -angles.sin(), angles
-    viewmats, lens = torch.linalg.inv_ex(c2w).inverse[None], torch.tensor([[0.5, 0.8, 0.5, 0.5]])
+    viewmats = torch.linalg.inv_ex(c2w).inverse[None]
+    lens = torch.tensor([[0.5, 0.8, 0.5, 0.5]])
     with torch.no_grad():
         for i in range(0, latents, chunk):
-            dreamed.append(rollout.step(viewmats[:, i : i + chunk], lens, generator=draw, settle=settle))
+            dreamed.append(
+                rollout.step(viewmats[:, i : i + chunk], lens, generator=draw, settle=settle)
+            )
             if not rollout.config.merge_clean:
                 rollout.settle()
     return torch.cat(dreamed, 2)
@@ -104,9 +135,14 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("merge", [False, True])
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.window}-{config.sinks}-{config.chunk}-{config.guidance}")
+@pytest.mark.parametrize(
+    "config",
+    CONFIGS,
+    ids=lambda config: f"{config.window}-{config.sinks}-{config.chunk}-{config.guidance}",
+)
 def test_a_played_dream_is_the_plain_one(network, config, merge):
-    config, tapes = replace(config, merge_clean=merge, history=20), Tapes()
+    config = replace(config, merge_clean=merge, history=20)
+    tapes = Tapes()
     dreams = []
     for graphs in (None, graphs_of(tapes)):
         rollout, prompts = begin(network, config, graphs)
@@ -134,20 +170,29 @@ def test_a_played_dream_is_the_plain_one(network, config, merge):
 def test_where_recording_fails_the_dream_goes_on_plainly(network, merge, failing):
     config = RolloutConfig(window=4, sinks=1, merge_clean=merge)
     tapes = Tapes({failing})
-    graphs, expected = graphs_of(tapes), on(begin(network, config)[0], 10)
+    graphs = graphs_of(tapes)
+    expected = on(begin(network, config)[0], 10)
     rollout, _ = begin(network, config, graphs)
     torch.testing.assert_close(on(rollout, 10), expected, atol=1e-6, rtol=0)
-    assert graphs.fault == "Passes cannot be recorded as CUDA graphs here (CUDA out of memory); they run as they are."
+    assert graphs.fault == (
+        "Passes cannot be recorded as CUDA graphs here (CUDA out of memory); they run as they are."
+    )
     assert len(tapes.made) == failing + 1  # nothing is tried again
     played = [tape.played for tape in tapes.made]
     on(rollout.fork(), 6)
-    assert len(tapes.made) == failing + 1 and [tape.played for tape in tapes.made] == played and played[failing] == 0
+    assert (
+        len(tapes.made) == failing + 1
+        and [tape.played for tape in tapes.made] == played
+        and played[failing] == 0
+    )
 
 
 @pytest.mark.parametrize("merge", [False, True])
 def test_nobody_waits_for_the_device(network, merge):
     tapes = Tapes()
-    rollout, _ = begin(network, RolloutConfig(window=4, sinks=1, merge_clean=merge), graphs_of(tapes))
+    rollout, _ = begin(
+        network, RolloutConfig(window=4, sinks=1, merge_clean=merge), graphs_of(tapes)
+    )
     with NoWaiting():
         on(rollout, 12)
         rollout.settle()
@@ -155,8 +200,11 @@ def test_nobody_waits_for_the_device(network, merge):
 
 
 def test_what_is_recorded_is_the_code_at_hand(network):
-    tapes, code = Tapes(), None
-    rollout, _ = begin(network, RolloutConfig(window=3, steps=(1000,)), graphs_of(tapes, lambda: code))
+    tapes = Tapes()
+    code = None
+    rollout, _ = begin(
+        network, RolloutConfig(window=3, steps=(1000,)), graphs_of(tapes, lambda: code)
+    )
     on(rollout, 6)
     assert tapes.made == []  # the compiler is behind
     for now, recordings in ((1, 2), (2, 4)):
@@ -176,20 +224,31 @@ def test_gradients_are_never_recorded(network):
     rollout, _ = begin(network, RolloutConfig(window=3, steps=(1000,)), graphs_of(tapes))
     on(rollout, 6)
     made, played = len(tapes.made), [tape.played for tape in tapes.made]
-    viewmats, lens = torch.eye(4, dtype=torch.float64).view(1, 1, 4, 4), torch.full((1, 4), 0.5)
+    viewmats = torch.eye(4, dtype=torch.float64).view(1, 1, 4, 4)
+    lens = torch.full((1, 4), 0.5)
     noise = torch.randn(1, 16, 1, 4, 4, requires_grad=True)
     for _ in range(3):
         rollout.step(viewmats, lens, noise=noise, grad=True).sum().backward()
-    assert noise.grad.abs().sum() > 0 and (len(tapes.made), [tape.played for tape in tapes.made]) == (made, played)
+    assert noise.grad.abs().sum() > 0 and (
+        len(tapes.made),
+        [tape.played for tape in tapes.made],
+    ) == (made, played)
 
 
 @pytest.mark.parametrize("merge", [False, True])
 def test_recordings_go_with_their_rollout(network, merge):
     tapes = Tapes()
-    rollout, _ = begin(network, RolloutConfig(window=4, sinks=1, merge_clean=merge), graphs_of(tapes))
+    rollout, _ = begin(
+        network, RolloutConfig(window=4, sinks=1, merge_clean=merge), graphs_of(tapes)
+    )
     on(rollout, 12)
     gone = [weakref.ref(rollout.cache), weakref.ref(rollout._passes)]
-    gone += [weakref.ref(x) for recording in rollout._passes._recordings.values() if recording for x in recording.inputs]
+    gone += [
+        weakref.ref(x)
+        for recording in rollout._passes._recordings.values()
+        if recording
+        for x in recording.inputs
+    ]
     tapes.made.clear()
     gc.disable()  # a cycle would keep a whole ring until somebody collects it
     try:
@@ -200,7 +259,8 @@ def test_recordings_go_with_their_rollout(network, merge):
 
 
 def test_a_session_plays_and_says_once_that_it_cannot(tiny_bundle):
-    world, poses = World.from_pretrained(tiny_bundle, dtype=torch.float32), []
+    world = World.from_pretrained(tiny_bundle, dtype=torch.float32)
+    poses = []
     for step in range(12):
         poses.append(np.eye(4))
         poses[-1][2, 3] = 0.1 * step
@@ -218,12 +278,24 @@ def test_a_session_plays_and_says_once_that_it_cannot(tiny_bundle):
         assert ("recorded as CUDA graphs" in world.engine.describe(session.config)) != notices
 
 
-@pytest.mark.parametrize(("choice", "device", "on"), [("auto", "cuda", False), ("on", "cuda", True), ("off", "cuda", False),
-                                                      ("on", "cpu", False), ("auto", "mps", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("choice", "device", "on"),
+    [
+        ("auto", "cuda", False),
+        ("on", "cuda", True),
+        ("off", "cuda", False),
+        ("on", "cpu", False),
+        ("auto", "mps", False),
+    ],
+)
 def test_passes_are_recorded_on_cuda_for_who_asks_for_it(network, monkeypatch, choice, device, on):
     monkeypatch.setattr("worldmodel.engine.CompiledBlocks", lambda blocks: None)
-    engine = start_engine(EngineOptions(compile=choice, attention="torch"), TIERS, network, torch.device(device))
-    assert (engine.graphs is not None) == on and (not on or engine.graphs.recorder.func is CudaRecorder)
+    engine = start_engine(
+        EngineOptions(compile=choice, attention="torch"), TIERS, network, torch.device(device)
+    )
+    assert (engine.graphs is not None) == on and (
+        not on or engine.graphs.recorder.func is CudaRecorder
+    )
 
 
 def test_what_is_recorded_is_compiled_and_has_these_weights(tiny_bundle, monkeypatch):
@@ -233,10 +305,15 @@ def test_what_is_recorded_is_compiled_and_has_these_weights(tiny_bundle, monkeyp
         return lambda *inputs, **options: done.wait() and half(*inputs, **options)
 
     monkeypatch.setattr(torch, "compile", compile)
-    world = World.from_pretrained(tiny_bundle, dtype=torch.float32, engine=EngineOptions(compile="on"))
-    engine, tapes = world.engine, Tapes()
-    first, engine.graphs = engine.code(), graphs_of(tapes, engine.code)
-    session, poses = Session(world), [np.eye(4)] * 6
+    world = World.from_pretrained(
+        tiny_bundle, dtype=torch.float32, engine=EngineOptions(compile="on")
+    )
+    engine = world.engine
+    tapes = Tapes()
+    first = engine.code()
+    engine.graphs = graphs_of(tapes, engine.code)
+    session = Session(world)
+    poses = [np.eye(4)] * 6
     for pose in poses:
         session.step(pose)
         session.settle()
@@ -252,7 +329,9 @@ def test_what_is_recorded_is_compiled_and_has_these_weights(tiny_bundle, monkeyp
 
 
 def test_memory_is_planned_for_recordings():
-    model = CausalWanTransformer(num_attention_heads=2, attention_head_dim=24, text_dim=8, ffn_dim=64, num_layers=2).to(torch.bfloat16)
+    model = CausalWanTransformer(
+        num_attention_heads=2, attention_head_dim=24, text_dim=8, ffn_dim=64, num_layers=2
+    ).to(torch.bfloat16)
     plain, recorded = (demand(model, 8, 8, 1, 0, 0, rows) for rows in (0, 512))
     config = RolloutConfig(window=4)
     more = recorded.of(TIERS[0], config, HISTORY) - plain.of(TIERS[0], config, HISTORY)

@@ -1,4 +1,6 @@
-"""Encodings, schedule, the network and the rollout against the public reference implementations, and our fast forms against plain ones."""
+"""Encodings, schedule, the network and the rollout against the public reference implementations,
+and our fast forms against plain ones.
+"""
 
 import gc
 import json
@@ -25,17 +27,25 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def golden(name):
-    return load_file(GOLDEN / f"{name}.safetensors"), json.loads((GOLDEN / f"{name}.json").read_text())
+    return load_file(GOLDEN / f"{name}.safetensors"), json.loads(
+        (GOLDEN / f"{name}.json").read_text()
+    )
 
 
 @pytest.fixture(scope="module")
 def network():
-    return load_transformer(GOLDEN / "weights_big.safetensors", attention_head_dim=24).eval().requires_grad_(False)
+    return (
+        load_transformer(GOLDEN / "weights_big.safetensors", attention_head_dim=24)
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def lenses(matrices):
     """3x3 intrinsics -> (fx, fy, cx, cy)."""
-    return torch.stack([matrices[..., 0, 0], matrices[..., 1, 1], matrices[..., 0, 2], matrices[..., 1, 2]], -1)
+    return torch.stack(
+        [matrices[..., 0, 0], matrices[..., 1, 1], matrices[..., 0, 2], matrices[..., 1, 2]], -1
+    )
 
 
 def walk(frames, batch=1, origin=0.0):
@@ -44,18 +54,23 @@ def walk(frames, batch=1, origin=0.0):
     for i in range(frames):
         angle = torch.tensor(0.1 * i, dtype=torch.float64)
         c2w[i, 0, 0] = c2w[i, 2, 2] = angle.cos()
-        c2w[i, 0, 2], c2w[i, 2, 0] = angle.sin(), -angle.sin()
+        c2w[i, 0, 2] = angle.sin()
+        c2w[i, 2, 0] = -angle.sin()
         c2w[i, :3, 3] = torch.tensor([0.02 * i, 0.0, 0.1 * i]) + origin
-    return torch.linalg.inv(c2w).repeat(batch, 1, 1, 1), torch.tensor([[0.5, 0.8, 0.5, 0.5]]).repeat(batch, 1)
+    return torch.linalg.inv(c2w).repeat(batch, 1, 1, 1), torch.tensor(
+        [[0.5, 0.8, 0.5, 0.5]]
+    ).repeat(batch, 1)
 
 
-# --- encodings and schedule -------------------------------------------------------------------------------------------------------
+# --- encodings and schedule
+# --------------------
 
 
 @pytest.mark.parametrize("case", ["a", "b"])
 def test_prope_matches_reference(case):
     data, about = golden("prope")
-    heads, frames = about["configs"][case]["heads"], about["configs"][case]["frames"]
+    heads = about["configs"][case]["heads"]
+    frames = about["configs"][case]["frames"]
 
     def by_frame(x):  # [B, heads, L, D] -> [B, F, N, heads D]
         return x.transpose(1, 2).flatten(2).unflatten(1, (frames, -1))
@@ -65,11 +80,19 @@ def test_prope_matches_reference(case):
 
     for kind, focal in (("frame", lenses(data[f"{case}.Ks"])), ("noK", torch.ones(4))):
         for width in (4, 8):  # as they are, and repeated along a diagonal
-            matrices = prope.camera_matrices(prope.projection(data[f"{case}.viewmats"], focal), torch.float32, width)
+            matrices = prope.camera_matrices(
+                prope.projection(data[f"{case}.viewmats"], focal), torch.float32, width
+            )
             assert matrices.key.shape[-1] == width
-            for name, matrix in (("q", matrices.query), ("k", matrices.key), ("o", matrices.result)):
+            for name, matrix in (
+                ("q", matrices.query),
+                ("k", matrices.key),
+                ("o", matrices.result),
+            ):
                 ours = by_head(prope.apply(matrix, by_frame(data[f"{case}.{name}"])))
-                torch.testing.assert_close(ours, data[f"{case}.{kind}.{name}_out"], atol=2e-5, rtol=1e-5)
+                torch.testing.assert_close(
+                    ours, data[f"{case}.{kind}.{name}_out"], atol=2e-5, rtol=1e-5
+                )
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -77,31 +100,55 @@ def test_rope_matches_reference(index):
     data, about = golden("rope")
     case = about["cases"][index]
     for start in case["starts"]:
-        cos, sin = rope.rope_table(torch.arange(start, start + case["F"]), case["H"], case["W"], case["head_dim"])
-        ours = rope.rotate(data[f"c{index}.x"].unflatten(1, (case["F"], -1)), cos.unsqueeze(2), sin.unsqueeze(2)).flatten(1, 2)
+        cos, sin = rope.rope_table(
+            torch.arange(start, start + case["F"]), case["H"], case["W"], case["head_dim"]
+        )
+        ours = rope.rotate(
+            data[f"c{index}.x"].unflatten(1, (case["F"], -1)), cos.unsqueeze(2), sin.unsqueeze(2)
+        ).flatten(1, 2)
         torch.testing.assert_close(ours, data[f"c{index}.start{start}"], atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("shift", [5, 8])
 def test_schedule_matches_reference(shift):
     data, _ = golden("scheduler")
-    case = {key.split(".", 1)[1]: value for key, value in data.items() if key.startswith(f"shift{shift}.")}
+    case = {
+        key.split(".", 1)[1]: value
+        for key, value in data.items()
+        if key.startswith(f"shift{shift}.")
+    }
     for count in (48, 50, 1000):
-        torch.testing.assert_close(schedule.sigma_grid(count, shift), case[f"N{count}.sigmas"], atol=1e-7, rtol=0)
+        torch.testing.assert_close(
+            schedule.sigma_grid(count, shift), case[f"N{count}.sigmas"], atol=1e-7, rtol=0
+        )
     for key in (k for k in case if k.startswith("warp.")):
         steps = [int(step) for step in key.split(".")[1].split("_")]
-        torch.testing.assert_close(schedule.warp_steps(steps, shift) * 1000, case[key], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            schedule.warp_steps(steps, shift) * 1000, case[key], atol=1e-4, rtol=0
+        )
     sigma = schedule.nearest_grid_sigma(case["t_query"] / 1000, shift)
     broadcast = sigma[:, None, None, None]
     noised = (1 - broadcast) * case["x0"] + broadcast * case["noise"]
     torch.testing.assert_close(noised, case["add_noise"], atol=1e-6, rtol=0)
-    torch.testing.assert_close(schedule.training_weight(case["t_query"] / 1000, shift), case["training_weight"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        schedule.training_weight(case["t_query"] / 1000, shift),
+        case["training_weight"],
+        atol=1e-5,
+        rtol=1e-5,
+    )
     x = case["add_noise"].unsqueeze(2)
-    torch.testing.assert_close(schedule.to_x0(x, case["flow"].unsqueeze(2), sigma).squeeze(2), case["flow_to_x0"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        schedule.to_x0(x, case["flow"].unsqueeze(2), sigma).squeeze(2),
+        case["flow_to_x0"],
+        atol=1e-5,
+        rtol=1e-5,
+    )
 
 
 def test_schedule_conversions_are_inverse():
-    x0, noise, sigma = torch.randn(2, 3, 4, 2, 2), torch.randn(2, 3, 4, 2, 2), torch.rand(2, 4) * 0.9 + 0.1
+    x0 = torch.randn(2, 3, 4, 2, 2)
+    noise = torch.randn(2, 3, 4, 2, 2)
+    sigma = torch.rand(2, 4) * 0.9 + 0.1
     x = schedule.add_noise(x0, noise, sigma)
     torch.testing.assert_close(schedule.to_x0(x, noise - x0, sigma), x0, atol=1e-5, rtol=0)
     torch.testing.assert_close(schedule.to_velocity(x, x0, sigma), noise - x0, atol=1e-4, rtol=0)
@@ -109,7 +156,8 @@ def test_schedule_conversions_are_inverse():
         schedule.warp_steps([250, 500], 5.0)
 
 
-# --- forward passes ---------------------------------------------------------------------------------------------------------------
+# --- forward passes
+# --------------------
 
 
 def test_bidirectional_matches_reference(network):
@@ -117,7 +165,12 @@ def test_bidirectional_matches_reference(network):
     cameras = prope.projection(data["viewmats"], lenses(data["Ks"]))
     ours = network(data["x"], data["t"] / 1000, data["context"], cameras)
     torch.testing.assert_close(ours, data["out_camera"], atol=2e-5, rtol=0)
-    torch.testing.assert_close(network(data["x"], data["t"] / 1000, data["context"]), data["out_nocamera"], atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        network(data["x"], data["t"] / 1000, data["context"]),
+        data["out_nocamera"],
+        atol=2e-5,
+        rtol=0,
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
@@ -126,37 +179,67 @@ def test_teacher_forcing_matches_reference(network, chunk):
     cameras = prope.projection(data["viewmats"], lenses(data["Ks"]))
     mode = {"mode": "teacher_forcing", "chunk": chunk, "clean": data["clean_x"]}
     sigma = data["t"] / 1000
-    torch.testing.assert_close(network(data["x"], sigma, data["context"], **mode), data["out_nocamera"], atol=2e-5, rtol=0)
-    augmented = network(data["x"], sigma, data["context"], cameras, clean_sigma=data["aug_t"] / 1000, **mode)
+    torch.testing.assert_close(
+        network(data["x"], sigma, data["context"], **mode), data["out_nocamera"], atol=2e-5, rtol=0
+    )
+    augmented = network(
+        data["x"], sigma, data["context"], cameras, clean_sigma=data["aug_t"] / 1000, **mode
+    )
     torch.testing.assert_close(augmented, data["out_aug"], atol=2e-5, rtol=0)
     model = load_transformer(GOLDEN / "weights_big.safetensors", attention_head_dim=24)
     out = model(data["x"], sigma, data["context"], cameras, **mode)
     torch.testing.assert_close(out, data["out"], atol=2e-5, rtol=0)
     (out * data["loss_w"]).mean().backward()
-    names = {"patch_embedding.weight": "patch_embedding.weight", "blocks.1.attn1.to_k.weight": "blocks.1.self_attn.k.weight",
-             "condition_embedder.time_proj.bias": "time_projection.1.bias",
-             "blocks.0.attn1.prope_out.weight": "blocks.0.self_attn.prope_o.weight"}
+    names = {
+        "patch_embedding.weight": "patch_embedding.weight",
+        "blocks.1.attn1.to_k.weight": "blocks.1.self_attn.k.weight",
+        "condition_embedder.time_proj.bias": "time_projection.1.bias",
+        "blocks.0.attn1.prope_out.weight": "blocks.0.self_attn.prope_o.weight",
+    }
     for ours, theirs in names.items():
         expected = data[f"grad.{theirs}"]
         assert (model.get_parameter(ours).grad - expected).norm() < 1e-4 * expected.norm()
-    torch.testing.assert_close(attention.teacher_forcing_mask(out.shape[2] // chunk, chunk).byte(), data["frame_mask"])
+    torch.testing.assert_close(
+        attention.teacher_forcing_mask(out.shape[2] // chunk, chunk).byte(), data["frame_mask"]
+    )
 
 
 @pytest.mark.parametrize("chunk", [4, 8])
 def test_teacher_forcing_loop_equals_dense_mask(chunk):
     q, k, v = (torch.randn(2, 3, 48, 8) for _ in range(3))
     fast = attention.teacher_forcing(q, k, v, chunk)
-    torch.testing.assert_close(fast, attention.dense_teacher_forcing(q, k, v, chunk), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        fast, attention.dense_teacher_forcing(q, k, v, chunk), atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_teacher_forcing_equals_cached_rollout(network, chunk):
-    """Training and play are the same network: one pass over all chunks, or chunk by chunk from the cache."""
-    frames, text = 6, torch.randn(1, 5, 32)
-    clean, noise, (viewmats, lens) = torch.randn(1, 16, frames, 4, 4), torch.randn(1, 16, frames, 4, 4), walk(frames)
+    """Training and play are the same network: one pass over all chunks, or chunk by chunk from the
+    cache.
+    """
+    frames = 6
+    text = torch.randn(1, 5, 32)
+    clean = torch.randn(1, 16, frames, 4, 4)
+    noise = torch.randn(1, 16, frames, 4, 4)
+    (viewmats, lens) = walk(frames)
     cameras = prope.projection(viewmats.float(), lens[:, None])
-    whole = network(noise, torch.ones(1, frames), text, cameras, mode="teacher_forcing", chunk=chunk, clean=clean)
-    rollout = Rollout(network, text, RolloutConfig(steps=(1000,), first_steps=(1000,), chunk=chunk, window=frames), height=4, width=4)
+    whole = network(
+        noise,
+        torch.ones(1, frames),
+        text,
+        cameras,
+        mode="teacher_forcing",
+        chunk=chunk,
+        clean=clean,
+    )
+    rollout = Rollout(
+        network,
+        text,
+        RolloutConfig(steps=(1000,), first_steps=(1000,), chunk=chunk, window=frames),
+        height=4,
+        width=4,
+    )
     for i in range(0, frames, chunk):
         now = slice(i, i + chunk)
         twin = rollout.fork()
@@ -167,12 +250,20 @@ def test_teacher_forcing_equals_cached_rollout(network, chunk):
 
 def test_gradient_checkpointing_changes_nothing():
     model = load_transformer(GOLDEN / "weights_big.safetensors", attention_head_dim=24).train()
-    x, text, clean = torch.randn(1, 16, 3, 4, 4), torch.randn(1, 5, 32), torch.randn(1, 16, 3, 4, 4)
+    x = torch.randn(1, 16, 3, 4, 4)
+    text = torch.randn(1, 5, 32)
+    clean = torch.randn(1, 16, 3, 4, 4)
     gradients = []
     for on in (False, True):
         model.gradient_checkpointing = on
         model.zero_grad()
-        model(x, torch.rand(1, 3, generator=torch.Generator().manual_seed(0)), text, mode="teacher_forcing", clean=clean).sum().backward()
+        model(
+            x,
+            torch.rand(1, 3, generator=torch.Generator().manual_seed(0)),
+            text,
+            mode="teacher_forcing",
+            clean=clean,
+        ).sum().backward()
         gradients.append(model.blocks[0].attn1.to_k.weight.grad.clone())
     torch.testing.assert_close(*gradients)
 
@@ -190,18 +281,23 @@ def test_wrong_calls_say_what_is_wrong(network, arguments, message):
         network(torch.randn(1, 16, 3, 4, 4), torch.ones(1), torch.randn(1, 5, 32), **arguments)
 
 
-# --- rollout ----------------------------------------------------------------------------------------------------------------------
+# --- rollout
+# --------------------
 
 
 def play_golden(network, data, about, config):
-    """Replays a kv_* case with its recorded draws; returns latents in the reference's [B, F, C, H, W]."""
+    """Replays a kv_* case with its recorded draws; returns latents in the reference's [B, F, C, H,
+    W].
+    """
     batch, frames = data["noise"].shape[:2]
     height, width = data["noise"].shape[-2:]
-    start, chunk = about["initial_frames"], config.chunk
+    start = about["initial_frames"]
+    chunk = config.chunk
     viewmats = data["viewmats"] if about["camera"] else torch.eye(4).expand(batch, frames, 4, 4)
     lens = lenses(data["Ks"]) if about["camera"] else torch.ones(batch, frames, 4)
     rollout = Rollout(network, data["context"], config, batch=batch, height=height, width=width)
-    outputs, draw = [], 0
+    outputs = []
+    draw = 0
     for i in range(0, start, chunk):
         outputs.append(data["initial_latent"][:, i : i + chunk].transpose(1, 2))
         rollout.commit(outputs[-1], viewmats[:, i : i + chunk], lens[:, i : i + chunk])
@@ -222,38 +318,79 @@ KV_CASES = sorted(path.stem for path in GOLDEN.glob("kv_*.json"))
 @pytest.mark.parametrize("name", KV_CASES)
 def test_rollout_matches_reference(network, name):
     data, about = golden(name)
-    steps, local = tuple(about["denoising_step_list_raw"]), about["local_attn_size"]
-    model = network if about["camera"] else load_transformer(GOLDEN / "weights_big.safetensors", attention_head_dim=24, camera=False)
-    config = RolloutConfig(steps, steps, chunk=about["num_frame_per_block"], window=local if local > 0 else 32, sinks=about["sink_size"],
-                           positions="absolute")
+    steps = tuple(about["denoising_step_list_raw"])
+    local = about["local_attn_size"]
+    model = (
+        network
+        if about["camera"]
+        else load_transformer(
+            GOLDEN / "weights_big.safetensors", attention_head_dim=24, camera=False
+        )
+    )
+    config = RolloutConfig(
+        steps,
+        steps,
+        chunk=about["num_frame_per_block"],
+        window=local if local > 0 else 32,
+        sinks=about["sink_size"],
+        positions="absolute",
+    )
     with torch.no_grad():
-        torch.testing.assert_close(play_golden(model, data, about, config), data["latents"], atol=1e-4, rtol=0)
-        if about["sink_size"] == 0:  # places in the window differ from frame numbers by a constant, which cancels
+        torch.testing.assert_close(
+            play_golden(model, data, about, config), data["latents"], atol=1e-4, rtol=0
+        )
+        if (
+            about["sink_size"] == 0
+        ):  # places in the window differ from frame numbers by a constant, which cancels
             relative = replace(config, positions="window", merge_clean=True)
-            torch.testing.assert_close(play_golden(model, data, about, relative), data["latents"], atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                play_golden(model, data, about, relative), data["latents"], atol=1e-4, rtol=0
+            )
 
 
 @pytest.mark.parametrize("merge_clean", [False, True])
 def test_many_guided_steps_match_reference(merge_clean):
     data, about = golden("unipc_causal")
-    model = load_transformer(GOLDEN / "weights_cd_teacher.safetensors", attention_head_dim=24).eval()
+    model = load_transformer(
+        GOLDEN / "weights_cd_teacher.safetensors", attention_head_dim=24
+    ).eval()
     count = about["sampling_steps"]
     steps = tuple(999 * (count - i) / count for i in range(count))
-    config = RolloutConfig(steps, steps, window=20, positions="absolute", sampler="unipc", guidance=about["guidance_scale"],
-                           merge_clean=merge_clean)
-    rollout = Rollout(model, data["context"], config, height=4, width=4, unconditional=data["context_uncond"])
+    config = RolloutConfig(
+        steps,
+        steps,
+        window=20,
+        positions="absolute",
+        sampler="unipc",
+        guidance=about["guidance_scale"],
+        merge_clean=merge_clean,
+    )
+    rollout = Rollout(
+        model, data["context"], config, height=4, width=4, unconditional=data["context_uncond"]
+    )
     torch.testing.assert_close(torch.stack(rollout.sigmas), data["sigmas"][:-1], atol=1e-6, rtol=0)
-    lens, outputs = data["Ks"].flatten(2)[:, :, [0, 4, 2, 5]], []
+    lens = data["Ks"].flatten(2)[:, :, [0, 4, 2, 5]]
+    outputs = []
     with torch.no_grad():
         for frame in range(data["noise"].shape[1]):
             now = slice(frame, frame + 1)
-            outputs.append(rollout.step(data["viewmats"][:, now], lens[:, now], noise=data["noise"][:, now].transpose(1, 2)))
+            outputs.append(
+                rollout.step(
+                    data["viewmats"][:, now],
+                    lens[:, now],
+                    noise=data["noise"][:, now].transpose(1, 2),
+                )
+            )
             rollout = rollout.fork()  # takes both pasts along
-    torch.testing.assert_close(torch.cat(outputs, 2).transpose(1, 2), data["latents"], atol=2e-4, rtol=0)
+    torch.testing.assert_close(
+        torch.cat(outputs, 2).transpose(1, 2), data["latents"], atol=2e-4, rtol=0
+    )
 
 
 def test_unipc_begins_below_pure_noise():
-    with pytest.raises(ValueError, match="unipc cannot start at pure noise, got steps from 1000: begin at 999"):
+    with pytest.raises(
+        ValueError, match="unipc cannot start at pure noise, got steps from 1000: begin at 999"
+    ):
         RolloutConfig(sampler="unipc")
     config = RolloutConfig(sampler="unipc", steps=(999, 500), first_steps=(999, 500))
     assert with_steps(config, 3).steps == (999, 666, 333)
@@ -261,22 +398,43 @@ def test_unipc_begins_below_pure_noise():
 
 def test_guidance_needs_an_embedding_of_no_prompt(network):
     with pytest.raises(ValueError, match="guidance 3.0 needs the embedding of no prompt"):
-        Rollout(network, torch.ones(1, 5, network.config.text_dim), RolloutConfig(guidance=3.0), height=4, width=4)
+        Rollout(
+            network,
+            torch.ones(1, 5, network.config.text_dim),
+            RolloutConfig(guidance=3.0),
+            height=4,
+            width=4,
+        )
 
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_first_chunk_steps_match_reference(steps):
     data, about = golden(f"cf_first_chunk_{steps}step")
-    model = load_transformer(GOLDEN / "weights_dmd_generator.safetensors", attention_head_dim=24, camera=False).eval()
-    config = RolloutConfig(tuple(about["raw_lists"]["other"]), tuple(about["raw_lists"]["first"]), window=32, positions="absolute")
+    model = load_transformer(
+        GOLDEN / "weights_dmd_generator.safetensors", attention_head_dim=24, camera=False
+    ).eval()
+    config = RolloutConfig(
+        tuple(about["raw_lists"]["other"]),
+        tuple(about["raw_lists"]["first"]),
+        window=32,
+        positions="absolute",
+    )
     rollout = Rollout(model, data["context"], config, height=4, width=4)
-    draws = iter(data[k].unsqueeze(2) for k in sorted(data) if k.startswith("inference.draw_") and k.endswith("randn_like"))
+    draws = iter(
+        data[k].unsqueeze(2)
+        for k in sorted(data)
+        if k.startswith("inference.draw_") and k.endswith("randn_like")
+    )
     outputs = []
     with torch.no_grad():
         for i in range(data["noise"].shape[1]):
             renoise = [next(draws) for _ in (config.steps if i else config.first_steps)[1:]]
             noise = data["noise"][:, i : i + 1].transpose(1, 2)
-            outputs.append(rollout.step(torch.eye(4).expand(1, 1, 4, 4), torch.ones(1, 4), noise=noise, renoise=renoise))
+            outputs.append(
+                rollout.step(
+                    torch.eye(4).expand(1, 1, 4, 4), torch.ones(1, 4), noise=noise, renoise=renoise
+                )
+            )
     expected = data.get("inference.output", data.get("inference.latents"))
     torch.testing.assert_close(torch.cat(outputs, 2).transpose(1, 2), expected, atol=1e-4, rtol=0)
 
@@ -287,10 +445,23 @@ def dream(network, config, frames=10, origin=0.0):
     generator = torch.Generator().manual_seed(1)
     chunks = range(0, frames, config.chunk)
     with torch.no_grad():
-        return torch.cat([rollout.step(viewmats[:, i : i + config.chunk], lens, generator=generator) for i in chunks], 2), rollout
+        return torch.cat(
+            [
+                rollout.step(viewmats[:, i : i + config.chunk], lens, generator=generator)
+                for i in chunks
+            ],
+            2,
+        ), rollout
 
 
-@pytest.mark.parametrize("config", [RolloutConfig(window=4, sinks=1), RolloutConfig(window=5), RolloutConfig(window=6, chunk=2, sinks=1)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        RolloutConfig(window=4, sinks=1),
+        RolloutConfig(window=5),
+        RolloutConfig(window=6, chunk=2, sinks=1),
+    ],
+)
 def test_merged_clean_pass_equals_separate(network, config):
     separate, _ = dream(network, config)
     merged, _ = dream(network, replace(config, merge_clean=True))
@@ -302,7 +473,10 @@ def test_a_window_made_ahead_and_one_with_gradients_give_the_same_dream(network,
     config = RolloutConfig(window=4, sinks=1, positions=positions)
     plain, _ = dream(network, config)
     viewmats, lens = walk(10)
-    ahead, graded = (Rollout(network, torch.ones(1, 5, network.config.text_dim), config, height=4, width=4) for _ in range(2))
+    ahead, graded = (
+        Rollout(network, torch.ones(1, 5, network.config.text_dim), config, height=4, width=4)
+        for _ in range(2)
+    )
     draws = [torch.Generator().manual_seed(1) for _ in range(2)]
     for i in range(10):
         with torch.no_grad():
@@ -323,11 +497,14 @@ RINGS = [
 ]
 
 
-@pytest.mark.parametrize("config", RINGS, ids=lambda config: f"{config.window}-{config.sinks}-{config.chunk}")
+@pytest.mark.parametrize(
+    "config", RINGS, ids=lambda config: f"{config.window}-{config.sinks}-{config.chunk}"
+)
 def test_a_ring_that_lives_on_equals_windows_made_anew(network, config):
     lasting, rollout = dream(network, config, frames=18)
     viewmats, lens = walk(18)
-    anew, generator = Rollout(network, rollout.text, config, height=4, width=4), torch.Generator().manual_seed(1)
+    anew = Rollout(network, rollout.text, config, height=4, width=4)
+    generator = torch.Generator().manual_seed(1)
     for i in range(0, 18, config.chunk):
         anew.cache.restore(anew.cache.frames, anew.cache.committed)
         with torch.no_grad():
@@ -342,9 +519,12 @@ def ring(rollout):
 
 @pytest.mark.parametrize("merge", [False, True])
 def test_the_ring_stays_where_it_is(network, merge):
-    config = RolloutConfig(window=4, sinks=1, history=6, merge_clean=merge)  # a new anchor every second latent
+    config = RolloutConfig(
+        window=4, sinks=1, history=6, merge_clean=merge
+    )  # a new anchor every second latent
     _, rollout = dream(network, config, frames=3)
-    first, (viewmats, lens) = ring(rollout), walk(10)
+    first = ring(rollout)
+    (viewmats, lens) = walk(10)
     assert len(first) == 2 * network.config.num_layers
     with torch.no_grad():
         for i in range(3, 10):
@@ -356,7 +536,9 @@ def test_the_ring_stays_where_it_is(network, merge):
             one.step(viewmats[:, 6:7], lens)
         assert ring(rollout) == first and not set(ring(twin)) & set(first)
     rollout.step(viewmats[:, 6:7], lens, grad=True)
-    assert ring(rollout) == []  # a graph may hold its own window, and nothing else is kept beside it
+    assert (
+        ring(rollout) == []
+    )  # a graph may hold its own window, and nothing else is kept beside it
 
 
 class Full(Exception):
@@ -367,7 +549,9 @@ class Full(Exception):
 def test_a_pass_that_failed_half_way_can_be_tried_again(network, merge, monkeypatch):
     config = RolloutConfig(window=4, sinks=1, merge_clean=merge)
     plain, broken = (dream(network, config, frames=7)[1] for _ in range(2))
-    (viewmats, lens), write, calls = walk(9), Window.write, iter(range(100))
+    (viewmats, lens) = walk(9)
+    write = Window.write
+    calls = iter(range(100))
 
     def failing(window, *inputs):
         if next(calls) == 1:  # the first layer has written already
@@ -376,7 +560,13 @@ def test_a_pass_that_failed_half_way_can_be_tried_again(network, merge, monkeypa
 
     def on(rollout):
         draw = torch.Generator().manual_seed(5)
-        return torch.cat([rollout.step(viewmats[:, i : i + 1], lens, generator=draw, settle=False) for i in (7, 8)], 2)
+        return torch.cat(
+            [
+                rollout.step(viewmats[:, i : i + 1], lens, generator=draw, settle=False)
+                for i in (7, 8)
+            ],
+            2,
+        )
 
     with torch.no_grad():
         monkeypatch.setattr(Window, "write", failing)
@@ -389,16 +579,29 @@ def test_a_pass_that_failed_half_way_can_be_tried_again(network, merge, monkeypa
 
 def test_a_pass_without_velocity_leaves_the_same_memory(network):
     rollout = dream(network, RolloutConfig(window=4))[1]
-    latents, text = torch.randn(1, network.config.in_channels, 1, 4, 4), rollout.text
+    latents = torch.randn(1, network.config.in_channels, 1, 4, 4)
+    text = rollout.text
     viewmats, lens = walk(1)
     views = [rollout.cache.view(viewmats, lens[:, None], 2, 2) for _ in range(2)]
     with torch.no_grad():
         for (view, projection), velocity in zip(views, (True, False)):
-            result = network(latents, torch.zeros(1), text, projection, mode="cached", view=view, velocity=velocity)
+            result = network(
+                latents,
+                torch.zeros(1),
+                text,
+                projection,
+                mode="cached",
+                view=view,
+                velocity=velocity,
+            )
             assert (result is None) != velocity
     (full, _), (short, _) = views
     assert full.fresh.keys() == short.fresh.keys() and len(full.fresh) == network.config.num_layers
-    assert all(torch.equal(a, b) for layer in full.fresh for a, b in zip(full.fresh[layer], short.fresh[layer]))
+    assert all(
+        torch.equal(a, b)
+        for layer in full.fresh
+        for a, b in zip(full.fresh[layer], short.fresh[layer])
+    )
 
 
 def test_a_window_is_freed_with_its_view(network):
@@ -406,7 +609,14 @@ def test_a_window_is_freed_with_its_view(network):
     viewmats, lens = walk(1)
     view, projection = rollout.cache.view(viewmats, lens[:, None], 2, 2)
     with torch.no_grad():
-        network(torch.zeros(1, network.config.in_channels, 1, 4, 4), torch.zeros(1), rollout.text, projection, mode="cached", view=view)
+        network(
+            torch.zeros(1, network.config.in_channels, 1, 4, 4),
+            torch.zeros(1),
+            rollout.text,
+            projection,
+            mode="cached",
+            view=view,
+        )
     gone = weakref.ref(view)
     gc.disable()  # a cycle would be collected sooner or later, after gigabytes of windows
     try:
@@ -420,7 +630,14 @@ class NoWaiting(TorchDispatchMode):
     """Refuses every operation that makes the host wait for the device's result."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        waiting = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "linalg_inv.default", "equal.default")
+        waiting = (
+            "_local_scalar_dense",
+            "is_nonzero",
+            "nonzero",
+            "masked_select",
+            "linalg_inv.default",
+            "equal.default",
+        )
         if any(word in str(operation) for word in waiting):
             raise AssertionError(f"{operation} makes the host wait")
         return operation(*args, **(kwargs or {}))
@@ -429,7 +646,9 @@ class NoWaiting(TorchDispatchMode):
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("positions", ["window", "absolute"])
 def test_no_chunk_waits_for_the_device(network, merge, positions):
-    config = RolloutConfig(window=4, sinks=1, merge_clean=merge, positions=positions, context_sigma=0.005)
+    config = RolloutConfig(
+        window=4, sinks=1, merge_clean=merge, positions=positions, context_sigma=0.005
+    )
     rollout = Rollout(network, torch.ones(1, 5, network.config.text_dim), config, height=4, width=4)
     viewmats, lens = walk(1)
     with torch.no_grad(), NoWaiting():
@@ -442,7 +661,9 @@ def test_no_chunk_waits_for_the_device(network, merge, positions):
 
 def test_no_step_of_a_session_waits_for_the_device(tiny_world, monkeypatch):
     uploads = []
-    monkeypatch.setattr(session, "uploaded", lambda tensor, device: uploads.append(tuple(tensor.shape)) or tensor)
+    monkeypatch.setattr(
+        session, "uploaded", lambda tensor, device: uploads.append(tuple(tensor.shape)) or tensor
+    )
     player = session.Session(tiny_world, image="grey-0")
     assert uploads == [(1, 4), (32, 48, 3), (1, 1, 4, 4)]  # lens, picture, camera
     uploads.clear()
@@ -454,19 +675,29 @@ def test_no_step_of_a_session_waits_for_the_device(tiny_world, monkeypatch):
 
 
 class Elsewhere(TorchDispatchMode):
-    """Plays a device, without numbers: one that has no float64 (MPS), or one that nothing may be sent back from (CUDA)."""
+    """Plays a device, without numbers: one that has no float64 (MPS), or one that nothing may be
+    sent back from (CUDA).
+    """
 
     def __init__(self, exact):
         super().__init__()
         self.exact = exact
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if self.exact == "cpu" and "_to_copy" in str(operation) and (kwargs or {}).get("device") == torch.device("cpu"):
-            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)  # "meta" itself refuses
+        if (
+            self.exact == "cpu"
+            and "_to_copy" in str(operation)
+            and (kwargs or {}).get("device") == torch.device("cpu")
+        ):
+            return torch.zeros(
+                args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype
+            )  # "meta" itself refuses
         result = operation(*args, **(kwargs or {}))
         for tensor in (x for x in tree_leaves(result) if isinstance(x, torch.Tensor)):
             double = tensor.dtype == torch.float64
-            assert not double or tensor.device.type == self.exact, f"{operation} makes float64 numbers on {tensor.device}"
+            assert not double or tensor.device.type == self.exact, (
+                f"{operation} makes float64 numbers on {tensor.device}"
+            )
         return result
 
 
@@ -477,10 +708,24 @@ def test_exact_numbers_stay_where_there_are_such(monkeypatch, exact, merge):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # "meta" has none
     config = RolloutConfig(window=4, sinks=1, merge_clean=merge, context_sigma=0.005, history=4)
     model = transformer.CausalWanTransformer(
-        num_attention_heads=2, attention_head_dim=24, text_dim=8, freq_dim=16, ffn_dim=64, num_layers=2
+        num_attention_heads=2,
+        attention_head_dim=24,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=64,
+        num_layers=2,
     )
-    rollout = Rollout(model.to("meta"), torch.ones(1, 5, 8, device="meta"), config, height=4, width=4, device="meta")
-    viewmats, lens = (torch.ones(1, *shape, dtype=torch.float64, device=exact) for shape in ((1, 4, 4), (4,)))
+    rollout = Rollout(
+        model.to("meta"),
+        torch.ones(1, 5, 8, device="meta"),
+        config,
+        height=4,
+        width=4,
+        device="meta",
+    )
+    viewmats, lens = (
+        torch.ones(1, *shape, dtype=torch.float64, device=exact) for shape in ((1, 4, 4), (4,))
+    )
     with torch.no_grad(), Elsewhere(exact):
         for _ in range(6):
             rollout.step(viewmats, lens, settle=False)
@@ -493,7 +738,9 @@ def test_exact_numbers_stay_where_there_are_such(monkeypatch, exact, merge):
 
 
 def test_exact_numbers_have_a_place():
-    places = {name: str(rope.exact_device(torch.device(name))) for name in ("cpu", "cuda:1", "mps:0")}
+    places = {
+        name: str(rope.exact_device(torch.device(name))) for name in ("cpu", "cuda:1", "mps:0")
+    }
     assert places == {"cpu": "cpu", "cuda:1": "cuda:1", "mps:0": "cpu"}
 
 
@@ -511,25 +758,36 @@ class Work(TorchDispatchMode):
         self.done = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.done[func, *(tuple(value.shape) for value in args if isinstance(value, torch.Tensor))] += 1
+        self.done[
+            func, *(tuple(value.shape) for value in args if isinstance(value, torch.Tensor))
+        ] += 1
         return func(*args, **(kwargs or {}))
 
 
 def test_two_thousand_latents_stay_finite_and_flat():
-    model = load_transformer(GOLDEN / "weights_cd_teacher.safetensors", attention_head_dim=24).eval()
+    model = load_transformer(
+        GOLDEN / "weights_cd_teacher.safetensors", attention_head_dim=24
+    ).eval()
     config = RolloutConfig(steps=(1000,), first_steps=(1000,), window=5, sinks=1, history=2)
-    rollout, latents, work = Rollout(model, torch.ones(1, 5, model.config.text_dim), config, height=4, width=4), [], []
+    rollout = Rollout(model, torch.ones(1, 5, model.config.text_dim), config, height=4, width=4)
+    latents = []
+    work = []
     viewmats, lens = walk(2000)
-    generator, lap = torch.Generator().manual_seed(1), 10 * rollout.cache.period  # in a period the ring is written anew once
+    generator = torch.Generator().manual_seed(1)  # in a period the ring is written anew once
+    lap = 10 * rollout.cache.period
     with torch.no_grad():
         for index in range(2000):
             if index % lap == 0:
                 work.append(Work())
             with work[-1] if len(work) in (2, 66) else nullcontext():
-                latents.append(rollout.step(viewmats[:, index : index + 1], lens, generator=generator))
+                latents.append(
+                    rollout.step(viewmats[:, index : index + 1], lens, generator=generator)
+                )
     assert work[1].done == work[65].done and work[1].done.total() > 100 * lap  # flat in time
     assert all(latent.isfinite().all() for latent in latents) and rollout.frames == 2000
-    assert len(rollout.cache.frames) == 5 + 2 + 1  # flat in memory: window, history, and the sink that outlives both
+    assert (
+        len(rollout.cache.frames) == 5 + 2 + 1
+    )  # flat in memory: window, history, and the sink that outlives both
 
 
 @pytest.mark.parametrize("merge", [False, True])
@@ -537,12 +795,21 @@ def test_rewind_and_fork_give_the_same_future(network, merge):
     config = RolloutConfig(window=3, history=4, merge_clean=merge)
     _, rollout = dream(network, config, frames=6)
     viewmats, lens = walk(9)
-    twin, future = rollout.fork(), []
+    twin = rollout.fork()
+    future = []
     for one in (rollout, twin, rollout):
         one.rewind(6) if one.frames > 6 else None
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
-            future.append(torch.cat([one.step(viewmats[:, i : i + 1], lens, generator=generator) for i in range(6, 9)], 2))
+            future.append(
+                torch.cat(
+                    [
+                        one.step(viewmats[:, i : i + 1], lens, generator=generator)
+                        for i in range(6, 9)
+                    ],
+                    2,
+                )
+            )
     torch.testing.assert_close(future[0], future[1], atol=0, rtol=0)
     torch.testing.assert_close(future[2], future[0], atol=2e-5, rtol=0)
     with pytest.raises(ValueError, match="rewind less"):
@@ -553,15 +820,22 @@ def test_euler_sampler_follows_the_velocity(network):
     config = RolloutConfig(steps=(1000, 500), first_steps=(1000, 500), sampler="euler", window=4)
     rollout = Rollout(network, torch.ones(1, 5, 32), config, height=4, width=4)
     viewmats, lens = walk(1)
-    noise, cameras = torch.randn(1, 16, 1, 4, 4), prope.projection(torch.eye(4).expand(1, 1, 4, 4), lens[:, None])
+    noise = torch.randn(1, 16, 1, 4, 4)
+    cameras = prope.projection(torch.eye(4).expand(1, 1, 4, 4), lens[:, None])
     x = noise
     for sigma, after in ((1.0, 5 / 6), (5 / 6, 0.0)):
-        x = x + (after - sigma) * network(x, torch.full((1, 1), sigma), torch.ones(1, 5, 32), cameras)
+        x = x + (after - sigma) * network(
+            x, torch.full((1, 1), sigma), torch.ones(1, 5, 32), cameras
+        )
     torch.testing.assert_close(rollout.step(viewmats, lens, noise=noise), x, atol=2e-5, rtol=0)
 
 
 def test_bad_rollouts_are_refused():
-    wrongs = ({"chunk": 5, "window": 4}, "chunk must be"), ({"positions": "somewhere"}, "positions must be"), ({"steps": ()}, "steps")
+    wrongs = (
+        ({"chunk": 5, "window": 4}, "chunk must be"),
+        ({"positions": "somewhere"}, "positions must be"),
+        ({"steps": ()}, "steps"),
+    )
     for wrong, message in wrongs:
         with pytest.raises(ValueError, match=message):
             RolloutConfig(**wrong)

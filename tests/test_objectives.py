@@ -1,4 +1,6 @@
-"""The losses agree with the public reference implementations: values, tensors on the way, gradients (tests/golden)."""
+"""The losses agree with the public reference implementations: values, tensors on the way, gradients
+(tests/golden).
+"""
 
 from itertools import pairwise
 from pathlib import Path
@@ -42,7 +44,9 @@ def golden(name: str) -> dict[str, torch.Tensor]:
 
 
 def network(name: str, **overrides):
-    return load_transformer(GOLDEN / f"weights_{name}.safetensors", attention_head_dim=24, **overrides).train()
+    return load_transformer(
+        GOLDEN / f"weights_{name}.safetensors", attention_head_dim=24, **overrides
+    ).train()
 
 
 def latents(tensor: torch.Tensor) -> torch.Tensor:
@@ -72,9 +76,11 @@ def check_gradients(model, case: dict, prefix: str) -> None:
 
 @pytest.mark.parametrize("name", ["fm_bidirectional", "fm_ar_block1", "fm_ar_block2"])
 def test_flow_matching_agrees_with_the_reference(name):
-    case, causal = golden(name), "ar" in name
+    case = golden(name)
+    causal = "ar" in name
     model = network("cd_teacher" if causal else "dmd_real")
-    clean, noise = latents(case["clean"]), latents(case["draw_000_randn_like"])
+    clean = latents(case["clean"])
+    noise = latents(case["draw_000_randn_like"])
     chunk = int(name[-1]) if causal else clean.shape[2]
     index = case["draw_001_randint"][:, ::chunk].repeat_interleave(chunk, dim=1)
     sigma = grid_sigma(index, SHIFT)
@@ -90,29 +96,40 @@ def test_flow_matching_agrees_with_the_reference(name):
     check_gradients(model, case, "grad.")
 
 
-@pytest.mark.parametrize(("name", "count", "index"), [("causal_cd_block1", 48, 17), ("causal_cd_block1_first", 50, 0)])
+@pytest.mark.parametrize(
+    ("name", "count", "index"), [("causal_cd_block1", 48, 17), ("causal_cd_block1_first", 50, 0)]
+)
 def test_consistency_agrees_with_the_reference(name, count, index):
     case = golden(name)
-    clean, noise = latents(case["clean"]), latents(case["noise"])
-    sigma, sigma_next = (sigma_grid(count, SHIFT)[i].expand(case["t"].shape) for i in (index, index + 1))
+    clean = latents(case["clean"])
+    noise = latents(case["noise"])
+    sigma, sigma_next = (
+        sigma_grid(count, SHIFT)[i].expand(case["t"].shape) for i in (index, index + 1)
+    )
     x = add_noise(clean, noise, sigma)
     close(x, latents(case["latent_t"]), 1e-6)
     batch = windows(case, clean)
     teacher = network("cd_teacher")
-    predict, unconditional = (teacher_forced(teacher, b, 1) for b in (batch, windows(case, clean, "context_uncond")))
+    predict, unconditional = (
+        teacher_forced(teacher, b, 1) for b in (batch, windows(case, clean, "context_uncond"))
+    )
     x_next = teacher_step(predict, unconditional, x, sigma, sigma_next, guidance=3.0)
     close(x_next, latents(case["latent_t_next"]))
     model = network("cd_student")
-    student, average = teacher_forced(model, batch, 1), teacher_forced(network("cd_ema"), batch, 1)
+    student = teacher_forced(model, batch, 1)
+    average = teacher_forced(network("cd_ema"), batch, 1)
     close(predict_x0(student, x, sigma, "grid", SHIFT), latents(case["pred_t"]))
-    loss = consistency_loss(student, average, x, sigma, x_next, sigma_next, lookup="grid", shift=SHIFT)
+    loss = consistency_loss(
+        student, average, x, sigma, x_next, sigma_next, lookup="grid", shift=SHIFT
+    )
     torch.testing.assert_close(loss, case["loss"], rtol=5e-5, atol=0)
     loss.backward()
     check_gradients(model, case, "grad.")
 
 
 def test_guidance_of_one_needs_no_unconditional_pass():
-    x, sigma = torch.randn(1, 2, 1, 2, 2), torch.full((1, 1), 0.8)
+    x = torch.randn(1, 2, 1, 2, 2)
+    sigma = torch.full((1, 1), 0.8)
     stepped = teacher_step(lambda x, s: x * 2, None, x, sigma, sigma - 0.3, guidance=1.0)
     close(stepped, x - 0.3 * 2 * x, 1e-6)
 
@@ -120,41 +137,64 @@ def test_guidance_of_one_needs_no_unconditional_pass():
 def test_pairs_are_neighbours_down_to_zero_and_shared_within_a_chunk():
     sigma, sigma_next = draw_pair(64, 6, 3, 8, SHIFT, torch.Generator().manual_seed(0))
     grid = [*sigma_grid(8, SHIFT).tolist(), 0.0]
-    assert set(zip(sigma.flatten().tolist(), sigma_next.flatten().tolist(), strict=True)) == set(pairwise(grid))
+    assert set(zip(sigma.flatten().tolist(), sigma_next.flatten().tolist(), strict=True)) == set(
+        pairwise(grid)
+    )
     assert torch.equal(sigma[:, 0], sigma[:, 2]) and not torch.equal(sigma[:, 0], sigma[:, 3])
 
 
 DMD = [("dmd_block1_exit2", 1, 2), ("dmd_block1_exit3", 1, 3), ("dmd_block2_exit1", 2, 1)]
 
 
-def replay(model, case: dict, part: str, chunk: int, exit_step: int, cache_gradient: str, grad: bool) -> torch.Tensor:
+def replay(
+    model, case: dict, part: str, chunk: int, exit_step: int, cache_gradient: str, grad: bool
+) -> torch.Tensor:
     """The reference's self-rollout with its own draws."""
     draws = [case[key] for key in sorted(case) if key.startswith(f"{part}.draw_")]
-    noise, per_chunk = latents(draws[1]), draws[3:-2]
+    noise = latents(draws[1])
+    per_chunk = draws[3:-2]
     batch, _, _, height, width = noise.shape
     renoise = [x.unflatten(0, (batch, chunk)).transpose(1, 2) for x in per_chunk]
     renoise = [renoise[i : i + exit_step] for i in range(0, len(renoise), exit_step)]
     config = RolloutConfig(
-        steps=(1000, 750, 500, 250), chunk=chunk, window=20, positions="absolute", cache_gradient=cache_gradient
-    )  # fmt: skip
+        steps=(1000, 750, 500, 250),
+        chunk=chunk,
+        window=20,
+        positions="absolute",
+        cache_gradient=cache_gradient,
+    )
     assert draws[2][0] == exit_step
     rollout = Rollout(model, case["context"], config, batch=batch, height=height, width=width)
     cameras = windows(case)
-    return self_rollout(rollout, cameras.viewmats, cameras.intrinsics, RolloutDraws(noise, exit_step, exit_step, renoise), grad=grad)
+    return self_rollout(
+        rollout,
+        cameras.viewmats,
+        cameras.intrinsics,
+        RolloutDraws(noise, exit_step, exit_step, renoise),
+        grad=grad,
+    )
 
 
-@pytest.mark.parametrize(("cache_gradient", "prefix"), [("straight_through", "gen.grad."), ("detached", "gen.grad_detached_cache.")])
+@pytest.mark.parametrize(
+    ("cache_gradient", "prefix"),
+    [("straight_through", "gen.grad."), ("detached", "gen.grad_detached_cache.")],
+)
 @pytest.mark.parametrize(("name", "chunk", "exit_step"), DMD)
-def test_distribution_matching_agrees_with_the_reference(name, chunk, exit_step, cache_gradient, prefix):
-    case, model = golden(name), network("dmd_generator")
+def test_distribution_matching_agrees_with_the_reference(
+    name, chunk, exit_step, cache_gradient, prefix
+):
+    case = golden(name)
+    model = network("dmd_generator")
     samples = replay(model, case, "gen", chunk, exit_step, cache_gradient, grad=True)
     close(samples, latents(case["gen.pred_image"]))
     *_, index, noise = [case[key] for key in sorted(case) if key.startswith("gen.draw_")]
     sigma = score_sigma(index, SHIFT, (0.02, 0.98)).expand(-1, samples.shape[2])
     close(sigma * 1000, case["gen.dmd_timestep"])
-    noise, batch = latents(noise), windows(case)
+    noise = latents(noise)
+    batch = windows(case)
     close(noised(samples, noise, sigma, "grid", SHIFT), latents(case["gen.dmd_noisy"]))
-    fake, real = bidirectional(network("dmd_fake"), batch), network("dmd_real")
+    fake = bidirectional(network("dmd_fake"), batch)
+    real = network("dmd_real")
     gradient = distribution_gradient(
         samples.detach(),
         sigma,
@@ -182,23 +222,38 @@ def test_the_truth_pulls_what_is_near_and_lets_go_of_what_is_far():
 
 
 def test_the_coarse_truth_pulls_the_mean_of_four_cells_and_leaves_what_is_inside():
-    truth, samples = torch.randn(1, 2, 3, 5, 6), torch.randn(1, 2, 3, 5, 6)
+    truth = torch.randn(1, 2, 3, 5, 6)
+    samples = torch.randn(1, 2, 3, 5, 6)
     checks = torch.ones(5, 6)
-    checks[::2, ::2] = checks[1::2, 1::2] = -1  # sums to 0 in every cell of 2x2, the last row's of 1x2 too
+    checks[::2, ::2] = checks[
+        1::2, 1::2
+    ] = -1  # sums to 0 in every cell of 2x2, the last row's of 1x2 too
     torch.testing.assert_close(coarse_loss(truth + checks, truth), torch.tensor(0.0))
     torch.testing.assert_close(coarse_loss(truth + 0.5, truth), torch.tensor(0.125))
-    torch.testing.assert_close(coarse_loss(samples + 3 * checks, truth), coarse_loss(samples, truth))
+    torch.testing.assert_close(
+        coarse_loss(samples + 3 * checks, truth), coarse_loss(samples, truth)
+    )
 
 
 @pytest.mark.parametrize(("name", "chunk", "exit_step"), DMD)
 def test_critic_agrees_with_the_reference(name, chunk, exit_step):
-    case, model = golden(name), network("dmd_fake")
+    case = golden(name)
+    model = network("dmd_fake")
     with torch.no_grad():
-        samples = replay(network("dmd_generator"), case, "critic", chunk, exit_step, "detached", grad=False)
+        samples = replay(
+            network("dmd_generator"), case, "critic", chunk, exit_step, "detached", grad=False
+        )
     close(samples, latents(case["critic.generated"]))
     *_, index, noise = [case[key] for key in sorted(case) if key.startswith("critic.draw_")]
     sigma = score_sigma(index, SHIFT, (0.02, 0.98)).expand(-1, samples.shape[2])
-    loss = critic_loss(bidirectional(model, windows(case)), samples, sigma, latents(noise), lookup="grid", shift=SHIFT)
+    loss = critic_loss(
+        bidirectional(model, windows(case)),
+        samples,
+        sigma,
+        latents(noise),
+        lookup="grid",
+        shift=SHIFT,
+    )
     torch.testing.assert_close(loss, case["critic.loss"].float(), rtol=5e-5, atol=0)
     loss.backward()
     check_gradients(model, case, "critic.grad.")
@@ -209,11 +264,16 @@ FIRST_CHUNK = [("cf_first_chunk_2step", (1000, 500), 2, 1), ("cf_first_chunk_1st
 
 @pytest.mark.parametrize(("name", "steps", "first_exit", "exit_step"), FIRST_CHUNK)
 def test_first_chunk_has_its_own_steps_as_in_the_reference(name, steps, first_exit, exit_step):
-    case, model = golden(name), network("dmd_generator", camera=False)
+    case = golden(name)
+    model = network("dmd_generator", camera=False)
     noise = latents(case["noise"])
-    frames, cells = noise.shape[2], noise.shape[3:]
-    drawn = [case[key].unsqueeze(2) for key in sorted(case) if key.startswith("draw_") and "randn" in key]
-    renoise, context = [], []
+    frames = noise.shape[2]
+    cells = noise.shape[3:]
+    drawn = [
+        case[key].unsqueeze(2) for key in sorted(case) if key.startswith("draw_") and "randn" in key
+    ]
+    renoise = []
+    context = []
     for frame in range(frames):
         count = exit_step if frame else first_exit
         renoise.append([drawn.pop(0) for _ in range(count)])

@@ -1,4 +1,6 @@
-"""Several processes on one run: shares, seeds, averaged gradients. A whole run with two is in test_training."""
+"""Several processes on one run: shares, seeds, averaged gradients. A whole run with two is in
+test_training.
+"""
 
 import pytest
 import torch
@@ -7,7 +9,8 @@ from distill.parallel import Processes
 
 
 def test_shares_and_seeds():
-    first, second = Processes(0, 2), Processes(1, 2)
+    first = Processes(0, 2)
+    second = Processes(1, 2)
     assert first.share(6) == 3
     with pytest.raises(ValueError, match="cannot be shared by 2 processes"):
         first.share(5)
@@ -16,12 +19,16 @@ def test_shares_and_seeds():
 
 
 def average_in_two(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
     processes = Processes(rank, 2)
     gradients = [torch.full((2, 3), float(rank)), torch.tensor([10.0 * rank])]
     processes.average(gradients)
     assert torch.equal(gradients[0], torch.full((2, 3), 0.5)) and gradients[1].item() == 5.0
-    assert processes.any(rank == 1, torch.device("cpu")) and not processes.any(False, torch.device("cpu"))
+    assert processes.any(rank == 1, torch.device("cpu")) and not processes.any(
+        False, torch.device("cpu")
+    )
     torch.distributed.destroy_process_group()
 
 

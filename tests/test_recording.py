@@ -70,7 +70,9 @@ def test_replay_is_exact(tiny_world, tmp_path):
 
 @pytest.mark.parametrize("rollout", [{"chunk": 2, "window": 6}, {"merge_clean": True}])
 def test_replay_of_other_rollouts(tmp_path, rollout):
-    world = World.from_pretrained(make_tiny_bundle(tmp_path / "tiny", **rollout), dtype=torch.float32)
+    world = World.from_pretrained(
+        make_tiny_bundle(tmp_path / "tiny", **rollout), dtype=torch.float32
+    )
     for name, image in (("dreamed", None), ("pictured", "grey-0")):
         session = Session(world, image=image)
         play(tmp_path / name, session, WALK[:12].reshape(-1, session.chunk, 4, 4))
@@ -106,17 +108,26 @@ def test_a_recording_is_a_clip(tiny_world, tmp_path):
     assert clip.frames.shape == shown.shape and len(clip.frames) == 4 * len(clip.c2w) - 3
     np.testing.assert_allclose(clip.c2w, [np.eye(4), *WALK[:8]])
     np.testing.assert_allclose(clip.intrinsics, tiny_world.config.intrinsics)
-    assert (clip.caption, clip.fps, clip.source, clip.licence) == ("grey", 16.0, "play:tiny", "CC0-1.0")
+    assert (clip.caption, clip.fps, clip.source, clip.licence) == (
+        "grey",
+        16.0,
+        "play:tiny",
+        "CC0-1.0",
+    )
     assert clip.caption in tiny_world.prompts
     line = read_log(tmp_path / "take").lines[-1]
-    assert line["index"] == 8 and line["keys"] == ["forward"] and line["K"] == [24.0, 24.0, 24.0, 16.0]
+    assert (
+        line["index"] == 8 and line["keys"] == ["forward"] and line["K"] == [24.0, 24.0, 24.0, 16.0]
+    )
 
 
 def test_kill_9(tiny_world, tiny_bundle, tmp_path):
     folder = tmp_path / "take"
     command = [sys.executable, "-c", ENDLESS, str(tiny_bundle), str(folder)]
     with subprocess.Popen(command, cwd=Path(__file__).parents[1]) as process:
-        while process.poll() is None and (not (folder / "session.jsonl").is_file() or len(_rows(folder)) < 25):
+        while process.poll() is None and (
+            not (folder / "session.jsonl").is_file() or len(_rows(folder)) < 25
+        ):
             time.sleep(0.02)
         with pytest.raises(ValueError, match="still being recorded"):
             recover(folder)
@@ -136,12 +147,16 @@ def _rows(folder):
 
 
 def test_cut_anywhere(tiny_world, tmp_path):
-    """Whatever byte the video and the log end at, what is left is a whole clip or one clear sentence."""
+    """Whatever byte the video and the log end at, what is left is a whole clip or one clear
+    sentence.
+    """
     whole = tmp_path / "take"
     play(whole, Session(tiny_world), WALK[:12])
-    video, rows = (whole / "video.mp4").read_bytes(), (whole / "session.jsonl").read_bytes().split(b"\n")
+    video = (whole / "video.mp4").read_bytes()
+    rows = (whole / "session.jsonl").read_bytes().split(b"\n")
     log = b"\n".join(rows[:-2]) + b"\n"  # without the end line
-    draw, recovered = np.random.default_rng(0), []
+    draw = np.random.default_rng(0)
+    recovered = []
     for cut in range(20):
         folder = shutil.copytree(whole, tmp_path / f"cut{cut}")
         (folder / "video.mp4").write_bytes(video[: draw.integers(len(video) // 8, len(video))])
@@ -157,8 +172,11 @@ def test_cut_anywhere(tiny_world, tmp_path):
 
 
 def test_full_disk(tiny_world, tmp_path):
-    """A file that cannot grow any more stands for the disk: recording ends with a sentence, play goes on."""
-    session, taken = Session(tiny_world), []
+    """A file that cannot grow any more stands for the disk: recording ends with a sentence, play
+    goes on.
+    """
+    session = Session(tiny_world)
+    taken = []
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     recorder = Recorder(tmp_path / "take", session)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
@@ -177,11 +195,19 @@ def test_full_disk(tiny_world, tmp_path):
 
 @pytest.mark.parametrize(
     ("error", "reason"),
-    [(SafetensorError("I/O error: No space left on device (os error 28)"), r"I/O error: No space left on device \(os error 28\)"),
-     (OSError(28, "No space left on device"), "No space left on device"), (RuntimeError("CUDA out of memory.\nTry"), "CUDA out of memory")],
-)  # fmt: skip
+    [
+        (
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+            r"I/O error: No space left on device \(os error 28\)",
+        ),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (RuntimeError("CUDA out of memory.\nTry"), "CUDA out of memory"),
+    ],
+)
 def test_a_take_from_the_middle_onto_a_full_disk(tiny_world, tmp_path, monkeypatch, error, reason):
-    """F9: the state cannot be saved, so one sentence says that, nothing is left, and the walk goes on."""
+    """F9: the state cannot be saved, so one sentence says that, nothing is left, and the walk goes
+    on.
+    """
     scenes = Scenes(tiny_world)
     loop = Loop(lambda tell: scenes, LoopOptions(recordings=tmp_path / "takes"))
     loop.open()

@@ -25,12 +25,20 @@ def same(ours, theirs):
         np.testing.assert_array_equal(one, other)
 
 
-VARIANTS = [{"chunk": 1}, {"chunk": 2, "window": 6}, {"merge_clean": True}, {"guidance": 3.0}, {"wan": True}]
+VARIANTS = [
+    {"chunk": 1},
+    {"chunk": 2, "window": 6},
+    {"merge_clean": True},
+    {"guidance": 3.0},
+    {"wan": True},
+]
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request, tmp_path_factory):
-    """(world, walk cut into what a step takes) frame-wise, chunk-wise, clean pass merged, with guidance, with Wan2.1's autoencoder."""
+    """(world, walk cut into what a step takes) frame-wise, chunk-wise, clean pass merged, with
+    guidance, with Wan2.1's autoencoder.
+    """
     folder = make_tiny_bundle(tmp_path_factory.mktemp("variant") / "tiny", **request.param)
     chunk = request.param.get("chunk", 1)
     return World.from_pretrained(folder, dtype=torch.float32), WALK[:12].reshape(-1, chunk, 4, 4)
@@ -39,10 +47,17 @@ def variant(request, tmp_path_factory):
 def test_shapes_and_bookkeeping(tiny_world):
     session = Session(tiny_world)
     assert session.start() is None
-    first, second = session.step(WALK[0]), session.step(WALK[1])
+    first = session.step(WALK[0])
+    second = session.step(WALK[1])
     assert first.frames.shape == (1, 32, 48, 3) and second.frames.shape == (4, 32, 48, 3)
-    assert first.frames.dtype == np.uint8 and (first.index, second.index, session.frames) == (0, 1, 2)
-    assert set(second.timings) == {"network", "clean", "decode"} and all(v >= 0 for v in second.timings.values())
+    assert first.frames.dtype == np.uint8 and (first.index, second.index, session.frames) == (
+        0,
+        1,
+        2,
+    )
+    assert set(second.timings) == {"network", "clean", "decode"} and all(
+        v >= 0 for v in second.timings.values()
+    )
     np.testing.assert_array_equal(session.poses, WALK[:2])
     pictured = Session(tiny_world, image="loud-0")
     assert pictured.start().frames.shape == (1, 32, 48, 3) and pictured.frames == 1
@@ -52,23 +67,32 @@ def test_shapes_and_bookkeeping(tiny_world):
 def test_inputs_matter(tiny_world):
     plain = dream(Session(tiny_world), WALK[:3])
     same(plain, dream(Session(tiny_world), WALK[:3]))
-    for other in (Session(tiny_world, seed=1), Session(tiny_world, prompt="loud"), Session(tiny_world, steps=1),
-                  Session(tiny_world, image="grey-0")):  # fmt: skip
+    for other in (
+        Session(tiny_world, seed=1),
+        Session(tiny_world, prompt="loud"),
+        Session(tiny_world, steps=1),
+        Session(tiny_world, image="grey-0"),
+    ):
         assert not np.array_equal(dream(other, WALK[:3])[-1], plain[-1])
-    turned = dream(Session(tiny_world), [advance(pose, [0, 0, 0], 30.0 * k, 0) for k, pose in enumerate(WALK[:3])])
+    turned = dream(
+        Session(tiny_world),
+        [advance(pose, [0, 0, 0], 30.0 * k, 0) for k, pose in enumerate(WALK[:3])],
+    )
     assert not np.array_equal(turned[-1], plain[-1])
 
 
 def test_only_relative_poses_matter(tiny_world):
     away = advance(np.eye(4), [10_000.0, 3.0, -20_000.0], 130.0, 10.0)
-    here, there = dream(Session(tiny_world), WALK[:6]), dream(Session(tiny_world), away @ WALK[:6])
+    here = dream(Session(tiny_world), WALK[:6])
+    there = dream(Session(tiny_world), away @ WALK[:6])
     for one, other in zip(here, there, strict=True):
         assert np.abs(one.astype(int) - other).max() <= 1  # one step of rounding
 
 
 def test_noise_is_the_latents_own(tiny_world, variant):
     """Latent k draws the same noise whatever came before: chunks and restarts do not shift it."""
-    framewise, chunked = Session(tiny_world), Session(variant[0])
+    framewise = Session(tiny_world)
+    chunked = Session(variant[0])
     noise, renoise = chunked._noise(4)
     one, again = framewise._noise(4)
     assert torch.equal(noise[:, :, :1], one) and torch.equal(renoise[0][:, :, :1], again[0])
@@ -86,7 +110,9 @@ def test_rewind_and_fork(variant):
     session.rewind(2 * session.chunk)
     assert session.frames == 1 + len(WALK[:12]) - 2 * session.chunk
     for one, other in zip(dream(session, walk[-2:]), straight[-2:], strict=True):
-        assert np.abs(one.astype(int) - other).max() <= 1  # a merged clean pass was redone by itself
+        assert (
+            np.abs(one.astype(int) - other).max() <= 1
+        )  # a merged clean pass was redone by itself
 
 
 def test_rewind_is_exact_and_bounded(tiny_world):
@@ -109,8 +135,12 @@ def test_rewind_is_exact_and_bounded(tiny_world):
 def test_the_clean_pass_beside_the_decoder_changes_nothing(variant, monkeypatch):
     world, walk = variant
     torch.set_num_threads(1)
-    films, threads, settle = [], set(), Rollout.settle
-    monkeypatch.setattr(Rollout, "settle", lambda rollout: threads.add(threading.get_ident()) or settle(rollout))
+    films = []
+    threads = set()
+    settle = Rollout.settle
+    monkeypatch.setattr(
+        Rollout, "settle", lambda rollout: threads.add(threading.get_ident()) or settle(rollout)
+    )
     for cores in (1, 2):  # the second has a core to spare
         monkeypatch.setattr("worldmodel.session.cores", lambda count=cores: count)
         session = Session(world, image="grey-1")
@@ -136,7 +166,10 @@ def test_an_error_of_the_clean_pass_beside_the_decoder_is_told(tiny_world, monke
 def test_memory_is_bounded(tiny_world):
     session = Session(tiny_world, history=5)
     dream(session, np.tile(WALK, (3, 1, 1)))
-    assert len(session._states) == 6 and len(session.rollout.cache.frames) <= tiny_world.config.rollout.window + 5
+    assert (
+        len(session._states) == 6
+        and len(session.rollout.cache.frames) <= tiny_world.config.rollout.window + 5
+    )
 
 
 def test_save_and_load(variant, tmp_path):

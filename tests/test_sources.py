@@ -1,4 +1,6 @@
-"""Sources: what a text means, what of a hub repository is fetched, and what is said when something cannot be had."""
+"""Sources: what a text means, what of a hub repository is fetched, and what is said when something
+cannot be had.
+"""
 
 import subprocess
 import sys
@@ -8,18 +10,41 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
-from worldmodel.sources import HubPlace, SourceError, fetch, parse_source, read_index, weights_among, world_cache
+from worldmodel.sources import (
+    HubPlace,
+    SourceError,
+    fetch,
+    parse_source,
+    read_index,
+    weights_among,
+    world_cache,
+)
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 INDEX = '{"weight_map": {"a": "m-00001-of-00002.safetensors", "b": "m-00002-of-00002.safetensors"}}'
 DIFFUSERS = (
-    "model_index.json", "text_encoder/model-00001-of-00002.safetensors", "transformer/config.json", "vae/config.json",
-    "transformer/m.safetensors.index.json", "transformer/m-00001-of-00002.safetensors", "transformer/m-00002-of-00002.safetensors",
+    "model_index.json",
+    "text_encoder/model-00001-of-00002.safetensors",
+    "transformer/config.json",
+    "vae/config.json",
+    "transformer/m.safetensors.index.json",
+    "transformer/m-00001-of-00002.safetensors",
+    "transformer/m-00002-of-00002.safetensors",
     "vae/diffusion_pytorch_model.safetensors",
-)  # fmt: skip
-ORIGINAL = ("Wan2.1_VAE.pth", "config.json", "diffusion_pytorch_model.safetensors", "models_t5_umt5-xxl-enc-bf16.pth")
+)
+ORIGINAL = (
+    "Wan2.1_VAE.pth",
+    "config.json",
+    "diffusion_pytorch_model.safetensors",
+    "models_t5_umt5-xxl-enc-bf16.pth",
+)
 
 
 def write(root: Path, names) -> Path:
@@ -55,7 +80,10 @@ def hub(tmp_path, monkeypatch):
     def model_info(_, repository, *, revision, files_metadata, timeout):
         if state.error:
             raise state.error
-        files = [SimpleNamespace(rfilename=name, size=2_000_000) for name in state.repositories[repository]]
+        files = [
+            SimpleNamespace(rfilename=name, size=2_000_000)
+            for name in state.repositories[repository]
+        ]
         return SimpleNamespace(siblings=files)
 
     def hf_hub_download(repo_id, filename, revision, local_files_only):
@@ -91,7 +119,15 @@ def test_what_is_here_is_taken_as_it_is(tmp_path, monkeypatch):
     (tmp_path / "owner/name").mkdir(parents=True)
     assert parse_source("owner/name") == fetch("owner/name") == Path("owner/name")
     assert parse_source("hf:owner/name") == HubPlace("owner/name")
-    for absent in ("owner/nam", "./owner/other", "/absent/file.pt", "file.pt", "", "hf:owner", "hf:"):
+    for absent in (
+        "owner/nam",
+        "./owner/other",
+        "/absent/file.pt",
+        "file.pt",
+        "",
+        "hf:owner",
+        "hf:",
+    ):
         with pytest.raises(SourceError, match="there is no file or folder"):
             parse_source(absent)
 
@@ -104,9 +140,15 @@ def test_which_files_are_weights():
 
 
 def test_only_what_is_wanted_is_fetched(hub, capsys):
-    hub.repositories = {"wan/diffusers": DIFFUSERS, "wan/original": ORIGINAL, "min/wm": ["W/dmd/model.pt", "W/cd/model.pt", "README.md"]}
+    hub.repositories = {
+        "wan/diffusers": DIFFUSERS,
+        "wan/original": ORIGINAL,
+        "min/wm": ["W/dmd/model.pt", "W/cd/model.pt", "README.md"],
+    }
     assert fetch("wan/diffusers").name == "m.safetensors.index.json"
-    assert sorted(hub.fetched) == sorted(name for name in DIFFUSERS if name.startswith("transformer/"))
+    assert sorted(hub.fetched) == sorted(
+        name for name in DIFFUSERS if name.startswith("transformer/")
+    )
     said = capsys.readouterr().err
     assert "2 files of wan/diffusers (4.0 MB) into" in said
     for source, part, name in (
@@ -122,9 +164,22 @@ def test_only_what_is_wanted_is_fetched(hub, capsys):
 
 def test_where_there_are_several_they_are_named(hub):
     hub.repositories = {"min/wm": ["a/one.pt", "a/two.pt", "b.pt"], "text/only": ["README.md"]}
-    with pytest.raises(SourceError, match=r"min/wm/a is not one weights file: min/wm has a/one.pt, a/two.pt; name one, as in min/wm/a/"):
+    with pytest.raises(
+        SourceError,
+        match=(
+            r"min/wm/a is not "
+            r"one weights "
+            r"file: min/wm has "
+            r"a/one.pt, a/two.pt; "
+            r"name one, as "
+            r"in min/wm/a/"
+        ),
+    ):
         fetch("min/wm/a")
-    with pytest.raises(SourceError, match=r"min/wm/c.pt is not one weights file: min/wm has a/one.pt, a/two.pt, b.pt; name one"):
+    with pytest.raises(
+        SourceError,
+        match=r"min/wm/c.pt is not one weights file: min/wm has a/one.pt, a/two.pt, b.pt; name one",
+    ):
         fetch("min/wm/c.pt")
     with pytest.raises(SourceError, match="text/only has none"):
         fetch("text/only")
@@ -146,10 +201,23 @@ def test_what_the_hub_refuses(hub):
 def test_a_broken_download(hub):
     hub.repositories = {"min/wm": ["a.pt"]}
     hub.broken = ConnectionResetError(104, "peer went away")
-    with pytest.raises(SourceError, match=r"a.pt from min/wm broke off \(\[Errno 104\] peer went away\): start again"):
+    with pytest.raises(
+        SourceError,
+        match=r"a.pt from min/wm broke off \(\[Errno 104\] peer went away\): start again",
+    ):
         fetch("min/wm/a.pt")
     hub.broken = LocalEntryNotFoundError("An error happened.\nAnd more")
-    with pytest.raises(SourceError, match=r"a.pt of min/wm cannot be had: the hub cannot be reached \(An error happened\) and the cache"):
+    with pytest.raises(
+        SourceError,
+        match=(
+            r"a.pt of min/wm "
+            r"cannot be had: "
+            r"the hub cannot be "
+            r"reached \(An error "
+            r"happened\) "
+            r"and the cache"
+        ),
+    ):
         fetch("min/wm/a.pt")
     hub.broken = OSError(28, "No space left on device")
     with pytest.raises(OSError, match="No space left") as caught:
@@ -163,7 +231,11 @@ def test_the_cache_answers_without_a_connection(cache, monkeypatch):
     assert fetch("wan/diffusers@main/vae") == snapshot / "vae/diffusion_pytorch_model.safetensors"
     assert fetch(f"wan/diffusers@{COMMIT}", "vae").parent == snapshot / "vae"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: (_ for _ in ()).throw(OfflineModeIsEnabled("no route")))
+    monkeypatch.setattr(
+        huggingface_hub.HfApi,
+        "model_info",
+        lambda *_, **__: (_ for _ in ()).throw(OfflineModeIsEnabled("no route")),
+    )
     assert fetch("wan/diffusers") == snapshot / "transformer/m.safetensors.index.json"
     cached(cache, "min/wm", ["a.pt", "b.pt"])
     with pytest.raises(SourceError, match="min/wm is not one weights file: min/wm has a.pt, b.pt"):
@@ -171,20 +243,50 @@ def test_the_cache_answers_without_a_connection(cache, monkeypatch):
 
 
 def test_what_the_cache_lacks_is_named(cache):
-    with pytest.raises(SourceError, match=rf"a/b.pt of min/wm cannot be had: HF_HUB_OFFLINE is set and the cache {cache} does not"):
+    with pytest.raises(
+        SourceError,
+        match=(
+            rf"a/b.pt of min/wm "
+            rf"cannot be "
+            rf"had: HF_HUB_OFFLINE "
+            rf"is set and the "
+            rf"cache {cache} "
+            rf"does not"
+        ),
+    ):
         fetch("min/wm/a/b.pt")
     snapshot = cached(cache, "wan/diffusers", DIFFUSERS)
-    with pytest.raises(SourceError, match="vae/, or a single file of weights, of wan/other cannot be had"):
+    with pytest.raises(
+        SourceError, match="vae/, or a single file of weights, of wan/other cannot be had"
+    ):
         fetch("wan/other", "vae")
     (snapshot / "transformer/m-00002-of-00002.safetensors").unlink()
-    with pytest.raises(SourceError, match=r"transformer/m-00002-of-00002.safetensors of wan/diffusers cannot be had: HF_HUB_OFFLINE"):
+    with pytest.raises(
+        SourceError,
+        match=(
+            r"transformer/m-00002-of-00002.safetensors of "
+            r"wan/diffusers "
+            r"cannot be had: "
+            r"HF_HUB_OFFLINE"
+        ),
+    ):
         fetch("wan/diffusers")
     (snapshot / "transformer/m.safetensors.index.json").write_text(INDEX[:40])
     with pytest.raises(SourceError, match="is no index of weights files"):
         fetch("wan/diffusers")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": "../b"}}', '{"weight_map": {"a": 1}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": "../b"}}',
+        '{"weight_map": {"a": 1}}',
+    ],
+)
 def test_damaged_indices(tmp_path, text):
     path = tmp_path / "m.safetensors.index.json"
     path.write_text(text)
@@ -200,6 +302,13 @@ def test_the_users_cache(monkeypatch, tmp_path):
 
 
 def test_the_hub_library_waits():
-    code = "import sys, worldmodel.sources as s; s.fetch('.'); print('huggingface_hub' in sys.modules)"
+    code = (
+        "import sys, worldmodel.sources as s; s.fetch('.'); print('huggingface_hub' in sys.modules)"
+    )
     root = Path(__file__).parent.parent
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root).stdout.strip() == "False"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=root
+        ).stdout.strip()
+        == "False"
+    )

@@ -1,4 +1,6 @@
-"""Prompts in the player's own words: the embedding is diffusers', the cache answers alone, and every mistake is one sentence."""
+"""Prompts in the player's own words: the embedding is diffusers', the cache answers alone, and
+every mistake is one sentence.
+"""
 
 import gc
 import json
@@ -22,28 +24,63 @@ from worldmodel.text import PromptBook
 from worldmodel.text_encoder import PromptEncoder, clean, embed_text, locate
 from worldmodel.world import World
 
-transformers, ftfy = pytest.importorskip("transformers"), pytest.importorskip("ftfy")
+transformers = pytest.importorskip("transformers")
+ftfy = pytest.importorskip("ftfy")
 ROOT = Path(__file__).parent.parent
 SHAPE = LENGTH, WIDTH = 12, 8
-ENGLISH, CHINESE = "a red house by the sea", "海边的红房子"
+ENGLISH = "a red house by the sea"
+CHINESE = "海边的红房子"
 LONG = "a red house by the sea " * 500
 MESSY = "  caf&amp;eacute; &lt;b&gt;\tschÃ¶n\n\n“red”\u00a0sea  "
 
 
 def make_encoder(folder, seed=0, **sizes):
-    """A random UMT5 of two layers and a tokenizer of a few words and letters, in diffusers' layout."""
+    """A random UMT5 of two layers and a tokenizer of a few words and letters, in diffusers'
+    layout.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    words = ["<pad>", "</s>", "<unk>", "▁a", "▁red", "▁house", "▁by", "▁the", "▁sea", *CHINESE, "▁", *"abcdefghijklmnopqrstuvwxyz"]
-    tokenizer = Tokenizer(models.Unigram([(word, -float(rank)) for rank, word in enumerate(words)], unk_id=2))
+    words = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "▁a",
+        "▁red",
+        "▁house",
+        "▁by",
+        "▁the",
+        "▁sea",
+        *CHINESE,
+        "▁",
+        *"abcdefghijklmnopqrstuvwxyz",
+    ]
+    tokenizer = Tokenizer(
+        models.Unigram([(word, -float(rank)) for rank, word in enumerate(words)], unk_id=2)
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=512,
     ).save_pretrained(folder / "tokenizer")
     torch.manual_seed(seed)
-    config = {"vocab_size": len(words), "d_model": WIDTH, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2, **sizes}
-    transformers.UMT5EncoderModel(transformers.UMT5Config(**config)).save_pretrained(folder / "text_encoder")
+    config = {
+        "vocab_size": len(words),
+        "d_model": WIDTH,
+        "d_kv": 4,
+        "d_ff": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        **sizes,
+    }
+    transformers.UMT5EncoderModel(transformers.UMT5Config(**config)).save_pretrained(
+        folder / "text_encoder"
+    )
     return folder
 
 
@@ -84,7 +121,7 @@ def forbid_loading(monkeypatch):
     monkeypatch.setattr(text_encoder, "_load", load)
 
 
-# ------------------------------------------------------------------------------------------------ encoding
+# -------------------- encoding
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +129,9 @@ def pipeline(whole_encoder):
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(whole_encoder, subfolder="tokenizer")
-    network = transformers.UMT5EncoderModel.from_pretrained(whole_encoder, subfolder="text_encoder").eval()
+    network = transformers.UMT5EncoderModel.from_pretrained(
+        whole_encoder, subfolder="text_encoder"
+    ).eval()
     codec = AutoencoderKLWan(base_dim=8, z_dim=16, num_res_blocks=1)
     return WanPipeline(tokenizer, network, codec, FlowMatchEulerDiscreteScheduler())
 
@@ -101,7 +140,9 @@ def pipeline(whole_encoder):
 @pytest.mark.parametrize("length", [3, 512])
 def test_the_embedding_is_that_of_diffusers(pipeline, whole_encoder, prompt, length):
     with torch.no_grad():
-        theirs, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=length)
+        theirs, _ = pipeline.encode_prompt(
+            prompt, do_classifier_free_guidance=False, max_sequence_length=length
+        )
     for _ in ("encoded", "from the cache"):
         ours = embed(prompt, whole_encoder, (length, WIDTH))
         assert ours.shape == (length, WIDTH) and ours.dtype == torch.float32
@@ -110,7 +151,19 @@ def test_the_embedding_is_that_of_diffusers(pipeline, whole_encoder, prompt, len
     assert torch.all(ours[own:] == 0) and torch.all(ours[:own].abs().sum(1) > 0)
 
 
-@pytest.mark.parametrize("text", [ENGLISH, CHINESE, MESSY, "a\u2003b\x1fc\x85d", "&amp;amp;lt;", "x\u200b y", "ﬁne…", "&nbsp;e&#28;f"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        ENGLISH,
+        CHINESE,
+        MESSY,
+        "a\u2003b\x1fc\x85d",
+        "&amp;amp;lt;",
+        "x\u200b y",
+        "ﬁne…",
+        "&nbsp;e&#28;f",
+    ],
+)
 def test_text_is_cleaned_as_diffusers_does(text):
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
@@ -127,14 +180,17 @@ def test_a_long_text_is_cut_and_said_to_be(whole_encoder, capsys):
     for _ in ("encoded", "from the cache"):
         cut = embed(LONG, whole_encoder)
         told = [line for line in capsys.readouterr().err.splitlines() if "tokens" in line]
-        assert told == ["The prompt has 3001 tokens and this world reads 12; the rest of it was left out."]
+        assert told == [
+            "The prompt has 3001 tokens and this world reads 12; the rest of it was left out."
+        ]
     assert torch.all(cut.abs().sum(1) > 0)
     embed(ENGLISH, whole_encoder)
     assert "tokens" not in capsys.readouterr().err
 
 
 def test_the_encoder_is_freed(whole_encoder, monkeypatch):
-    born, load = [], text_encoder._load
+    born = []
+    load = text_encoder._load
 
     def watched(kind, *arguments, **options):
         loaded = load(kind, *arguments, **options)
@@ -152,7 +208,8 @@ def test_the_encoder_is_freed(whole_encoder, monkeypatch):
 
 
 def test_a_full_card_leaves_the_work_to_the_cpu(whole_encoder, monkeypatch, cache):
-    run, places = text_encoder._run, []
+    run = text_encoder._run
+    places = []
 
     def crowded(network, batch, device):
         places.append(device.type)
@@ -168,7 +225,7 @@ def test_a_full_card_leaves_the_work_to_the_cpu(whole_encoder, monkeypatch, cach
     assert places == ["cuda", "cpu"] and torch.equal(found, usual)
 
 
-# --------------------------------------------------------------------------------------------------- cache
+# -------------------- cache
 
 
 def test_the_cache_answers_without_the_encoder(encoder, monkeypatch, cache):
@@ -176,7 +233,9 @@ def test_the_cache_answers_without_the_encoder(encoder, monkeypatch, cache):
     forbid_loading(monkeypatch)
     assert only_file(cache).stat().st_size < 2000  # its own rows only
     stages = []
-    assert torch.equal(embed(f"  {CHINESE}\n", encoder, tell=stages.append), first)  # cleaned to the same
+    assert torch.equal(
+        embed(f"  {CHINESE}\n", encoder, tell=stages.append), first
+    )  # cleaned to the same
     shutil.rmtree(encoder)
     assert torch.equal(embed(CHINESE, encoder, tell=stages.append), first) and stages == []
 
@@ -238,7 +297,7 @@ def test_the_cache_is_where_the_user_has_it(monkeypatch, tmp_path):
         assert text_encoder.cache_folder() == tmp_path / ".cache" / "worldmodel" / "prompts"
 
 
-# ----------------------------------------------------------------------------------------------- mistakes
+# -------------------- mistakes
 
 
 def edit_json(path, **changes):
@@ -258,17 +317,41 @@ def only_pickled(folder):
 
 
 BROKEN = {
-    "no folder": (shutil.rmtree, "is not in .*expected text_encoder/config.json and tokenizer there"),
+    "no folder": (
+        shutil.rmtree,
+        "is not in .*expected text_encoder/config.json and tokenizer there",
+    ),
     "no tokenizer": (lambda e: shutil.rmtree(e / "tokenizer"), "tokenizer of .* cannot be loaded"),
-    "no config": (lambda e: (e / "text_encoder/config.json").unlink(), "The text encoder is not in"),
-    "torn config": (lambda e: (e / "text_encoder/config.json").write_text("{"), "text encoder of .* cannot be loaded"),
-    "odd config": (lambda e: edit_json(e / "text_encoder/config.json", d_kv="four"), "text encoder of .* cannot be loaded"),
-    "no weights": (lambda e: (e / "text_encoder/model.safetensors").unlink(), "text encoder of .* cannot be loaded"),
-    "torn weights": (lambda e: DAMAGE["cut off"](e / "text_encoder/model.safetensors"), "text encoder of .* cannot be loaded"),
+    "no config": (
+        lambda e: (e / "text_encoder/config.json").unlink(),
+        "The text encoder is not in",
+    ),
+    "torn config": (
+        lambda e: (e / "text_encoder/config.json").write_text("{"),
+        "text encoder of .* cannot be loaded",
+    ),
+    "odd config": (
+        lambda e: edit_json(e / "text_encoder/config.json", d_kv="four"),
+        "text encoder of .* cannot be loaded",
+    ),
+    "no weights": (
+        lambda e: (e / "text_encoder/model.safetensors").unlink(),
+        "text encoder of .* cannot be loaded",
+    ),
+    "torn weights": (
+        lambda e: DAMAGE["cut off"](e / "text_encoder/model.safetensors"),
+        "text encoder of .* cannot be loaded",
+    ),
     "pickled weights": (only_pickled, "text encoder of .* cannot be loaded"),
     "a weight short": (drop_weight, r"lacks the weight encoder\.block\.1"),
-    "other width": (lambda e: shutil.rmtree(e / "text_encoder") or make_encoder(e, d_model=16), "width 16, 8 is expected"),
-    "small vocabulary": (lambda e: shutil.rmtree(e / "text_encoder") or make_encoder(e, vocab_size=6), "more words than"),
+    "other width": (
+        lambda e: shutil.rmtree(e / "text_encoder") or make_encoder(e, d_model=16),
+        "width 16, 8 is expected",
+    ),
+    "small vocabulary": (
+        lambda e: shutil.rmtree(e / "text_encoder") or make_encoder(e, vocab_size=6),
+        "more words than",
+    ),
 }
 
 
@@ -285,8 +368,14 @@ def test_code_in_the_files_is_never_run(encoder, tmp_path):
     mark = tmp_path / "it ran"
     for part in ("text_encoder", "tokenizer"):
         (encoder / part / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
-    edit_json(encoder / "text_encoder/config.json", auto_map={"AutoModel": "evil.Evil", "AutoConfig": "evil.Evil"})
-    edit_json(encoder / "tokenizer/tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
+    edit_json(
+        encoder / "text_encoder/config.json",
+        auto_map={"AutoModel": "evil.Evil", "AutoConfig": "evil.Evil"},
+    )
+    edit_json(
+        encoder / "tokenizer/tokenizer_config.json",
+        auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
+    )
     try:
         embed(ENGLISH, encoder)
     except ValueError as error:
@@ -302,11 +391,13 @@ def test_no_valid_unicode():
 @pytest.mark.parametrize("missing", ["transformers", "ftfy"])
 def test_a_missing_package_is_named(whole_encoder, monkeypatch, missing):
     monkeypatch.setitem(__import__("sys").modules, missing, None)
-    with pytest.raises(ValueError, match=f"needs {missing}, which is not installed: run `python -m pip install"):
+    with pytest.raises(
+        ValueError, match=f"needs {missing}, which is not installed: run `python -m pip install"
+    ):
         embed(ENGLISH, whole_encoder)
 
 
-# ----------------------------------------------------------------------------------------------------- hub
+# -------------------- hub
 
 
 def test_an_encoder_of_the_hub_that_is_here_needs_no_network(whole_encoder, monkeypatch, tmp_path):
@@ -328,7 +419,8 @@ def test_an_encoder_of_the_hub_that_is_here_needs_no_network(whole_encoder, monk
 @pytest.mark.parametrize("offline", [True, False])
 def test_the_network_is_asked_last(monkeypatch, tmp_path, offline):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
-    asked, stages = [], []
+    asked = []
+    stages = []
 
     class Kind:
         @staticmethod
@@ -341,7 +433,9 @@ def test_the_network_is_asked_last(monkeypatch, tmp_path, offline):
     half = tmp_path / "models--somebody--umt5/snapshots/abc123"
     monkeypatch.setattr(text_encoder, "_folder", lambda place: half)
     load = partial(text_encoder._load, Kind, part="tokenizer", tell=stages.append)
-    with pytest.raises(ValueError, match=r"tokenizer of .* cannot be loaded \(half of it is here\); fetch it again"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer of .* cannot be loaded \(half of it is here\); fetch it again"
+    ):
         load(place=Path("/encoder"))
     assert asked == [(half, "tokenizer", True)]  # a folder is never looked for on the network
     if offline:
@@ -350,7 +444,10 @@ def test_the_network_is_asked_last(monkeypatch, tmp_path, offline):
         assert len(asked) == 2 and stages == []
     else:
         assert load(place="somebody/umt5") == "weights"
-        assert asked[1:] == [(half, "tokenizer", True), ("somebody/umt5", "tokenizer", False)] and stages == ["Fetching the tokenizer"]
+        assert asked[1:] == [
+            (half, "tokenizer", True),
+            ("somebody/umt5", "tokenizer", False),
+        ] and stages == ["Fetching the tokenizer"]
 
 
 def test_what_a_source_means(whole_encoder, tmp_path, monkeypatch):
@@ -359,19 +456,27 @@ def test_what_a_source_means(whole_encoder, tmp_path, monkeypatch):
     (tmp_path / "near/by").mkdir(parents=True)
     home = tmp_path / "bundle"
     assert locate(".", home) == home and locate("in/it", home) == home / "in/it"
-    assert locate("near/by", home) == tmp_path / "near/by" and locate(str(whole_encoder), home) == whole_encoder
+    assert (
+        locate("near/by", home) == tmp_path / "near/by"
+        and locate(str(whole_encoder), home) == whole_encoder
+    )
     assert locate("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", home) == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-    assert locate("/gone/for/good", home) == Path("/gone/for/good") and locate("./gone", home) == home / "gone"
+    assert (
+        locate("/gone/for/good", home) == Path("/gone/for/good")
+        and locate("./gone", home) == home / "gone"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- play
+# -------------------- play
 
 
 @pytest.fixture
 def bundle(tiny_bundle, tmp_path, encoder):
     """The tiny world with prompts of 12 rows and a text encoder, which made none of them."""
     folder = shutil.copytree(tiny_bundle, tmp_path / "worlds" / "tiny")
-    PromptBook({name: torch.randn(SHAPE) for name in ("grey", "loud")}).save(folder / "prompts.safetensors")
+    PromptBook({name: torch.randn(SHAPE) for name in ("grey", "loud")}).save(
+        folder / "prompts.safetensors"
+    )
     values = yaml.safe_load((folder / "world.yaml").read_text())
     (folder / "world.yaml").write_text(yaml.safe_dump({**values, "text_encoder": str(encoder)}))
     return folder
@@ -391,7 +496,9 @@ def test_a_session_dreams_what_was_written(world, encoder):
     shown = dream(session)
     assert session.prompt == ENGLISH
     shutil.rmtree(encoder)
-    again = Session(replace(world), prompt=ENGLISH, seed=3)  # another opening of the world: the cache answers
+    again = Session(
+        replace(world), prompt=ENGLISH, seed=3
+    )  # another opening of the world: the cache answers
     assert np.array_equal(dream(again), shown)
     with pytest.raises(ValueError, match="The text encoder is not in"):
         again.set_prompt(CHINESE)
@@ -401,7 +508,9 @@ def test_a_session_dreams_what_was_written(world, encoder):
 
 
 def test_other_words_are_another_dream(world):
-    assert not np.array_equal(dream(Session(world, prompt=ENGLISH)), dream(Session(world, prompt=CHINESE)))
+    assert not np.array_equal(
+        dream(Session(world, prompt=ENGLISH)), dream(Session(world, prompt=CHINESE))
+    )
 
 
 def test_stored_names_need_no_encoder(world, monkeypatch):
@@ -420,7 +529,11 @@ def test_scenes_say_what_takes_long_once(world, capsys):
     stages = []
     scenes = Scenes(world, tell=lambda stage, progress: stages.append(stage))
     session, scene = scenes.open(Scene(LONG))
-    assert stages == ["Loading the text encoder", "Reading the prompt", "Dreaming the first picture"]
+    assert stages == [
+        "Loading the text encoder",
+        "Reading the prompt",
+        "Dreaming the first picture",
+    ]
     assert scene == Scene(LONG, None, 0) and session.start() is None  # nobody drew a picture for it
     scenes.open(scenes.new_town(scene))
     assert len(stages) == 3 and capsys.readouterr().err.count("was left out") == 1
@@ -455,24 +568,70 @@ def test_a_saved_session_keeps_its_words(world, tmp_path):
 @pytest.mark.parametrize("prompt", [CHINESE, LONG])
 def test_play_without_a_window(play, bundle, encoder, tmp_path, capsys, prompt):
     walk = ["--headless", "--trajectory", "w*2", "--threads", "1"]
-    start = ["--world", str(bundle), "--prompt", prompt, "--output", str(tmp_path / "walk.mp4"), "--record", str(tmp_path / "take")]
+    start = [
+        "--world",
+        str(bundle),
+        "--prompt",
+        prompt,
+        "--output",
+        str(tmp_path / "walk.mp4"),
+        "--record",
+        str(tmp_path / "take"),
+    ]
     assert play([*walk, *start]) == 0
     told = capsys.readouterr()
     assert json.loads(told.out)["latents"] == 3
-    assert "Loading the text encoder ..." in told.err and told.err.count("was left out") == (prompt == LONG)
+    assert "Loading the text encoder ..." in told.err and told.err.count("was left out") == (
+        prompt == LONG
+    )
     shutil.rmtree(encoder)
-    assert play(["--world", str(bundle), "--replay", str(tmp_path / "take"), "--verify", "--threads", "1"]) == 0
+    assert (
+        play(
+            [
+                "--world",
+                str(bundle),
+                "--replay",
+                str(tmp_path / "take"),
+                "--verify",
+                "--threads",
+                "1",
+            ]
+        )
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["exact"] is True
 
 
 @pytest.mark.parametrize(
     ("prompt", "sentence"),
-    [("", "--prompt is empty"), (" ", "--prompt is empty"), ("&nbsp;", "The prompt is empty"), (ENGLISH, "The text encoder is not in")],
+    [
+        ("", "--prompt is empty"),
+        (" ", "--prompt is empty"),
+        ("&nbsp;", "The prompt is empty"),
+        (ENGLISH, "The text encoder is not in"),
+    ],
 )
-def test_what_cannot_be_played_is_one_sentence(play, bundle, encoder, tmp_path, capsys, prompt, sentence):
+def test_what_cannot_be_played_is_one_sentence(
+    play, bundle, encoder, tmp_path, capsys, prompt, sentence
+):
     shutil.rmtree(encoder)
     output = tmp_path / "walk.mp4"
-    assert play(["--world", str(bundle), "--headless", "--trajectory", "w*2", "--prompt", prompt, "--output", str(output)]) == 2
+    assert (
+        play(
+            [
+                "--world",
+                str(bundle),
+                "--headless",
+                "--trajectory",
+                "w*2",
+                "--prompt",
+                prompt,
+                "--output",
+                str(output),
+            ]
+        )
+        == 2
+    )
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.endswith("...")]
     assert len(lines) == 1 and sentence in lines[0] and not output.exists()
 

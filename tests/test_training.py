@@ -1,4 +1,6 @@
-"""The training loop: options, exact resume after a kill, averages, learning rate, and what each stage's step does."""
+"""The training loop: options, exact resume after a kill, averages, learning rate, and what each
+stage's step does.
+"""
 
 import json
 import os
@@ -41,7 +43,8 @@ SMALL_AUTOENCODER = {
     "batch": "2",
 }
 
-# Trains every stage in a process of its own, which is killed in its fourth step; the checkpoint is from the second.
+# Trains every stage in a process of its own, which is killed in its fourth step; the checkpoint is
+# from the second.
 KILLED = """
 import os, signal, sys
 import distill.train as training
@@ -81,13 +84,18 @@ def one_thread():
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> Path:
     """Three clips of six latents: moving noise, each with its mood."""
-    root, random = tmp_path_factory.mktemp("clips"), np.random.default_rng(0)
+    root = tmp_path_factory.mktemp("clips")
+    random = np.random.default_rng(0)
     for index, mood in enumerate(["meadow", "dunes", "night"]):
         c2w = np.tile(np.eye(4), (6, 1, 1))
         c2w[:, 2, 3] = 0.1 * np.arange(6)
         video = random.integers(0, 255, (21, 32, 32, 3), np.uint8)
-        folder = write_clip(root, f"clip-{index}", video, c2w, [0.5, 0.8, 0.5, 0.5], mood, 16, "test", "CC0")
-        write_latents(folder, torch.randn(16, 6, 4, 4, generator=torch.Generator().manual_seed(index)))
+        folder = write_clip(
+            root, f"clip-{index}", video, c2w, [0.5, 0.8, 0.5, 0.5], mood, 16, "test", "CC0"
+        )
+        write_latents(
+            folder, torch.randn(16, 6, 4, 4, generator=torch.Generator().manual_seed(index))
+        )
     return root
 
 
@@ -119,26 +127,44 @@ def killed(clips, straight, tmp_path_factory) -> tuple[Path, list[str]]:
     ]
     options = overrides(clips, folder, *starts, f"dmd.real={straight}/bidirectional/export")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", KILLED, ",".join([str(TINY), *STAGES]), *options], check=True, env=environment, cwd=ROOT)
+    subprocess.run(
+        [sys.executable, "-c", KILLED, ",".join([str(TINY), *STAGES]), *options],
+        check=True,
+        env=environment,
+        cwd=ROOT,
+    )
     return folder, options
 
 
 @pytest.mark.parametrize("name", list(STAGES))
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(name, clips, straight, killed):
     folder, options = killed
-    assert [path.name for path in sorted((folder / name / "checkpoints").iterdir())] == ["step-00000002"]
-    starts = {"teacher_forcing": "bidirectional", "consistency": "teacher_forcing", "dmd": "consistency"}
+    assert [path.name for path in sorted((folder / name / "checkpoints").iterdir())] == [
+        "step-00000002"
+    ]
+    starts = {
+        "teacher_forcing": "bidirectional",
+        "consistency": "teacher_forcing",
+        "dmd": "consistency",
+    }
     assert name not in starts or (straight / starts[name] / "export" / "config.json").is_file()
     train(load_recipe(TINY, options), name, resume=True)
     ours, theirs = (path / name / "checkpoints" / "step-00000004" for path in (folder, straight))
     files = sorted(path.name for path in theirs.glob("*.safetensors"))
     assert files == sorted(path.name for path in ours.glob("*.safetensors")) and len(files) >= 3
     for file in files:
-        expected, actual = load_file(theirs / file), load_file(ours / file)
+        expected = load_file(theirs / file)
+        actual = load_file(ours / file)
         assert expected.keys() == actual.keys() and expected
         assert all(torch.equal(expected[key], actual[key]) for key in expected), file
-    logged = [[json.loads(line) for line in (path / name / "metrics.jsonl").open()] for path in (straight, folder)]
-    losses = [[(line["step"], *(v for k, v in line.items() if k.startswith("loss/"))) for line in lines] for lines in logged]
+    logged = [
+        [json.loads(line) for line in (path / name / "metrics.jsonl").open()]
+        for path in (straight, folder)
+    ]
+    losses = [
+        [(line["step"], *(v for k, v in line.items() if k.startswith("loss/"))) for line in lines]
+        for lines in logged
+    ]
     assert losses[0] == losses[1] and [line[0] for line in losses[0]] == [1, 2, 3, 4]
 
 
@@ -146,11 +172,16 @@ def test_the_export_is_the_average_and_carries_its_prompts(straight):
     for name in ("bidirectional", "teacher_forcing", "consistency", "dmd"):
         exported = load_file(straight / name / "export" / "diffusion_pytorch_model.safetensors")
         average, student = (
-            load_file(straight / name / "checkpoints" / "step-00000004" / f"{part}.safetensors") for part in ("average", "student")
+            load_file(straight / name / "checkpoints" / "step-00000004" / f"{part}.safetensors")
+            for part in ("average", "student")
         )
         assert all(torch.equal(exported[key], average[key]) for key in average)
         assert any(not torch.equal(student[key], average[key]) for key in average)
-        assert sorted(load_file(straight / name / "export" / "prompts.safetensors")) == ["dunes", "meadow", "night"]
+        assert sorted(load_file(straight / name / "export" / "prompts.safetensors")) == [
+            "dunes",
+            "meadow",
+            "night",
+        ]
 
 
 def test_a_run_folder_in_use_is_left_alone(clips, straight):
@@ -158,10 +189,16 @@ def test_a_run_folder_in_use_is_left_alone(clips, straight):
     with pytest.raises(ValueError, match=r"holds a run already .*--resume"):
         train(load_recipe(TINY, overrides(clips, straight)), "bidirectional")
     with pytest.raises(ValueError, match=r"trained with optimiser.grad_clip = 1.0, not 2.0"):
-        train(load_recipe(TINY, overrides(clips, straight, "optimiser.grad_clip=2")), "bidirectional", resume=True)
+        train(
+            load_recipe(TINY, overrides(clips, straight, "optimiser.grad_clip=2")),
+            "bidirectional",
+            resume=True,
+        )
     with pytest.raises(ValueError, match=r"trained with run.seed = 0, not 1"):
         train(load_recipe(TINY, overrides(clips, straight, "run.seed=1")), "dmd", resume=True)
-    assert before == {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file()}
+    assert before == {
+        path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file()
+    }
 
 
 def test_a_run_older_than_an_option_goes_on_with_its_default(clips, tmp_path):
@@ -172,18 +209,26 @@ def test_a_run_older_than_an_option_goes_on_with_its_default(clips, tmp_path):
     del saved["config"]["bidirectional"]["optimiser"], saved["config"]["optimiser"]
     state.write_text(json.dumps(saved))
     train(load_recipe(TINY, options), "bidirectional", resume=True)
-    for change, was in (("bidirectional.optimiser=muon", "adamw, not muon"), ("optimiser.grad_clip=2", "1.0, not 2.0")):
+    for change, was in (
+        ("bidirectional.optimiser=muon", "adamw, not muon"),
+        ("optimiser.grad_clip=2", "1.0, not 2.0"),
+    ):
         with pytest.raises(ValueError, match=f"{change.partition('=')[0]} = {was}: set it back"):
             train(load_recipe(TINY, [*options, change]), "bidirectional", resume=True)
 
 
 def test_two_trainings_do_not_share_a_run(clips, tmp_path):
     recipe = load_recipe(TINY, overrides(clips, tmp_path))
-    with alone(tmp_path / "bidirectional"), pytest.raises(ValueError, match="another process is writing into .*bidirectional"):
+    with (
+        alone(tmp_path / "bidirectional"),
+        pytest.raises(ValueError, match="another process is writing into .*bidirectional"),
+    ):
         train(recipe, "bidirectional", resume=True)
     assert [path.name for path in (tmp_path / "bidirectional").iterdir()] == [LOCK]
     train(recipe, "bidirectional")
-    with alone(tmp_path / "bidirectional"):  # the newest checkpoint of a run in progress may be exported
+    with alone(
+        tmp_path / "bidirectional"
+    ):  # the newest checkpoint of a run in progress may be exported
         train(recipe, "bidirectional", export_only=True)
 
 
@@ -196,7 +241,9 @@ def test_a_broken_checkpoint_is_one_sentence(clips, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_training_leaves_a_checkpoint_and_no_export(clips, tmp_path, monkeypatch, capsys, number, status):
+def test_a_stopped_training_leaves_a_checkpoint_and_no_export(
+    clips, tmp_path, monkeypatch, capsys, number, status
+):
     """`train --stage one && train --stage two` must not go on from half-trained weights."""
 
     def asked_to_stop(name, recipe, device):
@@ -212,7 +259,13 @@ def test_a_stopped_training_leaves_a_checkpoint_and_no_export(clips, tmp_path, m
         return stage
 
     options = overrides(clips, tmp_path, "run.checkpoint_every=0")
-    command = ["train", str(TINY), "--stage", "bidirectional", *(word for option in options for word in ("--set", option))]
+    command = [
+        "train",
+        str(TINY),
+        "--stage",
+        "bidirectional",
+        *(word for option in options for word in ("--set", option)),
+    ]
     handler = signal.getsignal(number)
     export = tmp_path / "bidirectional/export"
     export.mkdir(parents=True)
@@ -220,12 +273,19 @@ def test_a_stopped_training_leaves_a_checkpoint_and_no_export(clips, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(training, "build_stage", asked_to_stop)
         assert main(command) == status
-    assert "train: stopped at step 3 of 4, export/ is left as it was; --resume goes on" in capsys.readouterr().err.splitlines()[-1]
+    assert (
+        "train: stopped at step 3 of 4, export/ is left as it was; --resume goes on"
+        in capsys.readouterr().err.splitlines()[-1]
+    )
     assert signal.getsignal(number) is handler
-    assert [path.name for path in (tmp_path / "bidirectional/checkpoints").iterdir()] == ["step-00000003"]
+    assert [path.name for path in (tmp_path / "bidirectional/checkpoints").iterdir()] == [
+        "step-00000003"
+    ]
     assert [path.name for path in export.iterdir()] == ["older"]
     assert main([*command, "--resume"]) == 0
-    assert (tmp_path / "bidirectional/checkpoints/step-00000004").is_dir() and (export / "config.json").is_file()
+    assert (tmp_path / "bidirectional/checkpoints/step-00000004").is_dir() and (
+        export / "config.json"
+    ).is_file()
 
 
 def test_a_loss_that_is_no_number_is_never_saved(clips, tmp_path, monkeypatch):
@@ -233,14 +293,17 @@ def test_a_loss_that_is_no_number_is_never_saved(clips, tmp_path, monkeypatch):
         stage = build_stage(name, recipe, device)
         losses = stage.losses
         stage.losses = lambda batch, step, generator: (
-            (n, loss * (float("nan") if step == 3 else 1), m) for n, loss, m in losses(batch, step, generator)
+            (n, loss * (float("nan") if step == 3 else 1), m)
+            for n, loss, m in losses(batch, step, generator)
         )
         return stage
 
     monkeypatch.setattr(training, "build_stage", poisoned)
     with pytest.raises(ValueError, match="became nan before step 4"):
         train(load_recipe(TINY, overrides(clips, tmp_path)), "bidirectional")
-    assert [path.name for path in (tmp_path / "bidirectional/checkpoints").iterdir()] == ["step-00000002"]
+    assert [path.name for path in (tmp_path / "bidirectional/checkpoints").iterdir()] == [
+        "step-00000002"
+    ]
 
 
 def test_exporting_a_checkpoint_leaves_the_run_alone(clips, straight, tmp_path):
@@ -261,39 +324,67 @@ def test_weights_that_are_missing_are_named_before_training(clips, tmp_path):
     with pytest.raises(ValueError, match=r"no exported transformer in .*bidirectional/export"):
         train(load_recipe(TINY, overrides(clips, tmp_path)), "teacher_forcing")
     with pytest.raises(ValueError, match=r"no exported autoencoder in .*autoencoder/export"):
-        train(load_recipe(TINY, overrides(clips, tmp_path, "data.autoencoder=autoencoder")), "bidirectional")
+        train(
+            load_recipe(TINY, overrides(clips, tmp_path, "data.autoencoder=autoencoder")),
+            "bidirectional",
+        )
 
 
 @pytest.mark.parametrize("form", ["file", "folder", "trainer"])
 def test_weights_without_a_camera_become_pose_conditioned(clips, tmp_path, capsys, form):
-    """A small Wan2.1 in its own names starts with the prediction it has without a camera; a step later the camera path has learned."""
+    """A small Wan2.1 in its own names starts with the prediction it has without a camera; a step
+    later the camera path has learned.
+    """
     weights = load_file(ROOT / "tests/golden/weights_cd_teacher.safetensors")
     weights = {name: tensor for name, tensor in weights.items() if "prope" not in name}
     (tmp_path / "wan").mkdir()
     file = tmp_path / "wan/weights.pt"
     torch.save({"generator": weights} if form == "trainer" else weights, file)
-    (tmp_path / "wan/config.json").write_text(json.dumps({"_class_name": "WanModel", "dim": 48, "num_heads": 2}))
+    (tmp_path / "wan/config.json").write_text(
+        json.dumps({"_class_name": "WanModel", "dim": 48, "num_heads": 2})
+    )
     init = f"bidirectional.init={f'{file.parent}/' if form == 'folder' else file}"
-    recipe = load_recipe(TINY, overrides(clips, tmp_path / "runs", "model.text_dim=24", "bidirectional.steps=1", init))
-    stage, plain = build_stage("bidirectional", recipe, torch.device("cpu")), load_transformer(file)
+    recipe = load_recipe(
+        TINY,
+        overrides(clips, tmp_path / "runs", "model.text_dim=24", "bidirectional.steps=1", init),
+    )
+    stage = build_stage("bidirectional", recipe, torch.device("cpu"))
+    plain = load_transformer(file)
     assert "has no camera weights: they begin as zeros" in capsys.readouterr().err
-    latents, text, projection = torch.randn(1, 16, 3, 4, 4), torch.randn(1, 2, 24), torch.randn(1, 3, 4, 4) + 4 * torch.eye(4)
+    latents = torch.randn(1, 16, 3, 4, 4)
+    text = torch.randn(1, 2, 24)
+    projection = torch.randn(1, 3, 4, 4) + 4 * torch.eye(4)
     with torch.no_grad():
-        expected, first = plain(latents, torch.tensor([0.5]), text), stage.student(latents, torch.tensor([0.5]), text, projection)
+        expected = plain(latents, torch.tensor([0.5]), text)
+        first = stage.student(latents, torch.tensor([0.5]), text, projection)
     assert not plain.config.camera and stage.student.config.camera
     torch.testing.assert_close(first, expected, rtol=0, atol=1e-5)
     train(recipe, "bidirectional")
     made = load_file(tmp_path / "runs/bidirectional/export/diffusion_pytorch_model.safetensors")
-    assert all(tensor.abs().max() > 0 for name, tensor in made.items() if ".prope_out.weight" in name)
+    assert all(
+        tensor.abs().max() > 0 for name, tensor in made.items() if ".prope_out.weight" in name
+    )
     teacher = load_recipe(TINY, overrides(clips, tmp_path / "runs", "model.text_dim=24"))
-    assert build_stage("teacher_forcing", teacher, torch.device("cpu")).student.config.camera  # its export goes on as any other
+    assert build_stage(
+        "teacher_forcing", teacher, torch.device("cpu")
+    ).student.config.camera  # its export goes on as any other
 
 
 def test_weights_stay_without_a_camera_where_the_recipe_has_none(clips, tmp_path, capsys):
-    new = build_stage("bidirectional", load_recipe(TINY, overrides(clips, tmp_path, "model.camera=false")), torch.device("cpu")).student
+    new = build_stage(
+        "bidirectional",
+        load_recipe(TINY, overrides(clips, tmp_path, "model.camera=false")),
+        torch.device("cpu"),
+    ).student
     new.save_pretrained(tmp_path / "own")
-    recipe = load_recipe(TINY, overrides(clips, tmp_path, "model.camera=false", f"bidirectional.init={tmp_path / 'own'}"))
-    assert not build_stage("bidirectional", recipe, torch.device("cpu")).student.config.camera and capsys.readouterr().err == ""
+    recipe = load_recipe(
+        TINY,
+        overrides(clips, tmp_path, "model.camera=false", f"bidirectional.init={tmp_path / 'own'}"),
+    )
+    assert (
+        not build_stage("bidirectional", recipe, torch.device("cpu")).student.config.camera
+        and capsys.readouterr().err == ""
+    )
 
 
 def test_it_learns(clips, tmp_path):
@@ -307,7 +398,10 @@ def test_it_learns(clips, tmp_path):
         "run.checkpoint_every=0",
     )
     train(load_recipe(TINY, [*options, "teacher_forcing.lr=5e-3"]), "teacher_forcing")
-    losses = [json.loads(line)["loss/student"] for line in (tmp_path / "teacher_forcing/metrics.jsonl").open()]
+    losses = [
+        json.loads(line)["loss/student"]
+        for line in (tmp_path / "teacher_forcing/metrics.jsonl").open()
+    ]
     assert len(losses) == 4 and losses[-1] < 0.9 * losses[0]
 
 
@@ -322,18 +416,26 @@ def test_every_stage_draws_a_picture_with_an_autoencoder(clips, straight):
                 *(f"{s}.sample_steps=2" for s in ("bidirectional", "teacher_forcing")),
             ),
         )
-        image = build_stage(name, recipe, torch.device("cpu")).sample(torch.Generator().manual_seed(0))
-        assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.std() > 0
+        image = build_stage(name, recipe, torch.device("cpu")).sample(
+            torch.Generator().manual_seed(0)
+        )
+        assert (
+            image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.std() > 0
+        )
         latents = 6 if name == "dmd" else 4  # dmd.rollout, data.frames
         assert name == "autoencoder" or image.shape == (4 * 32, latents * 32, 3)
 
 
 @pytest.mark.parametrize(("shared", "judged"), [("false", 0), ("true", 2)])
 def test_each_loss_of_dmd_moves_the_network_it_names_alone(clips, straight, shared, judged):
-    recipe = load_recipe(TINY, overrides(clips, straight, f"dmd.shared={shared}", f"dmd.judged={judged}"))
+    recipe = load_recipe(
+        TINY, overrides(clips, straight, f"dmd.shared={shared}", f"dmd.judged={judged}")
+    )
     stage = build_stage("dmd", recipe, torch.device("cpu"))
     assert stage.batches == (1 if recipe.dmd.shared else 3)
-    batch = torch.utils.data.default_collate([stage.dataset()[i] for i in range(stage.batches * recipe.dmd.batch)])
+    batch = torch.utils.data.default_collate(
+        [stage.dataset()[i] for i in range(stage.batches * recipe.dmd.batch)]
+    )
     names = []
     for name, loss, _ in stage.losses(batch, 0, torch.Generator().manual_seed(0)):
         names.append(name)
@@ -351,20 +453,30 @@ def test_each_loss_of_dmd_moves_the_network_it_names_alone(clips, straight, shar
 
 
 def test_rollouts_of_dmd_end_anywhere_in_the_window_and_only_their_end_learns(clips, straight):
-    stage = build_stage("dmd", load_recipe(TINY, overrides(clips, straight, "dmd.start_share=1")), torch.device("cpu"))
-    windows = stage.prepare(torch.utils.data.default_collate([stage.dataset()[i] for i in range(2)]), torch.Generator().manual_seed(0))
+    stage = build_stage(
+        "dmd",
+        load_recipe(TINY, overrides(clips, straight, "dmd.start_share=1")),
+        torch.device("cpu"),
+    )
+    windows = stage.prepare(
+        torch.utils.data.default_collate([stage.dataset()[i] for i in range(2)]),
+        torch.Generator().manual_seed(0),
+    )
     assert windows.latents.shape[2] == 6
     starts = []
     for seed in range(24):
         draws = (torch.Generator().manual_seed(seed) for _ in range(2))
         samples, judged, anchored = stage.dream_along(windows, *draws, grad=True)
         assert samples.shape[2] == judged.viewmats.shape[1] == 4
-        start = next(i for i in range(3) if torch.equal(judged.viewmats, windows.viewmats[:, i : i + 4]))
+        start = next(
+            i for i in range(3) if torch.equal(judged.viewmats, windows.viewmats[:, i : i + 4])
+        )
         given = torch.equal(samples[:, :, 0], windows.latents[:, :, start])
         starts.append((start, given))
         assert anchored
         assert samples[:, :, -1].requires_grad
-    # the part that is judged is the end of a longer rollout, or begins with the given first latent of a shorter one, anywhere
+    # the part that is judged is the end of a longer rollout, or begins with the given first latent
+    # of a shorter one, anywhere
     assert set(starts) == {(0, True), (1, True), (2, True), (1, False), (2, False)}
 
 
@@ -373,9 +485,13 @@ def test_rollouts_of_dmd_end_anywhere_in_the_window_and_only_their_end_learns(cl
 def test_the_truth_pulls_rollouts_that_began_with_it(clips, straight, start_share, option, metric):
     losses = []
     for weight in (0, 2):
-        options = overrides(clips, straight, f"dmd.start_share={start_share}", f"dmd.{option}={weight}")
+        options = overrides(
+            clips, straight, f"dmd.start_share={start_share}", f"dmd.{option}={weight}"
+        )
         stage = build_stage("dmd", load_recipe(TINY, options), torch.device("cpu"))
-        batch = torch.utils.data.default_collate([stage.dataset()[i] for i in range(stage.batches * stage.config.batch)])
+        batch = torch.utils.data.default_collate(
+            [stage.dataset()[i] for i in range(stage.batches * stage.config.batch)]
+        )
         (_, loss, metrics), *_ = stage.losses(batch, 0, torch.Generator().manual_seed(0))
         losses.append(loss)
     assert (metric in metrics) == bool(start_share)
@@ -386,9 +502,13 @@ def test_the_truth_pulls_rollouts_that_began_with_it(clips, straight, start_shar
 def test_scores_compare_at_noise_levels_of_their_own(clips, straight):
     drawn = {}
     for shift in (0, 1, 5):
-        recipe = load_recipe(TINY, overrides(clips, straight, f"dmd.score_shift={shift}", "dmd.shift=5"))
+        recipe = load_recipe(
+            TINY, overrides(clips, straight, f"dmd.score_shift={shift}", "dmd.shift=5")
+        )
         stage = build_stage("dmd", recipe, torch.device("cpu"))
-        drawn[shift], _ = stage._score_draws(torch.zeros(400, 16, 1, 1, 1), torch.Generator().manual_seed(0))
+        drawn[shift], _ = stage._score_draws(
+            torch.zeros(400, 16, 1, 1, 1), torch.Generator().manual_seed(0)
+        )
         assert stage._reading()["shift"] == (shift or 5) and stage.sampling().shift == 5
     torch.testing.assert_close(drawn[0], drawn[5])
     torch.testing.assert_close(drawn[1].mean(), torch.tensor(0.5), atol=0.05, rtol=0)  # uniform
@@ -400,7 +520,10 @@ def test_what_a_stage_taught_goes_over_to_later_weights(straight, tmp_path, caps
     folders = {name: str(straight / stage / "export") for name, stage in stages.items()}
     words = [word for name, folder in folders.items() for word in (f"--{name}", folder)]
     assert main(["transfer", *words, "--scale", "0.5", "--output", str(tmp_path / "new")]) == 0
-    to, tuned, origin, new = (load_file(Path(f) / "diffusion_pytorch_model.safetensors") for f in (*folders.values(), tmp_path / "new"))
+    to, tuned, origin, new = (
+        load_file(Path(f) / "diffusion_pytorch_model.safetensors")
+        for f in (*folders.values(), tmp_path / "new")
+    )
     assert any(not torch.equal(tuned[name], origin[name]) for name in to)
     for name in to:
         torch.testing.assert_close(new[name], to[name] + 0.5 * (tuned[name] - origin[name]))
@@ -411,7 +534,10 @@ def test_what_a_stage_taught_goes_over_to_later_weights(straight, tmp_path, caps
     small.save_pretrained(tmp_path / "small")
     words[words.index("--origin") + 1] = str(tmp_path / "small")
     assert main(["transfer", *words, "--output", str(tmp_path / "other")]) == 2
-    assert "transfer between versions of one network" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    assert (
+        "transfer between versions of one network" in capsys.readouterr().err
+        and not (tmp_path / "other").exists()
+    )
 
 
 def test_a_compiled_step_is_the_plain_step(clips, straight):
@@ -420,7 +546,12 @@ def test_a_compiled_step_is_the_plain_step(clips, straight):
         pytest.skip("torch.compile needs a C++ compiler on a CPU")
     losses = []
     for option in ("false", "true"):
-        recipe = load_recipe(TINY, overrides(clips, straight, f"run.compile={option}", "model.layers=1", "teacher_forcing.init="))
+        recipe = load_recipe(
+            TINY,
+            overrides(
+                clips, straight, f"run.compile={option}", "model.layers=1", "teacher_forcing.init="
+            ),
+        )
         torch.manual_seed(0)
         stage = build_stage("teacher_forcing", recipe, torch.device("cpu"))
         batch = torch.utils.data.default_collate([stage.dataset()[i] for i in range(2)])
@@ -431,21 +562,34 @@ def test_a_compiled_step_is_the_plain_step(clips, straight):
 
 
 def test_sigmas_stay_float32_under_bfloat16_and_context_noise_is_told(clips, straight):
-    recipe = load_recipe(TINY, overrides(clips, straight, "teacher_forcing.context_sigma_max=0.3", "teacher_forcing.caption_dropout=1"))
+    recipe = load_recipe(
+        TINY,
+        overrides(
+            clips,
+            straight,
+            "teacher_forcing.context_sigma_max=0.3",
+            "teacher_forcing.caption_dropout=1",
+        ),
+    )
     stage = build_stage("teacher_forcing", recipe, torch.device("cpu"))
     seen = []
-    stage.student.register_forward_pre_hook(lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    stage.student.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+    )
     batch = torch.utils.data.default_collate([stage.dataset()[i] for i in range(2)])
     with torch.autocast("cpu", torch.bfloat16):
         list(stage.losses(batch, 0, torch.Generator().manual_seed(0)))
     (_, sigma, text, matrices), kwargs = seen[0]
     assert sigma.dtype == matrices.dtype == kwargs["clean_sigma"].dtype == torch.float32
-    assert 0 < kwargs["clean_sigma"].max() <= 0.3 and not torch.equal(kwargs["clean"], batch["latents"])
+    assert 0 < kwargs["clean_sigma"].max() <= 0.3 and not torch.equal(
+        kwargs["clean"], batch["latents"]
+    )
     assert not text.any()  # every caption dropped
 
 
 def test_average_is_a_copy_until_it_starts():
-    source, average = nn.Linear(3, 2), nn.Linear(3, 2)
+    source = nn.Linear(3, 2)
+    average = nn.Linear(3, 2)
     moving = MovingAverage(source, average, decay=0.9, start=1)
     moving.update(0)
     assert torch.equal(average.weight, source.weight) and not average.weight.requires_grad
@@ -466,23 +610,34 @@ def test_learning_rate_rises_stays_and_falls():
 
 
 def test_prompts_are_made_from_their_captions():
-    book, again = make_prompt_book(["snow", "night"], 4, 64), make_prompt_book(["night"], 4, 64)
+    book = make_prompt_book(["snow", "night"], 4, 64)
+    again = make_prompt_book(["night"], 4, 64)
     assert book.names == ("night", "snow") and book.shape == (4, 64)
-    assert torch.equal(book["night"], again["night"]) and not torch.equal(book["night"], book["snow"])
+    assert torch.equal(book["night"], again["night"]) and not torch.equal(
+        book["night"], book["snow"]
+    )
     assert abs(book["night"].std() - 1) < 0.15
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "blocks").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs" / "blocks").glob("*.yaml")), ids=lambda path: path.name
+)
 def test_every_recipe_is_valid(path):
     recipe = load_recipe(path)
     assert recipe.export_folder("dmd") == Path(recipe.run.folder) / "dmd" / "export"
-    assert recipe.export_folder(recipe.dmd.init) == Path(recipe.run.folder) / "consistency" / "export"
+    assert (
+        recipe.export_folder(recipe.dmd.init) == Path(recipe.run.folder) / "consistency" / "export"
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
-        ("dmd: {critic_update: 3}", [], "unknown key 'critic_update'; did you mean 'critic_updates'"),
+        (
+            "dmd: {critic_update: 3}",
+            [],
+            "unknown key 'critic_update'; did you mean 'critic_updates'",
+        ),
         ("consistancy: {lr: 1}", [], "unknown key 'consistancy'; did you mean 'consistency'"),
         ("dmd: {lr: fast}", [], "lr must be a number, got 'fast'"),
         ("dmd: {steps: 1.5}", [], "steps must be a whole number"),
@@ -505,36 +660,71 @@ def test_a_wrong_option_is_one_sentence(tmp_path, text, overrides, message):
 
 
 def test_numbers_are_read_as_people_write_them(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("dmd: {lr: 1e-4, clamp: [0, 1]}\nautoencoder: {start: some/folder}")
+    (tmp_path / "recipe.yaml").write_text(
+        "dmd: {lr: 1e-4, clamp: [0, 1]}\nautoencoder: {start: some/folder}"
+    )
     recipe = load_recipe(tmp_path / "recipe.yaml", ["dmd.critic_lr=3"])
     assert recipe.dmd.lr == 1e-4 and recipe.dmd.critic_lr == 3.0 and recipe.dmd.clamp == (0.0, 1.0)
     assert recipe.autoencoder.start == "some/folder"
 
 
 def test_muon_learns_and_goes_on_exactly(clips, tmp_path):
-    """The joint optimiser is saved and restored like a plain one, and its updates are not AdamW's."""
+    """The joint optimiser is saved and restored like a plain one, and its updates are not
+    AdamW's.
+    """
     muon = ["bidirectional.optimiser=muon", "bidirectional.steps=4"]
     for folder, steps in (("straight", 4), ("stopped", 2), ("stopped", 4)):
-        recipe = load_recipe(TINY, overrides(clips, tmp_path / folder, muon[0], f"bidirectional.steps={steps}"))
+        recipe = load_recipe(
+            TINY, overrides(clips, tmp_path / folder, muon[0], f"bidirectional.steps={steps}")
+        )
         train(recipe, "bidirectional", resume=True)
     name = "bidirectional/checkpoints/step-00000004/student.safetensors"
-    straight, stopped = load_file(tmp_path / "straight" / name), load_file(tmp_path / "stopped" / name)
+    straight = load_file(tmp_path / "straight" / name)
+    stopped = load_file(tmp_path / "stopped" / name)
     assert all(torch.equal(straight[key], stopped[key]) for key in straight)
     train(load_recipe(TINY, overrides(clips, tmp_path / "adamw", muon[1])), "bidirectional")
     adamw = load_file(tmp_path / "adamw" / name)
-    assert not torch.equal(adamw["blocks.0.attn1.to_q.weight"], straight["blocks.0.attn1.to_q.weight"])
+    assert not torch.equal(
+        adamw["blocks.0.attn1.to_q.weight"], straight["blocks.0.attn1.to_q.weight"]
+    )
 
 
 def test_two_processes_train_one_run(clips, straight, tmp_path):
     """torchrun, the whole command: both processes take part, one of them writes."""
-    options = overrides(clips, tmp_path, f"dmd.init={straight}/consistency/export", f"dmd.real={straight}/bidirectional/export")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "distill", "train", str(TINY)]
+    options = overrides(
+        clips,
+        tmp_path,
+        f"dmd.init={straight}/consistency/export",
+        f"dmd.real={straight}/bidirectional/export",
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "distill",
+        "train",
+        str(TINY),
+    ]
     command += ["--stage", "dmd", *(word for option in options for word in ("--set", option))]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (tmp_path / "dmd" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "dmd" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     weights = load_file(tmp_path / "dmd" / "export" / "diffusion_pytorch_model.safetensors")
     alone = load_file(straight / "dmd" / "export" / "diffusion_pytorch_model.safetensors")
-    assert any(not torch.equal(weights[name], alone[name]) for name in weights)  # the second process drew samples of its own
+    assert any(
+        not torch.equal(weights[name], alone[name]) for name in weights
+    )  # the second process drew samples of its own
     assert all(tensor.isfinite().all() for tensor in weights.values())

@@ -1,4 +1,6 @@
-"""The real window: pygame on a virtual screen, real keys and a real mouse, the program as a player starts it."""
+"""The real window: pygame on a virtual screen, real keys and a real mouse, the program as a player
+starts it.
+"""
 
 import json
 import os
@@ -47,7 +49,11 @@ def screen():
         stderr=subprocess.DEVNULL,
     )
     display = server.stdout.readline().decode().strip()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SDL_", "WAYLAND_"))}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SDL_", "WAYLAND_"))
+    }
     yield {**environment, "DISPLAY": f":{display}", "OMP_NUM_THREADS": "1"}
     server.terminate()
     server.wait()
@@ -62,14 +68,25 @@ def recorded(folder):
     return np.array([row["c2w"] for row in map(json.loads, rows) if "c2w" in row]).reshape(-1, 4, 4)
 
 
-@pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} (Debian packages xvfb and xdotool)")
+@pytest.mark.skipif(
+    bool(MISSING), reason=f"needs {' and '.join(MISSING)} (Debian packages xvfb and xdotool)"
+)
 def test_play_in_a_real_window(screen, tiny_bundle, tmp_path):
     def xdotool(*words):
         subprocess.run(["xdotool", *map(str, words)], env=screen, check=True, timeout=20)
 
     take = tmp_path / "take"
-    program = [sys.executable, str(ROOT / "play.py"), "--world", str(tiny_bundle), "--record", str(take)]
-    with subprocess.Popen(program, env=screen, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as game:
+    program = [
+        sys.executable,
+        str(ROOT / "play.py"),
+        "--world",
+        str(tiny_bundle),
+        "--record",
+        str(take),
+    ]
+    with subprocess.Popen(
+        program, env=screen, cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    ) as game:
         try:
             wait_for(lambda: len(recorded(take)) > 3 or game.poll() is not None, "the first frames")
             xdotool("keydown", "w")
@@ -85,13 +102,17 @@ def test_play_in_a_real_window(screen, tiny_bundle, tmp_path):
                 time.sleep(0.02)
             wait_for(lambda: recorded(take)[-1][0, 2] < turned - 0.2, "turning left by the mouse")
             xdotool("key", "F9")
-            wait_for(lambda: '"end"' in (take / "session.jsonl").read_text(), "the end of the recording")
+            wait_for(
+                lambda: '"end"' in (take / "session.jsonl").read_text(), "the end of the recording"
+            )
             xdotool("key", "F9")
             again = tmp_path / "take-2"
             wait_for(lambda: len(recorded(again)) > 1, "a second recording")
             xdotool("key", "Escape")  # releases the mouse, no more
             count = len(recorded(again))
-            wait_for(lambda: len(recorded(again)) > count + 3 or game.poll() is not None, "playing on")
+            wait_for(
+                lambda: len(recorded(again)) > count + 3 or game.poll() is not None, "playing on"
+            )
             assert game.poll() is None
             xdotool("key", "Escape")
             assert game.wait(timeout=PATIENCE) == 0, game.stderr.read()
@@ -99,7 +120,10 @@ def test_play_in_a_real_window(screen, tiny_bundle, tmp_path):
             game.kill()
     path = recorded(take)
     assert np.array_equal(path[0], np.eye(4)) and np.all(np.diff(path[:, 2, 3])[:4] >= 0)
-    assert '"end"' in (again / "session.jsonl").read_text() and (again / "video.mp4").stat().st_size > 0
+    assert (
+        '"end"' in (again / "session.jsonl").read_text()
+        and (again / "video.mp4").stat().st_size > 0
+    )
     pixels = pygame.surfarray.array3d(pygame.image.load(picture))
     assert pixels.shape == (960, 576, 3) and len(np.unique(pixels[480, :, :], axis=0)) > 10
     assert pixels[2, 288].max() == 0  # 48x32 pixels are shown in 864x576, between black bars
@@ -108,11 +132,18 @@ def test_play_in_a_real_window(screen, tiny_bundle, tmp_path):
 class OneRoom:
     """Scenes with one grey session whose steps wait until `go` is set."""
 
-    name, fps, chunk, frames_per_latent, window = "room", 16, 1, 4, 12
-    envelope, camera = Envelope(pitch=0.0), True
+    name = "room"
+    fps = 16
+    chunk = 1
+    frames_per_latent = 4
+    window = 12
+    envelope = Envelope(pitch=0.0)
+    camera = True
 
     def __init__(self):
-        self.go, self.entered, self.index = threading.Event(), threading.Event(), 0
+        self.go = threading.Event()
+        self.entered = threading.Event()
+        self.index = 0
 
     def open(self, scene):
         return self, Scene("grey", None, 0)
@@ -172,12 +203,21 @@ def moved_by(envelope, *events):
     ],
 )
 def test_movement_keys_are_places(dummy, key, scancode, axis, sign):
-    place, notices = moved_by(Envelope(forward=0.1, strafe=0.1, vertical=0.1), (pygame.KEYDOWN, key, scancode))
-    assert place[axis] * sign == pytest.approx(0.1, rel=0.05) and np.count_nonzero(np.abs(place) > 1e-9) == 1 and not notices
+    place, notices = moved_by(
+        Envelope(forward=0.1, strafe=0.1, vertical=0.1), (pygame.KEYDOWN, key, scancode)
+    )
+    assert (
+        place[axis] * sign == pytest.approx(0.1, rel=0.05)
+        and np.count_nonzero(np.abs(place) > 1e-9) == 1
+        and not notices
+    )
 
 
 def test_what_only_looks_like_a_movement_key_moves_nothing(dummy):
-    for key, scancode in ((pygame.K_w, pygame.KSCAN_Z), (pygame.K_a, pygame.KSCAN_Q)):  # the letters of AZERTY
+    for key, scancode in (
+        (pygame.K_w, pygame.KSCAN_Z),
+        (pygame.K_a, pygame.KSCAN_Q),
+    ):  # the letters of AZERTY
         assert not moved_by(Envelope(), (pygame.KEYDOWN, key, scancode))[0].any()
     down, up = ((kind, pygame.K_q, pygame.KSCAN_A) for kind in (pygame.KEYDOWN, pygame.KEYUP))
     assert np.abs(moved_by(Envelope(), down, up)[0]).max() < 0.01
@@ -185,13 +225,21 @@ def test_what_only_looks_like_a_movement_key_moves_nothing(dummy):
 
 def test_rising_is_locked_where_it_was_not_learned(dummy):
     place, notices = moved_by(Envelope(), (pygame.KEYDOWN, pygame.K_SPACE, pygame.KSCAN_SPACE))
-    assert not place.any() and notices == ["Rising and sinking is locked: this world has not learned it"]
+    assert not place.any() and notices == [
+        "Rising and sinking is locked: this world has not learned it"
+    ]
 
 
 def test_commands_are_letters_and_on_a_cyrillic_keyboard_places():
     bindings = Bindings()
-    assert bindings.action("m", pygame.KSCAN_SEMICOLON) == "change_mood" and bindings.action(",", pygame.KSCAN_M) is None  # AZERTY
-    assert bindings.action("\u044c", pygame.KSCAN_M) == "change_mood" and bindings.action("\u043a", pygame.KSCAN_R) == "restart"
+    assert (
+        bindings.action("m", pygame.KSCAN_SEMICOLON) == "change_mood"
+        and bindings.action(",", pygame.KSCAN_M) is None
+    )  # AZERTY
+    assert (
+        bindings.action("\u044c", pygame.KSCAN_M) == "change_mood"
+        and bindings.action("\u043a", pygame.KSCAN_R) == "restart"
+    )
 
 
 @pytest.mark.parametrize("size", [(960, 576), (1920, 1080)])
@@ -205,8 +253,11 @@ def test_the_key_hints_fit_the_window(dummy, size):
 
 
 def test_the_window_never_waits_for_the_network(dummy, tmp_path):
-    """While a step hangs, keys are still answered: a screenshot is taken and a locked key is named. What the world had to say is there."""
-    room, seen = OneRoom(), {}
+    """While a step hangs, keys are still answered: a screenshot is taken and a locked key is named.
+    What the world had to say is there.
+    """
+    room = OneRoom()
+    seen = {}
     room.camera = False
     window = Window(Loop(lambda tell: room), WindowOptions(screenshots=tmp_path))
 
@@ -235,7 +286,9 @@ def test_figures_before_there_is_a_pose():
     assert figures["position"] == "x +0.00   y +0.00   z +0.00"
 
 
-@pytest.mark.parametrize(("error", "status"), [(ValueError("No such mood."), 2), (RuntimeError("It broke."), 1)])
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError("No such mood."), 2), (RuntimeError("It broke."), 1)]
+)
 def test_an_error_is_shown_told_and_the_exit_status(dummy, capsys, error, status):
     def fails(tell):
         raise error

@@ -24,15 +24,26 @@ def edit(bundle, **changes):
 
 def test_round_trip(tiny_world, tmp_path):
     pictures = {
-        name: [tiny_world.image(image) for image in tiny_world.images(name)] for name in tiny_world.config.images
+        name: [tiny_world.image(image) for image in tiny_world.images(name)]
+        for name in tiny_world.config.images
     }
     folder = tmp_path / "again"
-    save_world(folder, tiny_world.config, tiny_world.transformer, tiny_world.autoencoder, tiny_world.prompts, pictures)
+    save_world(
+        folder,
+        tiny_world.config,
+        tiny_world.transformer,
+        tiny_world.autoencoder,
+        tiny_world.prompts,
+        pictures,
+    )
     again = World.from_pretrained(folder, dtype=torch.float32)
     assert again.config == tiny_world.config and again.prompts.text("grey") == "grey noise"
     for part in ("transformer", "autoencoder"):
-        before, after = getattr(tiny_world, part).state_dict(), getattr(again, part).state_dict()
-        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        before = getattr(tiny_world, part).state_dict()
+        after = getattr(again, part).state_dict()
+        assert before.keys() == after.keys() and all(
+            torch.equal(before[name], after[name]) for name in before
+        )
     np.testing.assert_array_equal(again.image("loud-1.png"), tiny_world.image("loud-1"))
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
     assert again.latent_size == (4, 6) and again.fingerprint != ""
@@ -87,15 +98,24 @@ def test_failed_save_keeps_the_old_world(tiny_world, copy):
         (lambda b: edit(b, format="doom"), "format 'doom', .*not one of"),
         (lambda b: edit(b, heigth=3), "unknown key 'heigth'; did you mean 'height'"),
         (lambda b: edit(b, height="tall"), "height must be a whole number, got 'tall'"),
-        (lambda b: edit(b, envelope={"foward": 1.0}), "envelope: unknown key 'foward'; did you mean 'forward'"),
+        (
+            lambda b: edit(b, envelope={"foward": 1.0}),
+            "envelope: unknown key 'foward'; did you mean 'forward'",
+        ),
         (lambda b: edit(b, rollout={"window": 0}), "rollout: chunk must be"),
         (lambda b: edit(b, intrinsics=[0.5, 0.5, 0.3, 0.5]), "intrinsics must be"),
         (lambda b: edit(b, height=36), "do not divide into tokens of 16x16"),
         (lambda b: edit(b, prompts={"default": "gray"}), "did you mean 'grey'"),
         (lambda b: (b / "world.yaml").write_text("a: ["), "cannot be read as YAML"),
-        (lambda b: (b / "prompts.safetensors").write_bytes(b"12345"), "prompts.safetensors cannot be read"),
+        (
+            lambda b: (b / "prompts.safetensors").write_bytes(b"12345"),
+            "prompts.safetensors cannot be read",
+        ),
         (lambda b: (b / "transformer" / "config.json").write_text("{"), "config.json is damaged"),
-        (lambda b: (b / "transformer" / "config.json").write_text('{"_class_name": "UNet"}'), "holds a UNet"),
+        (
+            lambda b: (b / "transformer" / "config.json").write_text('{"_class_name": "UNet"}'),
+            "holds a UNet",
+        ),
     ],
 )
 def test_broken_bundles(copy, spoil, message):
@@ -112,7 +132,9 @@ def test_broken_weights(copy):
     with pytest.raises(ValueError, match="cut off or damaged"):
         World.from_pretrained(copy)
     weights.unlink()
-    with pytest.raises(ValueError, match="transformer/diffusion_pytorch_model.safetensors is missing"):
+    with pytest.raises(
+        ValueError, match="transformer/diffusion_pytorch_model.safetensors is missing"
+    ):
         World.from_pretrained(copy)
     weights.write_bytes(whole)
     config = json.loads((copy / "transformer" / "config.json").read_text())

@@ -1,4 +1,6 @@
-"""Import of WorldPlay's and minWM's footage against what the reference's own builder and dataset made of it."""
+"""Import of WorldPlay's and minWM's footage against what the reference's own builder and dataset
+made of it.
+"""
 
 import json
 import shutil
@@ -10,7 +12,14 @@ from safetensors.numpy import load_file
 
 from distill.__main__ import main
 from distill.data.clips import LatentClips, list_clips, read_clip
-from distill.data.worldplay import ImportConfig, folder_suffixes, import_clips, read_entries, read_frames, resize
+from distill.data.worldplay import (
+    ImportConfig,
+    folder_suffixes,
+    import_clips,
+    read_entries,
+    read_frames,
+    resize,
+)
 from worldmodel.camera import invert, relative_to_first
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -20,10 +29,14 @@ FACTS = json.loads((GOLDEN / "lmdb_expected.json").read_text())
 
 
 def check_cameras(c2w, intrinsics, index):
-    assert np.allclose(invert(relative_to_first(c2w)), EXPECTED[f"latent.{index}.viewmats"], atol=1e-6)
+    assert np.allclose(
+        invert(relative_to_first(c2w)), EXPECTED[f"latent.{index}.viewmats"], atol=1e-6
+    )
     matrices = EXPECTED[f"latent.{index}.Ks"]
     assert np.allclose(
-        intrinsics, [matrices[0, 0, 0], matrices[0, 1, 1], matrices[0, 0, 2], matrices[0, 1, 2]], atol=1e-6
+        intrinsics,
+        [matrices[0, 0, 0], matrices[0, 1, 1], matrices[0, 0, 2], matrices[0, 1, 2]],
+        atol=1e-6,
     )
 
 
@@ -36,7 +49,9 @@ def check_pixels(frames, index, mean, most):
 
 @pytest.fixture
 def footage(tmp_path):
-    shutil.copytree(DATA, tmp_path / "data", ignore=shutil.ignore_patterns("*lmdb*", "sharded", "ode_pt"))
+    shutil.copytree(
+        DATA, tmp_path / "data", ignore=shutil.ignore_patterns("*lmdb*", "sharded", "ode_pt")
+    )
     return tmp_path / "data"
 
 
@@ -47,7 +62,11 @@ def test_clips_are_the_references_samples(footage, tmp_path, poses, capfd):
     output = tmp_path / "clips"
     arguments = ["--frames", "15", "--height", "48", "--width", "80", "--output", str(output)]
     assert main(["import", "--input", str(footage / "preencode_input.json"), *arguments]) == 0
-    assert "000002_w19" in (said := capfd.readouterr().out) and "left out" in said and "2 clips imported" in said
+    assert (
+        "000002_w19" in (said := capfd.readouterr().out)
+        and "left out" in said
+        and "2 clips imported" in said
+    )
     folders = list_clips(output)
     assert [folder.name for folder in folders] == ["000000_w3right1d4", "000001_left2s5"]
     for index, folder in enumerate(folders):
@@ -75,7 +94,9 @@ def test_import_is_resumed(footage, tmp_path):
 
 def test_poses_from_folder_names(footage, tmp_path):
     videos = tmp_path / "videos"
-    shutil.copytree(footage / "videos" / "000000_w3right1d4", videos / "000000_w2d1")  # 4 poses, 4 latents
+    shutil.copytree(
+        footage / "videos" / "000000_w3right1d4", videos / "000000_w2d1"
+    )  # 4 poses, 4 latents
     config = ImportConfig(videos, tmp_path / "clips", caption="garden")
     assert import_clips(config) == 1
     clip = read_clip(tmp_path / "clips" / "000000_w2d1")
@@ -122,7 +143,12 @@ def break_video(footage):
 
 @pytest.mark.parametrize(
     ("harm", "message"),
-    [(corrupt_pose, "NaN"), (shorten, "4 poses are needed"), (unknown_key, "'x'"), (break_video, "does not decode")],
+    [
+        (corrupt_pose, "NaN"),
+        (shorten, "4 poses are needed"),
+        (unknown_key, "'x'"),
+        (break_video, "does not decode"),
+    ],
 )
 def test_one_broken_entry_spoils_no_other(footage, tmp_path, harm, message, capsys):
     harm(footage)
@@ -155,7 +181,9 @@ def test_latent_lmdb(tmp_path):
     by_caption = {samples[index]["caption"]: samples[index] for index in range(2)}
     for index, caption in enumerate(FACTS["prompts"]):
         sample = by_caption[caption]
-        assert np.array_equal(sample["latents"], EXPECTED[f"latent.{index}.clean_latent"].transpose(1, 0, 2, 3))
+        assert np.array_equal(
+            sample["latents"], EXPECTED[f"latent.{index}.clean_latent"].transpose(1, 0, 2, 3)
+        )
         check_cameras(invert(sample["viewmats"].numpy()), sample["intrinsics"], index)
     with pytest.raises(ValueError, match=r"latents_shape '2 6 3 16 4 6'"):
         import_clips(ImportConfig(DATA / "ode_lmdb", tmp_path / "ode"))

@@ -8,7 +8,8 @@ from torch import Tensor
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention without a mask: q `[B, H, N, D]`, k and v `[B, H, M, D]` -> `[B, H, N, D]`.
 
-    On a CPU the three plain products are about twice as fast as torch's fused kernel for the few queries of one latent frame.
+    On a CPU the three plain products are about twice as fast as torch's fused kernel for the few
+    queries of one latent frame.
     """
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)
@@ -17,25 +18,34 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def teacher_forcing(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Tensor:
-    """Attention over `[clean frames | noisy frames]`, all `[B, H, 2 N, D]`, with `chunk` tokens denoised together.
+    """Attention over `[clean frames | noisy frames]`, each `[B, H, 2 N, D]`, in chunks.
 
-    Every chunk, clean or noisy, sees the clean chunks before it and itself. A loop over chunks does only the work the mask
-    leaves over, about a quarter; `dense_teacher_forcing` is the reference it is tested against.
+    Every chunk, clean or noisy, sees the clean chunks before it and itself. A loop over chunks does
+    only the work the mask leaves over, about a quarter; `dense_teacher_forcing` is the reference it
+    is tested against.
     """
-    q, k, v = (x.unflatten(2, (2, -1, chunk)).unbind(3) for x in (q, k, v))  # a list over chunks of [B, H, 2, chunk, D]
-    clean_k, clean_v = [x[:, :, 0] for x in k], [x[:, :, 0] for x in v]
+    q, k, v = (
+        x.unflatten(2, (2, -1, chunk)).unbind(3) for x in (q, k, v)
+    )  # a list over chunks of [B, H, 2, chunk, D]
+    clean_k = [x[:, :, 0] for x in k]
+    clean_v = [x[:, :, 0] for x in v]
     outputs = []
     for index, query in enumerate(q):
         if index == 0:
             outputs.append(attend(query, k[0], v[0]))
             continue
-        past_k, past_v = torch.cat(clean_k[:index], dim=2), torch.cat(clean_v[:index], dim=2)
+        past_k = torch.cat(clean_k[:index], dim=2)
+        past_v = torch.cat(clean_v[:index], dim=2)
         outputs.append(_attend_past_and_own(query, past_k, past_v, k[index], v[index]))
     return torch.stack(outputs, dim=3).flatten(2, 4)
 
 
-def _attend_past_and_own(query: Tensor, past_k: Tensor, past_v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:
-    """Both versions of a chunk (`[B, H, 2, n, D]`) attend to a shared past (`[B, H, m, D]`) and each to itself."""
+def _attend_past_and_own(
+    query: Tensor, past_k: Tensor, past_v: Tensor, own_k: Tensor, own_v: Tensor
+) -> Tensor:
+    """Both versions of a chunk (`[B, H, 2, n, D]`) attend to a shared past (`[B, H, m, D]`) and
+    each to itself.
+    """
     if query.device.type != "cpu":
         shape = (-1, -1, 2, -1, -1)
         k = torch.cat([past_k.unsqueeze(2).expand(shape), own_k], dim=3)
@@ -51,9 +61,12 @@ def _attend_past_and_own(query: Tensor, past_k: Tensor, past_v: Tensor, own_k: T
 
 
 def teacher_forcing_mask(chunks: int, chunk: int, device: torch.device | str = "cpu") -> Tensor:
-    """Boolean `[2 N, 2 N]` (query row, key column; True = may attend) over `[clean | noisy]` tokens, N = chunks * chunk."""
+    """Boolean `[2 N, 2 N]` (query row, key column; True = may attend) over `[clean | noisy]`
+    tokens, N = chunks * chunk.
+    """
     index = torch.arange(chunks, device=device)
-    before, same = index[:, None] > index[None], index[:, None] == index[None]
+    before = index[:, None] > index[None]
+    same = index[:, None] == index[None]
     clean = torch.cat([before | same, torch.zeros_like(same)], dim=1)
     noisy = torch.cat([before, same], dim=1)
     return torch.cat([clean, noisy]).repeat_interleave(chunk, 0).repeat_interleave(chunk, 1)

@@ -1,13 +1,16 @@
-"""Video autoencoders that run live, latent by latent, with one face: our tiny one, and Wan2.1's own (`WanAutoencoder`, at the end).
+"""Video autoencoders that run live, latent by latent, with one face: our tiny one, and Wan2.1's own
+(`WanAutoencoder`, at the end).
 
-The tiny one has TAEHV's layers and parameter names, with widths from a config. Source: madebyollin/taehv (`taehv.py`), whose
-published widths are the defaults here, so `taew2_1` weights load by name. Every layer looks only at the current and the previous frame,
-therefore a clip and a live stream go through the same code: a stream is a clip that comes in pieces, with one remembered feature map per
-`MemBlock`.
+The tiny one has TAEHV's layers and parameter names, with widths from a config. Source:
+madebyollin/taehv (`taehv.py`), whose published widths are the defaults here, so `taew2_1` weights
+load by name. Every layer looks only at the current and the previous frame, therefore a clip and a
+live stream go through the same code: a stream is a clip that comes in pieces, with one remembered
+feature map per `MemBlock`.
 
-Differs: pixels are [-1, 1] at our edge ([0, 1] inside); pixel frame 0 alone is latent 0 (it is repeated to fill its group of four,
-and the first three of the frames decoded from latent 0 are dropped), so F latents are 4F - 3 frames; latents are normalised per
-channel by `latents_mean` / `latents_std`.
+Differs: pixels are [-1, 1] at our edge ([0, 1] inside); pixel frame 0 alone is latent 0 (it is
+repeated to fill its group of four, and the first three of the frames decoded from latent 0 are
+dropped), so F latents are 4F - 3 frames; latents are normalised per channel by `latents_mean` /
+`latents_std`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,20 +24,39 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 FRAMES_PER_LATENT = 4
-ENCODING_KEYS = ("latent_channels", "image_channels", "encoder_widths", "encoder_blocks", "strides", "patch_size")  # what latents depend on
+ENCODING_KEYS = (
+    "latent_channels",
+    "image_channels",
+    "encoder_widths",
+    "encoder_blocks",
+    "strides",
+    "patch_size",
+)  # what latents depend on
 POOLS = (2, 2, 1)  # frames merged at each encoder level; the decoder undoes them in reverse
 
 
 class MemBlock(nn.Module):
-    """Residual block over a frame and the same features of the frame before it (zeros before the first)."""
+    """Residual block over a frame and the same features of the frame before it (zeros before the
+    first).
+    """
 
     def __init__(self, width_in: int, width: int):
         super().__init__()
-        self.conv = nn.Sequential(_conv(2 * width_in, width), nn.ReLU(), _conv(width, width), nn.ReLU(), _conv(width, width))
-        self.skip = nn.Conv2d(width_in, width, 1, bias=False) if width_in != width else nn.Identity()
+        self.conv = nn.Sequential(
+            _conv(2 * width_in, width),
+            nn.ReLU(),
+            _conv(width, width),
+            nn.ReLU(),
+            _conv(width, width),
+        )
+        self.skip = (
+            nn.Conv2d(width_in, width, 1, bias=False) if width_in != width else nn.Identity()
+        )
 
     def forward(self, x: Tensor, batch: int, memory: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [B*T,C,H,W] (T fastest), memory [B,C,H,W] or None -> (result, memory for the next call: the last input frame)."""
+        """x [B*T,C,H,W] (T fastest), memory [B,C,H,W] or None -> (result, memory for the next call:
+        the last input frame).
+        """
         past, memory = _delayed(x, batch, memory)
         return functional.relu(self.conv(torch.cat([x, past], 1)) + self.skip(x)), memory
 
@@ -75,7 +97,9 @@ class Clamp(nn.Module):
 
 
 class StreamState(NamedTuple):
-    """What a stream remembers. The tensors are never written to, so keeping or sharing a state costs nothing."""
+    """What a stream remembers. The tensors are never written to, so keeping or sharing a state
+    costs nothing.
+    """
 
     started: bool  # whether the first frame (or latent) has passed
     memories: tuple[Tensor | None, ...]  # one for each layer that looks back; None: nothing yet
@@ -96,7 +120,12 @@ class Stream:
         """Continues from a state of this or another stream of the same model."""
         if not isinstance(state, StreamState) or len(state.memories) != len(self._empty.memories):
             raise ValueError(
-                f"expected the state of a stream with {len(self._empty.memories)} memories, got {_describe(state)}: "
+                "expected the "
+                "state of "
+                "a stream with "
+                f"{len(self._empty.memories)} "
+                "memories, got "
+                f"{_describe(state)}: "
                 "restore only what state() of the same kind of stream returned"
             )
         self._state = state
@@ -107,7 +136,15 @@ class Stream:
 
     def _check_batch(self, batch: int) -> None:
         if any(m is not None and m.numel() and m.shape[0] != batch for m in self._state.memories):
-            raise ValueError(f"expected the batch size of the steps before, got {batch}: reset() before a new batch")
+            raise ValueError(
+                "expected the "
+                "batch size "
+                "of the steps "
+                "before, got "
+                f"{batch}: "
+                "reset() "
+                "before a new batch"
+            )
 
 
 class _TinyStream(Stream):
@@ -116,24 +153,32 @@ class _TinyStream(Stream):
     def __init__(self, model: "TinyAutoencoder", layers: nn.Sequential):
         blocks = [place for place, layer in enumerate(layers) if isinstance(layer, MemBlock)]
         super().__init__(len(blocks))
-        self._model, self._layers, self._memory_at = model, layers, {place: number for number, place in enumerate(blocks)}
+        self._model = model
+        self._layers = layers
+        self._memory_at = {place: number for number, place in enumerate(blocks)}
 
     def _run(self, x: Tensor, apart: bool = False) -> Iterator[Tensor]:
-        """x [B,C,T,H,W] -> [B,C',T',H',W'] in one piece, or frame by frame; advances the memory when all layers have succeeded.
+        """x [B,C,T,H,W] -> [B,C',T',H',W'] in one piece, or frame by frame; advances the memory
+        when all layers have succeeded.
 
-        apart: frames that are made out of one go their ways one after the other, the first to the very end before the second begins.
+        apart: frames that are made out of one go their ways one after the other, the first to the
+        very end before the second begins.
         """
-        batch, memories = x.shape[0], list(self._state.memories)
+        batch = x.shape[0]
+        memories = list(self._state.memories)
         self._check_batch(batch)
         x = x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         for piece in self._flow(0, x, batch, memories, apart):
             yield piece.unflatten(0, (batch, -1)).transpose(1, 2)
         self._state = StreamState(True, tuple(memories))
 
-    def _flow(self, start: int, x: Tensor, batch: int, memories: list[Tensor | None], apart: bool) -> Iterator[Tensor]:
+    def _flow(
+        self, start: int, x: Tensor, batch: int, memories: list[Tensor | None], apart: bool
+    ) -> Iterator[Tensor]:
         """x [B*T,C,H,W] through the layers from number `start` on."""
         for place in range(start, len(self._layers)):
-            layer, number = self._layers[place], self._memory_at.get(place)
+            layer = self._layers[place]
+            number = self._memory_at.get(place)
             if number is None:
                 x = layer(x)
             else:
@@ -149,14 +194,18 @@ class StreamingEncoder(_TinyStream):
     """Encodes live video: one frame first, then four (or any multiple of four) a step."""
 
     def step(self, video: Tensor) -> Tensor:
-        """video [B,3,T,H,W] in [-1, 1], T = 1 (or 4f - 3) first and 4f later -> normalised latents [B,C,f,h,w]."""
+        """video [B,3,T,H,W] in [-1, 1], T = 1 (or 4f - 3) first and 4f later -> normalised latents
+        [B,C,f,h,w].
+        """
         model = self._model
         model.check_video(video, started=self._state.started)
         x = (video.to(model.dtype) + 1) / 2
         if not self._state.started:
             x = torch.cat([x[:, :, :1].expand(-1, -1, FRAMES_PER_LATENT - 1, -1, -1), x], 2)
         if model.config.patch_size > 1:
-            x = functional.pixel_unshuffle(x.transpose(1, 2), model.config.patch_size).transpose(1, 2)
+            x = functional.pixel_unshuffle(x.transpose(1, 2), model.config.patch_size).transpose(
+                1, 2
+            )
         mean, std = model.latent_statistics()
         (latents,) = self._run(x)
         return (latents - mean) / std
@@ -166,17 +215,20 @@ class StreamingDecoder(_TinyStream):
     """Decodes a live dream: the first latent gives one frame, each later one four."""
 
     def step(self, latents: Tensor, *, clamp: bool = True) -> Tensor:
-        """Normalised latents [B,C,f,h,w] -> video [B,3,T,H,W] in [-1, 1]; T = 4f - 3 on the first call, 4f later.
+        """Normalised latents [B,C,f,h,w] -> video [B,3,T,H,W] in [-1, 1]; T = 4f - 3 on the first
+        call, 4f later.
 
         Args:
-            clamp: limit the result to [-1, 1]; training leaves it off, so that no pixel loses its gradient.
+            clamp: limit the result to [-1, 1]; training leaves it off, so that no pixel loses its
+            gradient.
         """
         (video,) = self._decode(latents, clamp, apart=False)
         return video
 
     def frames(self, latents: Tensor) -> Iterator[Tensor]:
-        """As `step`, a frame [B,3,1,H,W] at a time, of which all must be asked for. The first is early: in `blocks` after two thirds of the
-        work."""
+        """As `step`, a frame [B,3,1,H,W] at a time, of which all must be asked for. The first is
+        early: in `blocks` after two thirds of the work.
+        """
         return self._decode(latents, clamp=True, apart=True)
 
     def _decode(self, latents: Tensor, clamp: bool, apart: bool) -> Iterator[Tensor]:
@@ -191,7 +243,9 @@ class StreamingDecoder(_TinyStream):
                 continue
             x = x[:, :, skipped:]
             if model.config.patch_size > 1:
-                x = functional.pixel_shuffle(x.transpose(1, 2), model.config.patch_size).transpose(1, 2)
+                x = functional.pixel_shuffle(x.transpose(1, 2), model.config.patch_size).transpose(
+                    1, 2
+                )
             x = x * 2 - 1
             yield x.clamp(-1, 1) if clamp else x
 
@@ -202,12 +256,16 @@ class TinyAutoencoder(ModelMixin, ConfigMixin):
     Args:
         encoder_widths: channels of the stem and of the three levels, from pixels to latents.
         encoder_blocks: `MemBlock`s in each of the three encoder levels.
-        decoder_widths: channels of the three levels, from latents to pixels, and of the last layer before the picture.
+        decoder_widths: channels of the three levels, from latents to pixels, and of the last layer
+        before the picture.
         decoder_blocks: `MemBlock`s in each of the three decoder levels.
-        strides: spatial reduction of the three encoder levels (the decoder undoes it in reverse), each 1 or 2.
-        patch_size: pixels of a side folded into channels before the encoder and unfolded after the decoder; 2 with strides
-            (1, 2, 2) keeps the 8x reduction and makes the layers at the highest resolution four times cheaper.
-        latents_mean, latents_std: per channel, of the raw latents; None is 0 and 1 (public weights need no other).
+        strides: spatial reduction of the three encoder levels (the decoder undoes it in reverse),
+        each 1 or 2.
+        patch_size: pixels of a side folded into channels before the encoder and unfolded after the
+        decoder; 2 with strides (1, 2, 2) keeps the 8x reduction and makes the layers at the highest
+        resolution four times cheaper.
+        latents_mean, latents_std: per channel, of the raw latents; None is 0 and 1 (public weights
+        need no other).
     """
 
     @register_to_config
@@ -225,29 +283,55 @@ class TinyAutoencoder(ModelMixin, ConfigMixin):
         latents_std: Sequence[float] | None = None,
     ):
         super().__init__()
-        lengths = (len(encoder_widths), len(encoder_blocks), len(decoder_widths), len(decoder_blocks), len(strides))
+        lengths = (
+            len(encoder_widths),
+            len(encoder_blocks),
+            len(decoder_widths),
+            len(decoder_blocks),
+            len(strides),
+        )
         if lengths != (4, 3, 4, 3, 3) or set(strides) - {1, 2}:
             raise ValueError(
-                "expected 4 widths and 3 block counts for encoder and decoder and 3 strides of 1 or 2, got "
-                f"encoder {tuple(encoder_widths)} {tuple(encoder_blocks)}, decoder {tuple(decoder_widths)} "
+                "expected 4 "
+                "widths and 3 "
+                "block counts for "
+                "encoder and "
+                "decoder and 3 "
+                "strides of 1 "
+                "or 2, got "
+                f"encoder {tuple(encoder_widths)} "
+                f"{tuple(encoder_blocks)}, "
+                "decoder "
+                f"{tuple(decoder_widths)} "
                 f"{tuple(decoder_blocks)}, strides {tuple(strides)}"
             )
         pixels = image_channels * patch_size**2
         self.encoder = _encoder(pixels, latent_channels, encoder_widths, encoder_blocks, strides)
-        self.decoder = _decoder(pixels, latent_channels, decoder_widths, decoder_blocks, strides[::-1])
+        self.decoder = _decoder(
+            pixels, latent_channels, decoder_widths, decoder_blocks, strides[::-1]
+        )
         for name, values, default in (("mean", latents_mean, 0.0), ("std", latents_std, 1.0)):
-            values = [default] * latent_channels if values is None else [float(value) for value in values]
+            values = (
+                [default] * latent_channels
+                if values is None
+                else [float(value) for value in values]
+            )
             if len(values) != latent_channels:
-                raise ValueError(f"expected latents_{name} with {latent_channels} values, got {len(values)}")
-            self.register_buffer(f"_latents_{name}", torch.tensor(values).view(-1, 1, 1, 1), persistent=False)
+                raise ValueError(
+                    f"expected latents_{name} with {latent_channels} values, got {len(values)}"
+                )
+            self.register_buffer(
+                f"_latents_{name}", torch.tensor(values).view(-1, 1, 1, 1), persistent=False
+            )
         self._initialise()
         self.to(memory_format=torch.channels_last)
 
     def _initialise(self) -> None:
-        """Weights for training from scratch: twice torch's default, blocks near the identity, grey in, grey out.
+        """Weights for training from scratch: twice torch's default, blocks near the identity, grey
+        in, grey out.
 
-        Measured on town footage: 21 dB after 240 small steps; 14 dB with He's initialisation and a small last layer, which waits
-        long at the grey picture.
+        Measured on town footage: 21 dB after 240 small steps; 14 dB with He's initialisation and a
+        small last layer, which waits long at the grey picture.
         """
         with torch.no_grad():
             for layer in self.modules():
@@ -260,7 +344,9 @@ class TinyAutoencoder(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As diffusers' method of this name; weights are laid out channels last, which is a fifth faster on CPUs."""
+        """As diffusers' method of this name; weights are laid out channels last, which is a fifth
+        faster on CPUs.
+        """
         loaded = super().from_pretrained(*args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).to(memory_format=torch.channels_last)
         return loaded
@@ -277,15 +363,23 @@ class TinyAutoencoder(ModelMixin, ConfigMixin):
         return self.config.latent_channels
 
     def encoding_parts(self) -> tuple[dict, Iterator[tuple[str, Tensor]]]:
-        """Options and named tensors that latents depend on: what names an encoding (the decoder may be trained on without a new one)."""
-        return {key: self.config[key] for key in ENCODING_KEYS}, iter(self.encoder.state_dict().items())
+        """Options and named tensors that latents depend on: what names an encoding (the decoder may
+        be trained on without a new one).
+        """
+        return {key: self.config[key] for key in ENCODING_KEYS}, iter(
+            self.encoder.state_dict().items()
+        )
 
     def encode(self, video: Tensor) -> Tensor:
-        """video [B,3,T,H,W] in [-1, 1], T = 4F - 3 -> normalised latents [B,C,F,h,w] in the module's type."""
+        """video [B,3,T,H,W] in [-1, 1], T = 4F - 3 -> normalised latents [B,C,F,h,w] in the
+        module's type.
+        """
         return self.streaming_encoder().step(video)
 
     def decode(self, latents: Tensor, *, clamp: bool = True) -> Tensor:
-        """Normalised latents [B,C,F,h,w] -> video [B,3,4F-3,H,W] in [-1, 1] (beyond it a little with clamp=False)."""
+        """Normalised latents [B,C,F,h,w] -> video [B,3,4F-3,H,W] in [-1, 1] (beyond it a little
+        with clamp=False).
+        """
         return self.streaming_decoder().step(latents, clamp=clamp)
 
     def streaming_encoder(self) -> StreamingEncoder:
@@ -303,7 +397,15 @@ class TinyAutoencoder(ModelMixin, ConfigMixin):
     def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Sets mean and std [C] of the raw latents, here and in the config that is saved."""
         if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
-            raise ValueError(f"expected finite latent statistics with std > 0, got mean {mean.tolist()}, std {std.tolist()}")
+            raise ValueError(
+                "expected finite "
+                "latent "
+                "statistics "
+                "with std > 0, "
+                "got mean "
+                f"{mean.tolist()}, std "
+                f"{std.tolist()}"
+            )
         self._latents_mean.copy_(mean.view(-1, 1, 1, 1))
         self._latents_std.copy_(std.view(-1, 1, 1, 1))
         self.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
@@ -319,7 +421,14 @@ class TinyAutoencoder(ModelMixin, ConfigMixin):
 
 def to_pixels(video: Tensor) -> Tensor:
     """[B, 3, T, H, W] in [-1, 1] -> uint8 [B, T, H, W, 3], where it is."""
-    return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
+    return (
+        ((video.float() + 1) * 127.5)
+        .round()
+        .clamp(0, 255)
+        .to(torch.uint8)
+        .permute(0, 2, 3, 4, 1)
+        .contiguous()
+    )
 
 
 def to_frames(video: Tensor) -> np.ndarray:
@@ -331,7 +440,9 @@ def _conv(width_in: int, width: int, **options) -> nn.Conv2d:
     return nn.Conv2d(width_in, width, 3, padding=1, **options)
 
 
-def _encoder(pixels: int, latents: int, widths: Sequence[int], blocks: Sequence[int], strides: Sequence[int]):
+def _encoder(
+    pixels: int, latents: int, widths: Sequence[int], blocks: Sequence[int], strides: Sequence[int]
+):
     """Layers in TAEHV's order; their places give the parameter names."""
     layers = [_conv(pixels, widths[0]), nn.ReLU()]
     for level, (pool, stride) in enumerate(zip(POOLS, strides, strict=True)):
@@ -341,18 +452,26 @@ def _encoder(pixels: int, latents: int, widths: Sequence[int], blocks: Sequence[
     return nn.Sequential(*layers, _conv(widths[3], latents))
 
 
-def _decoder(pixels: int, latents: int, widths: Sequence[int], blocks: Sequence[int], strides: Sequence[int]):
+def _decoder(
+    pixels: int, latents: int, widths: Sequence[int], blocks: Sequence[int], strides: Sequence[int]
+):
     """Layers in TAEHV's order; their places give the parameter names."""
     layers = [Clamp(), _conv(latents, widths[0]), nn.ReLU()]
     for level, (grow, stride) in enumerate(zip(POOLS[::-1], strides, strict=True)):
         width, after = widths[level : level + 2]
         layers += [MemBlock(width, width) for _ in range(blocks[level])]
-        layers += [nn.Upsample(scale_factor=stride), TGrow(width, grow), _conv(width, after, bias=False)]
+        layers += [
+            nn.Upsample(scale_factor=stride),
+            TGrow(width, grow),
+            _conv(width, after, bias=False),
+        ]
     return nn.Sequential(*layers, nn.ReLU(), _conv(widths[3], pixels))
 
 
 def _delayed(x: Tensor, batch: int, memory: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x [B*T,C,H,W] one frame later with `memory` in front, and the last frame, which leaves at the end."""
+    """x [B*T,C,H,W] one frame later with `memory` in front, and the last frame, which leaves at the
+    end.
+    """
     frames = x.unflatten(0, (batch, -1))
     first = torch.zeros_like(frames[:, 0]) if memory is None else memory.to(x.dtype)
     last = frames[:, -1]
@@ -368,38 +487,63 @@ def _check_video(video: Tensor, channels: int, factor: int, started: bool) -> No
     frames, height, width = video.shape[2:]
     if frames == 0 or (frames - (0 if started else 1)) % FRAMES_PER_LATENT:
         rule = "4F frames after the first step" if started else "4F - 3 frames (1, 5, 9, ...)"
-        raise ValueError(f"expected {rule}, got {frames}: one frame is latent 0, then 4 frames are a latent")
+        raise ValueError(
+            f"expected {rule}, got {frames}: one frame is latent 0, then 4 frames are a latent"
+        )
     if height % factor or width % factor:
-        raise ValueError(f"expected height and width in multiples of {factor}, got {height}x{width}: crop or resize")
+        raise ValueError(
+            "expected height "
+            "and width "
+            "in multiples of "
+            f"{factor}, got "
+            f"{height}x{width}: "
+            "crop or resize"
+        )
 
 
 def _check_latents(latents: Tensor, channels: int) -> None:
     if latents.ndim != 5 or latents.shape[1] != channels or latents.shape[2] == 0:
-        raise ValueError(f"expected latents [B,{channels},F,h,w] with F >= 1, got shape {tuple(latents.shape)}")
+        raise ValueError(
+            f"expected latents [B,{channels},F,h,w] with F >= 1, got shape {tuple(latents.shape)}"
+        )
 
 
 def _describe(value: object) -> str:
-    return f"one with {len(value.memories)}" if isinstance(value, StreamState) else type(value).__name__
+    return (
+        f"one with {len(value.memories)}"
+        if isinstance(value, StreamState)
+        else type(value).__name__
+    )
 
 
-# ------------------------------------------------------------------------------------------------ Wan2.1's own
+# -------------------- Wan2.1's own
 
 
 class WanAutoencoder(nn.Module):
     """Wan2.1's autoencoder, diffusers' `AutoencoderKLWan`, behind the methods of `TinyAutoencoder`.
 
-    The streams drive its encoder and decoder a latent at a time with a memory of our own; joined, their pieces equal diffusers'
-    whole-clip results to the bit. Latents are the means of the posterior, normalised by the config's `latents_mean` and `latents_std`.
+    The streams drive its encoder and decoder a latent at a time with a memory of our own; joined,
+    their pieces equal diffusers' whole-clip results to the bit. Latents are the means of the
+    posterior, normalised by the config's `latents_mean` and `latents_std`.
     Source: Wan2.1 `vae.py` as in diffusers. Differs: the result is not sampled.
     """
 
     def __init__(self, network: AutoencoderKLWan):
         super().__init__()
         if network.config.patch_size is not None or network.config.is_residual:
-            raise ValueError("expected the autoencoder of Wan2.1, got that of Wan2.2 (folded pixels): use a Wan2.1 model")
+            raise ValueError(
+                "expected the "
+                "autoencoder of "
+                "Wan2.1, got that "
+                "of Wan2.2 (folded "
+                "pixels): "
+                "use a Wan2.1 model"
+            )
         self.network = network
         for name in ("mean", "std"):
-            values = torch.tensor(network.config[f"latents_{name}"], device=network.device).view(-1, 1, 1, 1)
+            values = torch.tensor(network.config[f"latents_{name}"], device=network.device).view(
+                -1, 1, 1, 1
+            )
             self.register_buffer(f"_latents_{name}", values, persistent=False)
 
     config = property(lambda self: self.network.config)
@@ -409,7 +553,9 @@ class WanAutoencoder(nn.Module):
     latent_channels = property(lambda self: self.network.config.z_dim)
 
     def encode(self, video: Tensor) -> Tensor:
-        """video [B,3,T,H,W] in [-1, 1], T = 4F - 3 -> normalised latents [B,C,F,h,w] in the module's type."""
+        """video [B,3,T,H,W] in [-1, 1], T = 4F - 3 -> normalised latents [B,C,F,h,w] in the
+        module's type.
+        """
         return self.streaming_encoder().step(video)
 
     def decode(self, latents: Tensor, *, clamp: bool = True) -> Tensor:
@@ -430,9 +576,19 @@ class WanAutoencoder(nn.Module):
 
     def encoding_parts(self) -> tuple[dict, Iterator[tuple[str, Tensor]]]:
         """Options and named tensors that latents depend on, as `TinyAutoencoder.encoding_parts`."""
-        keys = ("base_dim", "z_dim", "dim_mult", "num_res_blocks", "attn_scales", "temperal_downsample", "in_channels")
+        keys = (
+            "base_dim",
+            "z_dim",
+            "dim_mult",
+            "num_res_blocks",
+            "attn_scales",
+            "temperal_downsample",
+            "in_channels",
+        )
         tensors = self.network.state_dict().items()
-        return {key: self.config[key] for key in keys}, ((n, t) for n, t in tensors if n.startswith(("encoder.", "quant_conv.")))
+        return {key: self.config[key] for key in keys}, (
+            (n, t) for n, t in tensors if n.startswith(("encoder.", "quant_conv."))
+        )
 
     def save_pretrained(self, folder, **options) -> None:
         """Writes diffusers' own folder."""
@@ -450,7 +606,8 @@ class WanAutoencoder(nn.Module):
 class _WanStream(Stream):
     """diffusers' list of remembered frames, one entry a causal convolution.
 
-    An upsampler that has seen one latent leaves a word there instead of frames; in our state that is an empty tensor.
+    An upsampler that has seen one latent leaves a word there instead of frames; in our state that
+    is an empty tensor.
     """
 
     _WORD = "Rep"
@@ -458,15 +615,22 @@ class _WanStream(Stream):
 
     def __init__(self, model: WanAutoencoder, part: str):
         super().__init__(model.network._cached_conv_counts[part])
-        self._model, self._part = model, getattr(model.network, part)
+        self._model = model
+        self._part = getattr(model.network, part)
 
     def _run(self, pieces: Sequence[Tensor]) -> list[Tensor]:
-        """What the part makes of each piece [B,C,T,H,W]; advances the memory only when all have succeeded."""
+        """What the part makes of each piece [B,C,T,H,W]; advances the memory only when all have
+        succeeded.
+        """
         self._check_batch(pieces[0].shape[0])
-        memory = [self._WORD if m is not None and not m.numel() else m for m in self._state.memories]
+        memory = [
+            self._WORD if m is not None and not m.numel() else m for m in self._state.memories
+        ]
         results = []
         for index, piece in enumerate(pieces):
-            first = {"first_chunk": index == 0 and not self._state.started} if self._tells_first else {}
+            first = (
+                {"first_chunk": index == 0 and not self._state.started} if self._tells_first else {}
+            )
             results.append(self._part(piece, feat_cache=memory, feat_idx=[0], **first))
         empty = torch.empty(0, device=self._model.device)
         self._state = StreamState(True, tuple(empty if isinstance(m, str) else m for m in memory))
@@ -480,14 +644,18 @@ class WanStreamingEncoder(_WanStream):
         super().__init__(model, "encoder")
 
     def step(self, video: Tensor) -> Tensor:
-        """video [B,3,T,H,W] in [-1, 1], T = 1 (or 4f - 3) first and 4f later -> normalised latents [B,C,f,h,w]."""
+        """video [B,3,T,H,W] in [-1, 1], T = 1 (or 4f - 3) first and 4f later -> normalised latents
+        [B,C,f,h,w].
+        """
         model = self._model
         model.check_video(video, started=self._state.started)
         video = video.to(model.dtype)
         lone = 0 if self._state.started else 1
         pieces = [video[:, :, :lone], *video[:, :, lone:].split(FRAMES_PER_LATENT, 2)]
         features = self._run([piece for piece in pieces if piece.shape[2]])
-        raw = torch.cat([model.network.quant_conv(piece) for piece in features], 2)[:, : model.latent_channels]
+        raw = torch.cat([model.network.quant_conv(piece) for piece in features], 2)[
+            :, : model.latent_channels
+        ]
         mean, std = model.latent_statistics()
         return (raw - mean.to(raw.dtype)) / std.to(raw.dtype)
 
@@ -501,7 +669,9 @@ class WanStreamingDecoder(_WanStream):
         super().__init__(model, "decoder")
 
     def step(self, latents: Tensor, *, clamp: bool = True) -> Tensor:
-        """Normalised latents [B,C,f,h,w] -> video [B,3,T,H,W] in [-1, 1]; T = 4f - 3 on the first call, 4f later."""
+        """Normalised latents [B,C,f,h,w] -> video [B,3,T,H,W] in [-1, 1]; T = 4f - 3 on the first
+        call, 4f later.
+        """
         model = self._model
         model.check_latents(latents)
         mean, std = model.latent_statistics()

@@ -1,7 +1,8 @@
-"""Camera poses: trajectory text, pose files, checks and conversions. numpy float64 throughout, no torch.
+"""Camera poses: trajectory text, pose files, checks and conversions. numpy float64 throughout, no
+torch.
 
-Axes are OpenCV's: x right, y down, z forward. `c2w` maps camera to world, `w2c` ("viewmats") world to camera.
-Angles are degrees at the public face; positive yaw looks right, positive pitch looks up.
+Axes are OpenCV's: x right, y down, z forward. `c2w` maps camera to world, `w2c` ("viewmats") world
+to camera. Angles are degrees at the public face; positive yaw looks right, positive pitch looks up.
 """
 
 import json
@@ -13,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-# What one held key does: movement in camera axes (x, y, z) and turn (yaw, pitch), in units of a MotionStep.
-# `u`/`dn` rise and sink, `up`/`down` look: minWM's and WorldPlay's keys do not clash.
+# What one held key does: movement in camera axes (x, y, z) and turn (yaw, pitch), in units of a
+# MotionStep. `u`/`dn` rise and sink, `up`/`down` look: minWM's and WorldPlay's keys do not clash.
 MOTIONS = {
     "w": ((0, 0, 1), (0, 0)),
     "s": ((0, 0, -1), (0, 0)),
@@ -40,7 +41,9 @@ _ROTATION_TOLERANCE = 1e-3  # files store rotations in float32 or a few decimals
 
 @dataclass(frozen=True)
 class MotionStep:
-    """How far a held key carries the camera during one latent frame (the defaults are Wan's, minWM's, WorldPlay's)."""
+    """How far a held key carries the camera during one latent frame (the defaults are Wan's,
+    minWM's, WorldPlay's).
+    """
 
     move: float = 0.08  # world units a latent, forwards and back
     turn: float = 3.0  # degrees a latent, left and right
@@ -50,13 +53,19 @@ class MotionStep:
 
     def scale(self) -> tuple[np.ndarray, np.ndarray]:
         """Units a latent along x, y, z, and degrees a latent of yaw and pitch."""
-        strafe, vertical = (self.move if value is None else value for value in (self.strafe, self.vertical))
-        return np.array([strafe, vertical, self.move]), np.array([self.turn, self.turn if self.pitch is None else self.pitch])
+        strafe, vertical = (
+            self.move if value is None else value for value in (self.strafe, self.vertical)
+        )
+        return np.array([strafe, vertical, self.move]), np.array(
+            [self.turn, self.turn if self.pitch is None else self.pitch]
+        )
 
 
 @dataclass(frozen=True)
 class Camera:
-    """The cameras of a clip: `viewmats` [F,4,4] float64 w2c, `intrinsics` [4] float64 (fx/W, fy/H, cx/W, cy/H)."""
+    """The cameras of a clip: `viewmats` [F,4,4] float64 w2c, `intrinsics` [4] float64 (fx/W, fy/H,
+    cx/W, cy/H).
+    """
 
     viewmats: np.ndarray
     intrinsics: np.ndarray
@@ -67,25 +76,34 @@ class Camera:
         return cls(invert(relative_to_first(check_poses(c2w))), np.asarray(intrinsics, np.float64))
 
 
-# ------------------------------------------------------------------------------------------------ motion
+# -------------------- motion
 
 
 def rotation(yaw: float, pitch: float) -> np.ndarray:
-    """[3,3] camera-to-world rotation: `yaw` degrees right about the down axis, then `pitch` degrees up about own x."""
-    yaw, pitch = np.deg2rad(yaw), np.deg2rad(pitch)
-    cos_y, sin_y, cos_p, sin_p = np.cos(yaw), np.sin(yaw), np.cos(pitch), np.sin(pitch)
+    """[3,3] camera-to-world rotation: `yaw` degrees right about the down axis, then `pitch` degrees
+    up about own x.
+    """
+    yaw = np.deg2rad(yaw)
+    pitch = np.deg2rad(pitch)
+    cos_y = np.cos(yaw)
+    sin_y = np.sin(yaw)
+    cos_p = np.cos(pitch)
+    sin_p = np.sin(pitch)
     about_y = np.array([[cos_y, 0, sin_y], [0, 1, 0], [-sin_y, 0, cos_y]])
     about_x = np.array([[1, 0, 0], [0, cos_p, -sin_p], [0, sin_p, cos_p]])
     return about_y @ about_x
 
 
 def advance(c2w: np.ndarray, move, yaw: float, pitch: float, style: str = "fly") -> np.ndarray:
-    """One motion: turn by `yaw`, `pitch` degrees, then move by `move` [3] units; returns a new [4,4] c2w.
+    """One motion: turn by `yaw`, `pitch` degrees, then move by `move` [3] units; returns a new
+    [4,4] c2w.
 
-    "fly" turns and moves about the camera's own axes (minWM, WorldPlay). "walk" yaws about the world's vertical
-    axis and moves on the ground plane along the heading, so looking up or down does not change the way.
+    "fly" turns and moves about the camera's own axes (minWM, WorldPlay). "walk" yaws about the
+    world's vertical axis and moves on the ground plane along the heading, so looking up or down
+    does not change the way.
     """
-    pose, move = c2w.copy(), np.asarray(move, np.float64)
+    pose = c2w.copy()
+    move = np.asarray(move, np.float64)
     if style == "fly":
         pose[:3, :3] = c2w[:3, :3] @ rotation(yaw, pitch)
         pose[:3, 3] += pose[:3, :3] @ move
@@ -97,23 +115,29 @@ def advance(c2w: np.ndarray, move, yaw: float, pitch: float, style: str = "fly")
 
 
 def parse_trajectory(text: str, step: MotionStep = MotionStep(), style: str = "fly") -> np.ndarray:
-    """Trajectory text -> c2w [N+1,4,4]; the first pose is the identity, one pose a latent frame follows.
+    """Trajectory text -> c2w [N+1,4,4]; the first pose is the identity, one pose a latent frame
+    follows.
 
     Reads minWM's `w*5,j*3` and WorldPlay's `w-3, right-0.5`; `+` joins keys held together: `w+l*4`.
-    Counts are latent frames. Fractions count: the next command starts where the last one ended, inside a latent,
-    and an unfinished last latent is completed by standing still.
-    Differs: WorldPlay cuts fractions off. Joined keys turn first, then move, as both references do in one motion.
+    Counts are latent frames. Fractions count: the next command starts where the last one ended,
+    inside a latent, and an unfinished last latent is completed by standing still.
+    Differs: WorldPlay cuts fractions off. Joined keys turn first, then move, as both references do
+    in one motion.
     """
     if style not in STYLES:
         raise ValueError(f"style must be one of {', '.join(STYLES)}, got {style!r}.")
-    pose, poses, filled = np.eye(4), [np.eye(4)], 0.0
+    pose = np.eye(4)
+    poses = [np.eye(4)]
+    filled = 0.0
     units, degrees = step.scale()
     for move, turn, count in _commands(text):
-        move, (yaw, pitch) = move * units, turn * degrees
+        move = move * units
+        (yaw, pitch) = turn * degrees
         while count > 1e-9:
             part = min(count, 1.0 - filled)
             pose = advance(pose, move * part, yaw * part, pitch * part, style)
-            count, filled = count - part, filled + part
+            count = count - part
+            filled = filled + part
             if filled > 1.0 - 1e-9:
                 poses.append(pose)
                 filled = 0.0
@@ -129,25 +153,37 @@ def _commands(text: str):
         match = _COMMAND.match(part.strip())
         if match is None:
             raise ValueError(
-                f"Trajectory part {part.strip()!r} is not KEY*COUNT or KEY-COUNT; write for example 'w*10, w+l*8'."
+                "Trajectory part "
+                f"{part.strip()!r} "
+                "is not "
+                "KEY*COUNT or "
+                "KEY-COUNT; write "
+                "for example 'w*10, "
+                "w+l*8'."
             )
         keys = [key.strip() for key in match[1].split("+")]
         for key in keys:
             if key not in MOTIONS:
-                raise ValueError(f"Trajectory key {key!r} is unknown; the keys are {', '.join(MOTIONS)}.")
+                raise ValueError(
+                    f"Trajectory key {key!r} is unknown; the keys are {', '.join(MOTIONS)}."
+                )
         motion = np.array([[*MOTIONS[key][0], *MOTIONS[key][1]] for key in keys], np.float64).sum(0)
         commands.append((motion[:3], motion[3:], float(match[2])))
     total = sum(count for _, _, count in commands)
     if total > MOST_LATENTS:
-        raise ValueError(f"Trajectory of {total:.0f} latents is longer than {MOST_LATENTS}; write a shorter one.")
+        raise ValueError(
+            f"Trajectory of {total:.0f} latents is longer than {MOST_LATENTS}; write a shorter one."
+        )
     return commands
 
 
-# ---------------------------------------------------------------------------------------------- matrices
+# -------------------- matrices
 
 
 def invert(poses: np.ndarray) -> np.ndarray:
-    """Inverse of rigid transforms [...,4,4] (c2w <-> w2c), exact in structure: transpose and rotate back."""
+    """Inverse of rigid transforms [...,4,4] (c2w <-> w2c), exact in structure: transpose and rotate
+    back.
+    """
     poses = np.asarray(poses, np.float64)
     inverse = np.zeros_like(poses)
     rotations = np.swapaxes(poses[..., :3, :3], -1, -2)
@@ -158,7 +194,9 @@ def invert(poses: np.ndarray) -> np.ndarray:
 
 
 def relative_to_first(c2w: np.ndarray) -> np.ndarray:
-    """c2w [F,4,4] in any world -> the same cameras in the first one's frame (the first becomes the identity)."""
+    """c2w [F,4,4] in any world -> the same cameras in the first one's frame (the first becomes the
+    identity).
+    """
     c2w = np.asarray(c2w, np.float64)
     relative = invert(c2w[0]) @ c2w
     relative[0] = np.eye(4)
@@ -166,7 +204,8 @@ def relative_to_first(c2w: np.ndarray) -> np.ndarray:
 
 
 def check_poses(c2w, count: int | None = None, source: str = "") -> np.ndarray:
-    """Returns `c2w` as float64 [F,4,4], or raises ValueError with one sentence that names the first bad pose.
+    """Returns `c2w` as float64 [F,4,4], or raises ValueError with one sentence that names the first
+    bad pose.
 
     count: how many poses are needed at least. source: where they came from, for the sentence.
     """
@@ -178,13 +217,24 @@ def check_poses(c2w, count: int | None = None, source: str = "") -> np.ndarray:
     if poses.ndim == 2:
         poses = poses[None]
     if poses.ndim != 3 or poses.shape[1:] != (4, 4):
-        raise ValueError(f"{where}expected poses [F,4,4], got an array of shape {list(poses.shape)}.")
+        raise ValueError(
+            f"{where}expected poses [F,4,4], got an array of shape {list(poses.shape)}."
+        )
     if len(poses) < (count or 1):
-        raise ValueError(f"{where}{count or 1} poses are needed (one a latent frame), only {len(poses)} are there.")
+        raise ValueError(
+            f"{where}{count or 1} "
+            "poses are needed "
+            "(one a latent "
+            "frame), only "
+            f"{len(poses)} "
+            "are there."
+        )
     for index, pose in enumerate(poses):
         fault = _pose_fault(pose)
         if fault:
-            raise ValueError(f"{where}pose {index} {fault}; expected a camera-to-world matrix [R t; 0 0 0 1].")
+            raise ValueError(
+                f"{where}pose {index} {fault}; expected a camera-to-world matrix [R t; 0 0 0 1]."
+            )
     return poses
 
 
@@ -202,13 +252,17 @@ def _pose_fault(pose: np.ndarray) -> str | None:
 
 
 def poses_to_vectors(c2w: np.ndarray) -> np.ndarray:
-    """c2w [F,4,4] -> w2c vectors [F,7] (tx, ty, tz, qx, qy, qz, qw), as minWM's LMDB files store them."""
+    """c2w [F,4,4] -> w2c vectors [F,7] (tx, ty, tz, qx, qy, qz, qw), as minWM's LMDB files store
+    them.
+    """
     w2c = invert(c2w)
     return np.concatenate([w2c[:, :3, 3], Rotation.from_matrix(w2c[:, :3, :3]).as_quat()], axis=1)
 
 
 def vectors_to_poses(vectors: np.ndarray) -> np.ndarray:
-    """w2c vectors [F,7] (tx, ty, tz, qx, qy, qz, qw) -> c2w [F,4,4]; the inverse of `poses_to_vectors`."""
+    """w2c vectors [F,7] (tx, ty, tz, qx, qy, qz, qw) -> c2w [F,4,4]; the inverse of
+    `poses_to_vectors`.
+    """
     vectors = np.asarray(vectors, np.float64)
     w2c = np.tile(np.eye(4), (len(vectors), 1, 1))
     w2c[:, :3, :3] = Rotation.from_quat(vectors[:, 3:]).as_matrix()
@@ -216,14 +270,14 @@ def vectors_to_poses(vectors: np.ndarray) -> np.ndarray:
     return invert(w2c)
 
 
-# ------------------------------------------------------------------------------------------------- files
+# -------------------- files
 
 
 def read_pose_json(path) -> tuple[np.ndarray, np.ndarray]:
     """WorldPlay's pose file -> (c2w [F,4,4], intrinsics [F,4] normalised fx/W, fy/H, cx/W, cy/H).
 
-    The file holds no picture size: as in the reference (minWM `build_worldplaygen_lmdb`), it is twice the principal
-    point, which therefore comes back as 0.5, 0.5.
+    The file holds no picture size: as in the reference (minWM `build_worldplaygen_lmdb`), it is
+    twice the principal point, which therefore comes back as 0.5, 0.5.
     """
     path = Path(path)
     try:
@@ -235,25 +289,35 @@ def read_pose_json(path) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"Pose file {path} cannot be read: {error.strerror}.") from None
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(
-            f'Pose file {path} is not in WorldPlay\'s form {{"0": {{"extrinsic": 4x4, "K": 3x3 pixels}}, ...}}.'
+            f"Pose file {path} is not in WorldPlay's form "
+            '{"0": {"extrinsic": 4x4, "K": 3x3 pixels}, ...}.'
         ) from None
     c2w = check_poses(c2w, source=f"Pose file {path}")
     if not np.isfinite(matrices).all() or (matrices[:, [0, 1, 0, 1], [0, 1, 2, 2]] <= 0).any():
-        raise ValueError(f"Pose file {path}: K must hold positive focal lengths and a positive principal point.")
-    width, height = 2 * matrices[:, 0, 2], 2 * matrices[:, 1, 2]
+        raise ValueError(
+            f"Pose file {path}: K must hold positive focal lengths and a positive principal point."
+        )
+    width = 2 * matrices[:, 0, 2]
+    height = 2 * matrices[:, 1, 2]
     half = np.full(len(c2w), 0.5)
-    return c2w, np.stack([matrices[:, 0, 0] / width, matrices[:, 1, 1] / height, half, half], axis=1)
+    return c2w, np.stack(
+        [matrices[:, 0, 0] / width, matrices[:, 1, 1] / height, half, half], axis=1
+    )
 
 
 def write_pose_json(path, c2w, intrinsics, width: int, height: int) -> None:
-    """Writes WorldPlay's pose file: c2w [F,4,4] and K in pixels of width x height, one entry a latent frame.
+    """Writes WorldPlay's pose file: c2w [F,4,4] and K in pixels of width x height, one entry a
+    latent frame.
 
-    intrinsics: [4] or [F,4], normalised. The principal point must be the centre (see `read_pose_json`).
+    intrinsics: [4] or [F,4], normalised. The principal point must be the centre (see
+    `read_pose_json`).
     """
     c2w = check_poses(c2w)
     intrinsics = np.broadcast_to(np.asarray(intrinsics, np.float64), (len(c2w), 4))
     if np.abs(intrinsics[:, 2:] - 0.5).max() > 1e-6:
-        raise ValueError("A pose file needs the principal point in the picture's centre (cx/W = cy/H = 0.5).")
+        raise ValueError(
+            "A pose file needs the principal point in the picture's centre (cx/W = cy/H = 0.5)."
+        )
     entries = {}
     for index, (pose, (fx, fy, cx, cy)) in enumerate(zip(c2w, intrinsics, strict=True)):
         matrix = [[fx * width, 0.0, cx * width], [0.0, fy * height, cy * height], [0.0, 0.0, 1.0]]

@@ -1,8 +1,10 @@
-"""Reads published transformer weights: strictly (every tensor accounted for) and safely (no code in a file ever runs).
+"""Reads published transformer weights: strictly (every tensor accounted for) and safely (no code in
+a file ever runs).
 
-Understood: safetensors files, single or sharded, and `torch.save` files that hold plain tensors, with the parameter names of the
-original Wan2.1 code (Wan2.1, minWM, Self-Forcing, Causal-Forcing) or of diffusers, bare or inside a trainer's checkpoint; folders with
-one of these, worlds, and the checkpoints that our own training leaves; all of them here or on the hub (`worldmodel.sources`).
+Understood: safetensors files, single or sharded, and `torch.save` files that hold plain tensors,
+with the parameter names of the original Wan2.1 code (Wan2.1, minWM, Self-Forcing, Causal-Forcing)
+or of diffusers, bare or inside a trainer's checkpoint; folders with one of these, worlds, and the
+checkpoints that our own training leaves; all of them here or on the hub (`worldmodel.sources`).
 What a file is, is read from its content, never from its name.
 
     python -m worldmodel.checkpoint inspect SOURCE
@@ -29,17 +31,35 @@ from worldmodel.sources import fetch, read_index, weights_among
 
 State = Mapping[str, torch.Tensor]
 
-WAN_HEAD_DIM = 128  # width of one attention head in every published Wan model; the shapes do not tell it
-# Trainers save {part: state dict}; of several parts the first of these is taken, as the reference's inference does.
-PARTS = ("generator_ema", "generator", "model", "average", "student")  # the last two: our own training's
+WAN_HEAD_DIM = (
+    128  # width of one attention head in every published Wan model; the shapes do not tell it
+)
+# Trainers save {part: state dict}; of several parts the first of these is taken, as the reference's
+# inference does.
+PARTS = (
+    "generator_ema",
+    "generator",
+    "model",
+    "average",
+    "student",
+)  # the last two: our own training's
 _STEP_NAMES = ("step", "global_step", "iteration")  # how trainers call the number of steps taken
-_RECIPE_SECTIONS = frozenset({"data", "optimiser", "model", "run"})  # of our state.json; the one besides them is named after its stage
-_NETWORKS = ("CausalWanTransformer", "WanTransformer3DModel", "WanModel", "CausalWanModel")  # `_class_name` in the config.json of a Wan
-# Path segments that training puts into names: FSDP, checkpointing and torch.compile anywhere, the others in front.
+_RECIPE_SECTIONS = frozenset(
+    {"data", "optimiser", "model", "run"}
+)  # of our state.json; the one besides them is named after its stage
+_NETWORKS = (
+    "CausalWanTransformer",
+    "WanTransformer3DModel",
+    "WanModel",
+    "CausalWanModel",
+)  # `_class_name` in the config.json of a Wan
+# Path segments that training puts into names: FSDP, checkpointing and torch.compile anywhere, the
+# others in front.
 _WRAPPER_SEGMENTS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
 _LEADING_SEGMENTS = frozenset({"model", "diffusion_model", "module"})
 
-# Wan2.1 module -> diffusers module. The last path segment (weight, bias) is kept; `modulation` is itself a parameter.
+# Wan2.1 module -> diffusers module. The last path segment (weight, bias) is kept; `modulation` is
+# itself a parameter.
 _OUTER_NAMES = {
     "patch_embedding": "patch_embedding",
     "text_embedding.0": "condition_embedder.text_embedder.linear_1",
@@ -67,7 +87,10 @@ _BLOCK_NAMES = {
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
 }
-_FAMILY_MARKS = {"wan": "text_embedding.0.weight", "diffusers": "condition_embedder.text_embedder.linear_1.weight"}
+_FAMILY_MARKS = {
+    "wan": "text_embedding.0.weight",
+    "diffusers": "condition_embedder.text_embedder.linear_1.weight",
+}
 
 
 class CheckpointError(ValueError):
@@ -81,7 +104,8 @@ class CheckpointInfo:
     family: str  # naming scheme: "wan" (original code) or "diffusers"
     part: str  # part of a trainer's checkpoint that was taken, "" for a bare state dict
     other_parts: tuple[str, ...]  # parts of the file that were left alone, for example "critic"
-    prefix: str  # what wrappers had put in front of the names, for example "model._fsdp_wrapped_module."
+    # what wrappers had put in front of the names, for example "model._fsdp_wrapped_module."
+    prefix: str
     layers: int  # transformer blocks
     width: int  # features per token
     ffn_width: int  # features inside the feed-forward layers
@@ -92,15 +116,19 @@ class CheckpointInfo:
     freq_dim: int  # features of the sinusoidal clock
     camera: bool  # has the PRoPE output layers
     cross_attn_norm: bool  # layer norm with weights before cross attention
-    head_dim: int | None  # width of an attention head where a file beside the weights says it; the tensors do not tell
+    head_dim: (
+        int | None
+    )  # width of an attention head where a file beside the weights says it; the tensors do not tell
     stage: str  # what the trainer says of it, "" where it says nothing: "dmd, step 500"
     dtypes: tuple[str, ...]  # number types of the tensors
     parameters: int  # numbers in all tensors
 
     def config(self, **overrides) -> dict:
-        """Configuration for `CausalWanTransformer`; `overrides` replace or complete what the shapes tell.
+        """Configuration for `CausalWanTransformer`; `overrides` replace or complete what the shapes
+        tell.
 
-        The number of heads is width / `attention_head_dim` (default: what stands beside the weights, or 128, as in every public Wan).
+        The number of heads is width / `attention_head_dim` (default: what stands beside the
+        weights, or 128, as in every public Wan).
         Errors: CheckpointError where the heads do not make the width.
         """
         if "num_attention_heads" in overrides and "attention_head_dim" not in overrides:
@@ -109,7 +137,12 @@ class CheckpointInfo:
         heads = overrides.setdefault("num_attention_heads", self.width // max(1, head_dim))
         if heads * head_dim != self.width or heads < 1:
             raise CheckpointError(
-                f"{heads} heads of {head_dim} do not make the width {self.width} of this checkpoint: "
+                f"{heads} heads of "
+                f"{head_dim} "
+                "do not make the "
+                f"width {self.width} "
+                "of this "
+                "checkpoint: "
                 "give attention_head_dim (shapes do not tell it)."
             )
         derived = {
@@ -129,10 +162,10 @@ class CheckpointInfo:
 def read_state(path: str | Path) -> dict:
     """The content of weights here: {name: tensor}, or a trainer's {part: {name: tensor}}.
 
-    path: a file, an index of sharded files, or a folder (see `find_weights`). Tensors are mapped from the file, not read, where the
-    format allows.
-    Errors: FileNotFoundError; CheckpointError for other formats, damaged files, and pickles that hold anything besides
-    plain data (nothing in them runs); SourceError for a damaged index.
+    path: a file, an index of sharded files, or a folder (see `find_weights`). Tensors are mapped
+    from the file, not read, where the format allows.
+    Errors: FileNotFoundError; CheckpointError for other formats, damaged files, and pickles that
+    hold anything besides plain data (nothing in them runs); SourceError for a damaged index.
     """
     path = find_weights(path)
     if path.is_dir():
@@ -147,26 +180,51 @@ def read_state(path: str | Path) -> dict:
         if start[:2] == b"PK":  # a zip archive: torch.save since 1.6
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if start[:1] == b"\x80":  # torch.save before 1.6: a bare pickle
-            with warnings.catch_warnings(action="ignore"):  # of an unusual protocol; what it holds is told below
+            with warnings.catch_warnings(
+                action="ignore"
+            ):  # of an unusual protocol; what it holds is told below
                 return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} holds Python objects besides tensors and could run code, so it was not loaded: "
+            f"{path} holds Python "
+            "objects "
+            "besides tensors "
+            "and could run code, "
+            "so it was "
+            "not loaded: "
             "ask for a safetensors file, or save the tensors alone."
         ) from error
     except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that one: the reader seeks to before a short file's start
+        if (
+            isinstance(error, OSError) and error.errno != errno.EINVAL
+        ):  # that one: the reader seeks to before a short file's start
             raise
-        raise CheckpointError(f"{path} is damaged or incomplete ({first_line(error)}): fetch it again.") from error
-    if len(start) < 9 or start == b"version h":  # an empty file, or what git leaves where git-lfs is not installed
-        raise CheckpointError(f"{path} stands for a file that was not fetched, it holds {path.stat().st_size} bytes: fetch it again.")
-    raise CheckpointError(f"{path} is neither a safetensors file nor a torch.save file: expected transformer weights.")
+        raise CheckpointError(
+            f"{path} is damaged or incomplete ({first_line(error)}): fetch it again."
+        ) from error
+    if (
+        len(start) < 9 or start == b"version h"
+    ):  # an empty file, or what git leaves where git-lfs is not installed
+        raise CheckpointError(
+            f"{path} stands for a "
+            "file that was "
+            "not fetched, "
+            "it holds "
+            f"{path.stat().st_size} "
+            "bytes: "
+            "fetch it again."
+        )
+    raise CheckpointError(
+        f"{path} is neither a safetensors file nor a torch.save file: expected transformer weights."
+    )
 
 
 def find_weights(path: str | Path) -> Path:
-    """What `read_state` reads of a path: a file itself; of a folder its one transformer, in `transformer/` or in the folder.
+    """What `read_state` reads of a path: a file itself; of a folder its one transformer, in
+    `transformer/` or in the folder.
 
-    A checkpoint folder of our training stays a folder. Of several weights files, the one with the tensors of a transformer is taken.
+    A checkpoint folder of our training stays a folder. Of several weights files, the one with the
+    tensors of a transformer is taken.
     Errors: FileNotFoundError for an absent path; CheckpointError for a folder with none or several.
     """
     path = Path(path)
@@ -181,25 +239,33 @@ def find_weights(path: str | Path) -> Path:
     if len(found) > 1 or foreign:
         found = [name for name in found if _holds_transformer(path / name)]
     if foreign and not found:
-        raise CheckpointError(f"{path} holds a {named}, a {_NETWORKS[0]} is expected: name another folder.")
+        raise CheckpointError(
+            f"{path} holds a {named}, a {_NETWORKS[0]} is expected: name another folder."
+        )
     if len(found) != 1:
-        what = f"{len(found)} transformers, {_listing(found)}" if found else "no transformer's weights"
+        what = (
+            f"{len(found)} transformers, {_listing(found)}" if found else "no transformer's weights"
+        )
         raise CheckpointError(f"{path} holds {what}: name the file that is meant.")
     return path / found[0]
 
 
 def inspect(source: str | Path, part: str | None = None) -> CheckpointInfo:
-    """Says what a file, folder or place on the hub holds, as `inspect_state`; what stands beside the weights is read too.
+    """Says what a file, folder or place on the hub holds, as `inspect_state`; what stands beside
+    the weights is read too.
 
-    Errors: CheckpointError, SourceError, FileNotFoundError, as `read_state` and `worldmodel.sources.fetch`.
+    Errors: CheckpointError, SourceError, FileNotFoundError, as `read_state` and
+    `worldmodel.sources.fetch`.
     """
     return _inspect(*_select(*_open(source), part))
 
 
 def inspect_state(state: Mapping, part: str | None = None) -> CheckpointInfo:
-    """Says what a state dict (or a trainer's dict of state dicts) holds. `part` picks one part of a trainer's file.
+    """Says what a state dict (or a trainer's dict of state dicts) holds. `part` picks one part of a
+    trainer's file.
 
-    Errors: CheckpointError where it is not a Wan transformer for text and camera, naming what is missing or foreign.
+    Errors: CheckpointError where it is not a Wan transformer for text and camera, naming what is
+    missing or foreign.
     """
     return _inspect(*_select(state, None, part))
 
@@ -207,7 +273,8 @@ def inspect_state(state: Mapping, part: str | None = None) -> CheckpointInfo:
 def to_diffusers_names(state: Mapping, part: str | None = None) -> dict[str, torch.Tensor]:
     """The tensors of a Wan or diffusers state dict under diffusers' names, whatever wraps them.
 
-    The reference's `self_attn.prope_o` becomes `attn1.prope_out`. `state` is not changed and shares its tensors.
+    The reference's `self_attn.prope_o` becomes `attn1.prope_out`. `state` is not changed and shares
+    its tensors.
     Errors: CheckpointError naming a tensor that no Wan transformer has.
     """
     bare = _bare_names(_select(state, None, part)[0])
@@ -217,28 +284,42 @@ def to_diffusers_names(state: Mapping, part: str | None = None) -> dict[str, tor
     foreign = [name for name, new in renamed.items() if new is None]
     if foreign:
         raise CheckpointError(
-            f"a Wan text-to-video transformer has no such tensors: {_listing(foreign)}; give another model."
+            "a Wan text-to-video "
+            "transformer "
+            "has no such "
+            "tensors: "
+            f"{_listing(foreign)}; "
+            "give another model."
         )
     return {renamed[name]: tensor for name, tensor in bare.items()}
 
 
 def load_transformer(
-    source: str | Path | Mapping, *, part: str | None = None, dtype: torch.dtype | None = None, **overrides
+    source: str | Path | Mapping,
+    *,
+    part: str | None = None,
+    dtype: torch.dtype | None = None,
+    **overrides,
 ):
     """Builds the `CausalWanTransformer` that weights describe; the model owns its memory.
 
     Args:
-        source: file, folder or place on the hub (`worldmodel.sources`), or what `read_state` returned.
+        source: file, folder or place on the hub (`worldmodel.sources`), or what `read_state`
+        returned.
         part: which part of a trainer's checkpoint; default: the EMA if there is one.
-        dtype: number type of the weights, except those that diffusers keeps in float32; default: the file's.
-        overrides: configuration values that shapes do not tell or that are to differ: `attention_head_dim` (default: what a
-            config.json beside the weights says, or 128); `camera=True` adds the camera path (zero, so the output does not change) to
-            a model without one, `camera=False` leaves it out.
+        dtype: number type of the weights, except those that diffusers keeps in float32; default:
+        the file's.
+        overrides: configuration values that shapes do not tell or that are to differ:
+        `attention_head_dim` (default: what a config.json beside the weights says, or 128);
+        `camera=True` adds the camera path (zero, so the output does not change) to a model without
+        one, `camera=False` leaves it out.
 
-    Errors: CheckpointError naming missing, foreign and misshapen tensors, or an unknown configuration key; for a source also those of
-    `read_state` and `worldmodel.sources.fetch`.
+    Errors: CheckpointError naming missing, foreign and misshapen tensors, or an unknown
+    configuration key; for a source also those of `read_state` and `worldmodel.sources.fetch`.
     """
-    from accelerate import init_empty_weights  # both imports are slow, and reading names needs neither
+    from accelerate import (
+        init_empty_weights,
+    )  # both imports are slow, and reading names needs neither
 
     from worldmodel.transformer import CausalWanTransformer
 
@@ -249,7 +330,10 @@ def load_transformer(
     unknown = [key for key in config if key not in known]
     if unknown:
         raise CheckpointError(
-            f"unknown configuration key {unknown[0]!r}: expected one of {', '.join(list(known)[1:])}."
+            "unknown configuration key "
+            f"{unknown[0]!r}: "
+            "expected one of "
+            f"{', '.join(list(known)[1:])}."
         )
     with init_empty_weights(include_buffers=False):
         model = CausalWanTransformer(**config)
@@ -259,13 +343,17 @@ def load_transformer(
     check_tensors(tensors, expected)
     for name in list(tensors):  # one by one: a file is mapped, and only the copy lies in memory
         precise = dtype and not set(name.split(".")).isdisjoint(model._keep_in_fp32_modules)
-        tensors[name] = tensors[name].to(torch.float32 if precise else dtype or tensors[name].dtype, copy=True)
+        tensors[name] = tensors[name].to(
+            torch.float32 if precise else dtype or tensors[name].dtype, copy=True
+        )
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 
 def check_tensors(state: State, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Compares names and shapes with the expected ones. Errors: one CheckpointError naming every kind of difference."""
+    """Compares names and shapes with the expected ones. Errors: one CheckpointError naming every
+    kind of difference.
+    """
     missing = [name for name in expected if name not in state]
     foreign = [name for name in state if name not in expected]
     shapes = [
@@ -275,7 +363,11 @@ def check_tensors(state: State, expected: Mapping[str, tuple[int, ...]]) -> None
     ]
     found = [
         f"{kind}: {_listing(names)}"
-        for kind, names in (("missing", missing), ("not expected", foreign), ("wrong shape", shapes))
+        for kind, names in (
+            ("missing", missing),
+            ("not expected", foreign),
+            ("wrong shape", shapes),
+        )
         if names
     ]
     if found:
@@ -302,14 +394,20 @@ def _open(source: str | Path) -> tuple[dict, int | None]:
 
 
 def _told_head_dim(path: Path) -> int | None:
-    """From the config.json of a Wan (diffusers' or the original) beside the weights, or our training's state.json."""
+    """From the config.json of a Wan (diffusers' or the original) beside the weights, or our
+    training's state.json.
+    """
     values = _values(path / "state.json" if path.is_dir() else path.with_name("config.json"))
     try:
         if path.is_dir():
             return int(values["config"]["model"]["head_dim"])
         if values["_class_name"] not in _NETWORKS:
             return None
-        return int(values["attention_head_dim"]) if "attention_head_dim" in values else values["dim"] // values["num_heads"]
+        return (
+            int(values["attention_head_dim"])
+            if "attention_head_dim" in values
+            else values["dim"] // values["num_heads"]
+        )
     except (ValueError, KeyError, TypeError, ZeroDivisionError):
         return None  # nothing told: the usual width is tried, and has to fit
 
@@ -328,36 +426,68 @@ def _is_training(folder: Path) -> bool:
 
 
 def _read_training(folder: Path) -> dict:
-    """`runs/X/STAGE/checkpoints/step-N` -> {network: {name: tensor}, "stage": its name, "step": steps taken}."""
+    """`runs/X/STAGE/checkpoints/step-N` -> {network: {name: tensor}, "stage": its name, "step":
+    steps taken}.
+    """
     try:
         told = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         stages = [name for name in told["config"] if name not in _RECIPE_SECTIONS]
         step = int(told["step"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{folder / 'state.json'} is damaged or of another program: name a weights file.") from None
-    files = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("optimizer-"))
+        raise CheckpointError(
+            f"{folder / 'state.json'} is damaged or of another program: name a weights file."
+        ) from None
+    files = sorted(
+        file for file in folder.glob("*.safetensors") if not file.name.startswith("optimizer-")
+    )
     if not any(file.stem in PARTS for file in files):
-        raise CheckpointError(f"{folder} holds no transformer's weights: name the checkpoint of a stage that trains one.")
-    return {file.stem: read_state(file) for file in files} | {"stage": ", ".join(stages), "step": step}
+        raise CheckpointError(
+            f"{folder} holds no "
+            "transformer's "
+            "weights: "
+            "name the checkpoint "
+            "of a stage "
+            "that trains one."
+        )
+    return {file.stem: read_state(file) for file in files} | {
+        "stage": ", ".join(stages),
+        "step": step,
+    }
 
 
 def _read_shards(index: Path) -> dict[str, torch.Tensor]:
-    """The tensors that an index names, out of the files it names; each file holds exactly its own."""
-    table, state = read_index(index), {}
+    """The tensors that an index names, out of the files it names; each file holds exactly its
+    own.
+    """
+    table = read_index(index)
+    state = {}
     for file in sorted(set(table.values())):
         if not (index.parent / file).is_file():
-            raise CheckpointError(f"{index.parent / file} is missing, which {index.name} names: fetch it too.")
+            raise CheckpointError(
+                f"{index.parent / file} is missing, which {index.name} names: fetch it too."
+            )
         held = read_state(index.parent / file)
         named = {name for name in table if table[name] == file}
-        for names, fault in ((named - set(held), "lacks"), (set(held) - named, "holds beside what the index names")):
+        for names, fault in (
+            (named - set(held), "lacks"),
+            (set(held) - named, "holds beside what the index names"),
+        ):
             if names:
-                raise CheckpointError(f"{index.parent / file} {fault} {_listing(sorted(map(str, names)))}: fetch index and files again.")
+                raise CheckpointError(
+                    f"{index.parent / file} "
+                    f"{fault} "
+                    f"{_listing(sorted(map(str, names)))}: "
+                    "fetch index and "
+                    "files again."
+                )
         state |= held
     return state
 
 
 def _holds_transformer(path: Path) -> bool:
-    """Whether a file has the tensors of a Wan transformer, bare or in a part; of safetensors, only the names are read."""
+    """Whether a file has the tensors of a Wan transformer, bare or in a part; of safetensors, only
+    the names are read.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             return _is_transformer(file.keys())
@@ -379,22 +509,41 @@ def _select(state: Mapping, head_dim: int | None, part: str | None) -> tuple[Sta
     """-> (state dict, what is known besides)."""
     if not isinstance(state, Mapping) or not state:
         raise CheckpointError(
-            f"expected a dict with the weights of a transformer, found {type(state).__name__} with nothing in it."
+            "expected a dict with "
+            "the weights "
+            "of a transformer, "
+            "found "
+            f"{type(state).__name__} "
+            "with nothing in it."
         )
     parts = [name for name, value in state.items() if isinstance(value, Mapping)]
     if part is None and not parts:
-        chosen, name = state, ""
+        chosen = state
+        name = ""
     else:
         wanted = [part] if part else [name for name in PARTS if name in parts]
         if not wanted or wanted[0] not in parts:
             raise CheckpointError(
-                f"the checkpoint has no part {part or ' / '.join(PARTS)}: it has {_listing(map(str, state))}."
+                "the checkpoint "
+                "has no part "
+                f"{part or ' / '.join(PARTS)}: "
+                "it has "
+                f"{_listing(map(str, state))}."
             )
-        name, chosen = wanted[0], state[wanted[0]]
-    wrong = [key for key, value in chosen.items() if not isinstance(key, str) or not isinstance(value, torch.Tensor)]
+        name = wanted[0]
+        chosen = state[wanted[0]]
+    wrong = [
+        key
+        for key, value in chosen.items()
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor)
+    ]
     if wrong or not chosen:
         raise CheckpointError(
-            f"expected a dict with the weights of a transformer, found other things: {_listing(map(str, wrong))}."
+            "expected a dict with "
+            "the weights of a "
+            "transformer, found "
+            "other things: "
+            f"{_listing(map(str, wrong))}."
         )
     if not name:
         return chosen, _Told(head_dim=head_dim)
@@ -419,7 +568,9 @@ def _bare_names(state: State) -> dict[str, torch.Tensor]:
     bare = {}
     for name, tensor in state.items():
         if _bare(name) in bare:
-            raise CheckpointError(f"the checkpoint has two tensors for {_bare(name)}: expected one model.")
+            raise CheckpointError(
+                f"the checkpoint has two tensors for {_bare(name)}: expected one model."
+            )
         bare[_bare(name)] = tensor
     return bare
 
@@ -429,16 +580,24 @@ def _family(bare: State) -> str:
         if mark in bare:
             return family
     raise CheckpointError(
-        f"not the weights of a Wan transformer: expected {' or '.join(_FAMILY_MARKS.values())}, found {_listing(bare)}."
+        "not the weights "
+        "of a Wan "
+        "transformer: "
+        "expected "
+        f"{' or '.join(_FAMILY_MARKS.values())}, "
+        f"found {_listing(bare)}."
     )
 
 
 def _diffusers_name(name: str) -> str | None:
     """Wan2.1 name -> diffusers name, None for a name that a text-to-video transformer has not."""
-    block, inner, names = "", name, _OUTER_NAMES
+    block = ""
+    inner = name
+    names = _OUTER_NAMES
     if name.startswith("blocks."):
         _, number, inner = (name.split(".", 2) + ["", ""])[:3]
-        block, names = f"blocks.{number}.", _BLOCK_NAMES
+        block = f"blocks.{number}."
+        names = _BLOCK_NAMES
     if name == "head.modulation" or (block and inner == "modulation"):
         return block + "scale_shift_table"
     module, _, leaf = inner.rpartition(".")
@@ -455,7 +614,9 @@ def _inspect(state: State, told: _Told) -> CheckpointInfo:
         if name not in named:
             raise CheckpointError(f"the checkpoint is incomplete: {name} is missing.")
         if named[name].ndim != dimensions:
-            raise CheckpointError(f"{name} has shape {list(named[name].shape)}: expected {dimensions} dimensions.")
+            raise CheckpointError(
+                f"{name} has shape {list(named[name].shape)}: expected {dimensions} dimensions."
+            )
         return tuple(named[name].shape)
 
     width, in_channels, *patch = shape("patch_embedding.weight", 5)
@@ -478,16 +639,24 @@ def _inspect(state: State, told: _Told) -> CheckpointInfo:
         cross_attn_norm="blocks.0.norm2.weight" in named,
         head_dim=told.head_dim,
         stage=told.stage,
-        dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in named.values()})),
+        dtypes=tuple(
+            sorted({str(tensor.dtype).removeprefix("torch.") for tensor in named.values()})
+        ),
         parameters=sum(tensor.numel() for tensor in named.values()),
     )
 
 
 def _match_camera(tensors: State, expected: Mapping, has: bool, wants: bool) -> State:
-    """Adds the camera path as zeros, or leaves it out, where the caller asked for the other kind than the file has."""
+    """Adds the camera path as zeros, or leaves it out, where the caller asked for the other kind
+    than the file has.
+    """
     if wants and not has:
         like = tensors["proj_out.weight"]
-        zeros = {name: like.new_zeros(shape) for name, shape in expected.items() if ".attn1.prope_out." in name}
+        zeros = {
+            name: like.new_zeros(shape)
+            for name, shape in expected.items()
+            if ".attn1.prope_out." in name
+        }
         return {**tensors, **zeros}
     if has and not wants:
         return {name: tensor for name, tensor in tensors.items() if ".attn1.prope_out." not in name}
@@ -501,9 +670,14 @@ def _listing(names: Iterable[str], most: int = 3) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line, `inspect` and `convert`; returns the exit status (2 for weights that cannot be used)."""
-    # It makes worlds, which are made of this room: it lives further down, in worldmodel/convert.py, and is found by name.
-    return importlib.import_module("worldmodel.convert").main(sys.argv[1:] if argv is None else argv)
+    """The command line, `inspect` and `convert`; returns the exit status (2 for weights that cannot
+    be used).
+    """
+    # It makes worlds, which are made of this room: it lives further down, in worldmodel/convert.py,
+    # and is found by name.
+    return importlib.import_module("worldmodel.convert").main(
+        sys.argv[1:] if argv is None else argv
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What every command line of this project does alike: a mistake is one sentence on stderr and an exit status."""
+"""What every command line of this project does alike: a mistake is one sentence on stderr and an
+exit status.
+"""
 
 import argparse
 import errno
@@ -10,12 +12,19 @@ from collections.abc import Callable
 from safetensors import SafetensorError
 
 MOST_THREADS = 256
-BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
-_NO_MEMORY = ("out of memory", "allocate memory")  # in torch's RuntimeErrors, which on the CPU have no type of their own
+BAD_INPUT = 2
+FAILED = 1
+INTERRUPTED = 130
+_NO_MEMORY = (
+    "out of memory",
+    "allocate memory",
+)  # in torch's RuntimeErrors, which on the CPU have no type of their own
 
 
 class Stopped(Exception):
-    """Work that a signal ended before its end; the sentence says what to do ("": another process says it)."""
+    """Work that a signal ended before its end; the sentence says what to do ("": another process
+    says it).
+    """
 
     def __init__(self, number: int, sentence: str):
         super().__init__(sentence)
@@ -23,10 +32,14 @@ class Stopped(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are a ValueError of one sentence, not a page and an exit; its sub-parsers too."""
+    """argparse whose mistakes are a ValueError of one sentence, not a page and an exit; its
+    sub-parsers too.
+    """
 
     def error(self, message: str):
-        raise ValueError(f"{message[:1].upper()}{message[1:]}; {self.prog} --help lists the options.")
+        raise ValueError(
+            f"{message[:1].upper()}{message[1:]}; {self.prog} --help lists the options."
+        )
 
 
 def positive(text: str) -> int:
@@ -37,7 +50,9 @@ def positive(text: str) -> int:
 
 
 def threads(text: str) -> int:
-    """argparse type: CPU threads. The system ends a program that cannot have all the threads it asks for."""
+    """argparse type: CPU threads. The system ends a program that cannot have all the threads it
+    asks for.
+    """
     if positive(text) > MOST_THREADS:
         raise argparse.ArgumentTypeError(f"expected at most {MOST_THREADS}, got {text}")
     return int(text)
@@ -49,35 +64,53 @@ def cores() -> int:
 
 
 def run(program: str, work: Callable[[], int | None]) -> int:
-    """Runs `work` and returns the exit status: its own (None = 0), or what went wrong, after one sentence on stderr.
+    """Runs `work` and returns the exit status: its own (None = 0), or what went wrong, after one
+    sentence on stderr.
 
-    ValueError: 2. OSError, SafetensorError (its writer's OSError), no memory: 1. Ctrl-C: 130. Stopped: 128 and its signal's number.
-    Anything else is a fault of this program and passes through.
+    ValueError: 2. OSError, SafetensorError (its writer's OSError), no memory: 1. Ctrl-C: 130.
+    Stopped: 128 and its signal's number. Anything else is a fault of this program and passes
+    through.
     """
     try:
         return work() or 0
     except KeyboardInterrupt:
-        status, sentence = INTERRUPTED, "stopped before the end."
+        status = INTERRUPTED
+        sentence = "stopped before the end."
     except Stopped as stop:
-        status, sentence = 128 + stop.number, str(stop)
+        status = 128 + stop.number
+        sentence = str(stop)
     except OSError as error:
-        status, sentence = FAILED, _of_the_system(error)
+        status = FAILED
+        sentence = _of_the_system(error)
     except ValueError as error:
-        status, sentence = BAD_INPUT, str(error)
+        status = BAD_INPUT
+        sentence = str(error)
     except SafetensorError as error:
-        status, sentence = FAILED, f"{error}; see to the disk and start again."
+        status = FAILED
+        sentence = f"{error}; see to the disk and start again."
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in _NO_MEMORY):
             raise
-        status, sentence = FAILED, f"there is not enough memory ({str(error).partition('.')[0]}); ask for less at a time."
-    # Here the traceback is gone, and with it the progress bars it kept open: the sentence gets a line of its own.
+        status = FAILED
+        sentence = (
+            f"there is not enough memory ({str(error).partition('.')[0]}); ask for less at a time."
+        )
+    # Here the traceback is gone, and with it the progress bars it kept open: the sentence gets a
+    # line of its own.
     if sentence:
         print(f"{program}: {' '.join(sentence.split())}", file=sys.stderr)
     return status
 
 
-def report(program: str, parser: Parser, measure: Callable[[argparse.Namespace], dict], argv: list[str] | None) -> int:
-    """`run` for a program that prints what it measured as JSON, and writes it into the file `--output` too where one is named."""
+def report(
+    program: str,
+    parser: Parser,
+    measure: Callable[[argparse.Namespace], dict],
+    argv: list[str] | None,
+) -> int:
+    """`run` for a program that prints what it measured as JSON, and writes it into the file
+    `--output` too where one is named.
+    """
 
     def work() -> None:
         args = parser.parse_args(argv)
@@ -98,7 +131,9 @@ def tell(sentence: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, to be put into a sentence; the error's name when it has no message."""
+    """The first line of an error's message, to be put into a sentence; the error's name when it has
+    no message.
+    """
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 

@@ -16,16 +16,21 @@ _HALVES = ("enter", "leave")
 
 
 class CompiledBlocks:
-    """Runs the two halves of `blocks` through torch.compile, each kind of pass from when its code is ready; until then the plain ones.
+    """Runs the two halves of `blocks` through torch.compile, each kind of pass from when its code
+    is ready; until then the plain ones.
 
-    The halves know nothing of a past, so there is one code for all blocks and for every length of the memory: one for a chunk's
-    passes, one more for merged ones. A thread of its own compiles with the first inputs that come, so nobody waits. Where something cannot
-    be compiled (no C++ compiler, no Triton) all stay plain, and `fault` says why. Passes that need gradients are plain too.
+    The halves know nothing of a past, so there is one code for all blocks and for every length of
+    the memory: one for a chunk's passes, one more for merged ones. A thread of its own compiles
+    with the first inputs that come, so nobody waits. Where something cannot be compiled (no C++
+    compiler, no Triton) all stay plain, and `fault` says why. Passes that need gradients are plain
+    too.
     """
 
     def __init__(self, blocks: nn.ModuleList):
         self.fault = ""
-        self._compiled = {name: torch.compile(getattr(WanBlock, name), dynamic=False) for name in _HALVES}
+        self._compiled = {
+            name: torch.compile(getattr(WanBlock, name), dynamic=False) for name in _HALVES
+        }
         self._ready: set[tuple] = set()
         self._asked: set[tuple] = set()
         self._jobs: queue.Queue = queue.Queue()
@@ -40,7 +45,9 @@ class CompiledBlocks:
         self._jobs.join()
 
     def stop(self) -> None:
-        """All blocks run as they are from now on, and the thread ends with what it is compiling; for blocks that are to be changed."""
+        """All blocks run as they are from now on, and the thread ends with what it is compiling;
+        for blocks that are to be changed.
+        """
         self._stopped = True
         self._jobs.put(None)
 
@@ -73,14 +80,18 @@ class CompiledBlocks:
                     self._compiled[name](block, *inputs, **options)
                 self._ready.add(kind)
             except Exception as error:  # a compiler can fail in any way; the plain blocks go on
-                self.fault = f"Blocks cannot be compiled here ({first_line(error)}); they run as they are."
+                self.fault = (
+                    f"Blocks cannot be compiled here ({first_line(error)}); they run as they are."
+                )
             finally:
                 del job, block, inputs
                 self._jobs.task_done()
 
 
 def _layouts(value) -> Iterator[tuple]:
-    """Type, shape and strides of every tensor in nested tuples and dataclasses: what compiled code is made for."""
+    """Type, shape and strides of every tensor in nested tuples and dataclasses: what compiled code
+    is made for.
+    """
     if isinstance(value, Tensor):
         yield value.dtype, value.shape, value.stride()
     elif isinstance(value, tuple):

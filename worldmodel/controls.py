@@ -1,7 +1,9 @@
-"""Time-stamped key and mouse edges -> one exact camera pose a latent frame, inside what a world knows.
+"""Time-stamped key and mouse edges -> one exact camera pose a latent frame, inside what a world
+knows.
 
-The clock belongs to the caller: every method takes the time `t` in seconds, of any origin. Edges may come from
-another thread than the one that asks for poses. Neither torch nor pygame is needed here.
+The clock belongs to the caller: every method takes the time `t` in seconds, of any origin. Edges
+may come from another thread than the one that asks for poses. Neither torch nor pygame is needed
+here.
 """
 
 import math
@@ -44,18 +46,31 @@ class Envelope:
     pitch: float = 3.0  # degrees a latent
     pitch_limit: float = 60.0  # degrees above and below the horizon
     smoothing: float = 1.0  # share of the speed change made in one latent; 1 = at once
-    style: str = "walk"  # "walk": yaw about the vertical, move on the ground; "fly": about the camera's own axes
+    # "walk": yaw about the vertical, move on the ground; "fly": about the camera's own axes
+    style: str = "walk"
 
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "style" and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
-                raise ValueError(f"Envelope: {field.name} must be a number of at least 0, got {value!r}.")
+            if field.name != "style" and not (
+                isinstance(value, (int, float)) and 0 <= value < math.inf
+            ):
+                raise ValueError(
+                    f"Envelope: {field.name} must be a number of at least 0, got {value!r}."
+                )
         if self.style not in STYLES:
-            raise ValueError(f"Envelope: style must be one of {', '.join(STYLES)}, got {self.style!r}.")
+            raise ValueError(
+                f"Envelope: style must be one of {', '.join(STYLES)}, got {self.style!r}."
+            )
         if self.run < 1 or not 0 < self.smoothing <= 1 or not 0 < self.pitch_limit <= 90:
             raise ValueError(
-                "Envelope: run must be at least 1, smoothing above 0 and at most 1, pitch_limit above 0 and at most "
+                "Envelope: run "
+                "must be at "
+                "least 1, smoothing "
+                "above 0 and at "
+                "most 1, "
+                "pitch_limit above 0 "
+                "and at most "
                 f"90; got {self.run}, {self.smoothing}, {self.pitch_limit}."
             )
 
@@ -63,33 +78,45 @@ class Envelope:
     def locked(self) -> tuple[str, ...]:
         """Names of the MOTIONS this world does not know."""
         nothing = {axis: 0 for axis in AXES} | {"run": 1}
-        return tuple(name for name, (axis, _) in MOTIONS.items() if getattr(self, axis) == nothing[axis])
+        return tuple(
+            name for name, (axis, _) in MOTIONS.items() if getattr(self, axis) == nothing[axis]
+        )
 
     @property
     def limits(self) -> np.ndarray:
         """[5] largest motion a latent without running, in the order of AXES."""
-        return np.array([self.forward, self.strafe, self.vertical, self.yaw, self.pitch], np.float64)
+        return np.array(
+            [self.forward, self.strafe, self.vertical, self.yaw, self.pitch], np.float64
+        )
 
 
 class Controls:
-    """Integrates edges between two calls of `pose_until` exactly: speed is constant between neighbouring edges.
+    """Integrates edges between two calls of `pose_until` exactly: speed is constant between
+    neighbouring edges.
 
-    A latent is worth `frames_per_latent / fps` seconds. Called at that pace, a key held for a third of it moves a third
-    of the envelope. Called late (a slow machine), a press keeps the worth of its real time, up to one full step;
-    called early, a key held all the time still moves a full step. The first call starts the clock and moves nothing.
-    Of opposite motions the latest pressed wins until it is released.
+    A latent is worth `frames_per_latent / fps` seconds. Called at that pace, a key held for a third
+    of it moves a third of the envelope. Called late (a slow machine), a press keeps the worth of
+    its real time, up to one full step; called early, a key held all the time still moves a full
+    step. The first call starts the clock and moves nothing. Of opposite motions the latest pressed
+    wins until it is released.
 
     envelope: what the world knows. fps: pixel frames a second. sensitivity: degrees a mouse count.
     """
 
-    def __init__(self, envelope: Envelope, fps: float, frames_per_latent: int = 4, sensitivity: float = 0.1):
+    def __init__(
+        self, envelope: Envelope, fps: float, frames_per_latent: int = 4, sensitivity: float = 0.1
+    ):
         if not (fps > 0 and frames_per_latent >= 1):
-            raise ValueError(f"fps and frames_per_latent must be positive, got {fps} and {frames_per_latent}.")
+            raise ValueError(
+                f"fps and frames_per_latent must be positive, got {fps} and {frames_per_latent}."
+            )
         self.envelope = envelope
         self.sensitivity = sensitivity
         self._latent = frames_per_latent / fps  # seconds
         self._lock = threading.Lock()
-        self._edges: list[tuple[float, str, object]] = []  # (t, "press" | "release" | "look", motion or counts)
+        self._edges: list[
+            tuple[float, str, object]
+        ] = []  # (t, "press" | "release" | "look", motion or counts)
         self._held: dict[str, None] = {}  # in the order of pressing
         self.reset()
 
@@ -115,7 +142,9 @@ class Controls:
         return self._velocity.copy()
 
     def press(self, motion: str, t: float) -> None:
-        """The key of `motion` (one of MOTIONS) went down at `t` seconds. A locked motion is remembered but moves nothing."""
+        """The key of `motion` (one of MOTIONS) went down at `t` seconds. A locked motion is
+        remembered but moves nothing.
+        """
         self._add(t, "press", _known(motion))
 
     def release(self, motion: str, t: float) -> None:
@@ -129,8 +158,9 @@ class Controls:
         self._add(t, "look", (dx, dy))
 
     def reset(self, c2w=None) -> None:
-        """Stand still at `c2w` [4,4] (default: identity). Keys stay held; the clock starts anew with the next pose, so
-        `reset(pose)` also ends a pause."""
+        """Stand still at `c2w` [4,4] (default: identity). Keys stay held; the clock starts anew
+        with the next pose, so `reset(pose)` also ends a pause.
+        """
         pose = np.eye(4) if c2w is None else check_poses(c2w, 1, "reset")[0].copy()
         with self._lock:
             for _, kind, value in sorted(self._edges, key=lambda edge: edge[0]):
@@ -138,11 +168,15 @@ class Controls:
             self._edges.clear()
         self._pose = pose
         self._velocity = np.zeros(len(AXES))
-        self._carried = np.zeros(2)  # mouse degrees (yaw, pitch) that did not fit into the last latent
+        self._carried = np.zeros(
+            2
+        )  # mouse degrees (yaw, pitch) that did not fit into the last latent
         self._since: float | None = None
 
     def pose_until(self, t: float) -> np.ndarray:
-        """The camera after everything that happened until `t`: one latent frame further. Returns c2w [4,4]."""
+        """The camera after everything that happened until `t`: one latent frame further. Returns
+        c2w [4,4].
+        """
         with self._lock:
             edges = sorted((edge for edge in self._edges if edge[0] <= t), key=lambda edge: edge[0])
             self._edges = [edge for edge in self._edges if edge[0] > t]
@@ -154,10 +188,12 @@ class Controls:
         self._velocity += self.envelope.smoothing * (target - self._velocity)
         self._limit_pitch()
         forward, strafe, vertical, yaw, pitch = self._velocity
-        self._pose = advance(self._pose, [strafe, -vertical, forward], yaw, pitch, self.envelope.style)
+        self._pose = advance(
+            self._pose, [strafe, -vertical, forward], yaw, pitch, self.envelope.style
+        )
         return self.pose
 
-    # ---------------------------------------------------------------------------------------------- inside
+    # -------------------- inside
 
     def _add(self, t: float, kind: str, value) -> None:
         if not math.isfinite(t):
@@ -166,11 +202,17 @@ class Controls:
             self._edges.append((t, kind, value))
 
     def _integrate(self, edges, start: float, end: float) -> tuple[np.ndarray, np.ndarray]:
-        """Share [5] of the envelope that the keys ask for between start and end, and mouse motion [2] in counts."""
-        mouse, total, active = np.zeros(2), np.zeros(len(AXES)), np.zeros(len(_GROUPS))
+        """Share [5] of the envelope that the keys ask for between start and end, and mouse motion
+        [2] in counts.
+        """
+        mouse = np.zeros(2)
+        total = np.zeros(len(AXES))
+        active = np.zeros(len(_GROUPS))
         now = start
         for when, kind, value in [*edges, (end, "end", None)]:
-            when = min(max(when, start), end)  # an edge that was delivered late counts from the start
+            when = min(
+                max(when, start), end
+            )  # an edge that was delivered late counts from the start
             speed = self._speed()
             total += speed * (when - now)
             active += (_GROUPS @ np.abs(speed) > 0) * (when - now)
@@ -181,7 +223,8 @@ class Controls:
                 self._apply(kind, value)
         if end <= start:
             return total, mouse
-        # Dividing by the time a group was active, at least a latent, keeps the mean inside the envelope.
+        # Dividing by the time a group was active, at least a latent, keeps the mean inside the
+        # envelope.
         return total / (np.maximum(active, min(end - start, self._latent)) @ _GROUPS), mouse
 
     def _apply(self, kind: str, motion) -> None:
@@ -191,17 +234,23 @@ class Controls:
             self._held.pop(motion, None)
 
     def _speed(self) -> np.ndarray:
-        """[5] share of the envelope asked for by the keys held now; diagonals have length 1, running `run`."""
+        """[5] share of the envelope asked for by the keys held now; diagonals have length 1,
+        running `run`.
+        """
         speed = np.zeros(len(AXES))
         for motion in self._held:  # later presses overwrite earlier ones
             axis, sign = MOTIONS[motion]
             if axis != "run" and motion not in self.locked:
                 speed[AXES.index(axis)] = sign
         speed /= np.maximum(np.sqrt(_GROUPS @ speed**2), 1.0) @ _GROUPS
-        return np.where(_RUNNING, speed * self.envelope.run, speed) if "run" in self._held else speed
+        return (
+            np.where(_RUNNING, speed * self.envelope.run, speed) if "run" in self._held else speed
+        )
 
     def _mouse_turn(self, counts: np.ndarray, by_keys: np.ndarray) -> np.ndarray:
-        """Mouse counts (right, down) -> degrees [2] of yaw and pitch that still fit beside the keys' turn."""
+        """Mouse counts (right, down) -> degrees [2] of yaw and pitch that still fit beside the
+        keys' turn.
+        """
         limits = self.envelope.limits[3:]
         fresh = np.where(limits > 0, counts * [1, -1] * self.sensitivity, 0.0)
         wanted = by_keys + self._carried + fresh
@@ -213,10 +262,12 @@ class Controls:
     def _limit_pitch(self) -> None:
         elevation = math.degrees(math.asin(np.clip(-self._pose[1, 2], -1, 1)))
         limit = self.envelope.pitch_limit
-        low, high = min(-limit - elevation, 0), max(limit - elevation, 0)
+        low = min(-limit - elevation, 0)
+        high = max(limit - elevation, 0)
         allowed = min(max(self._velocity[4], low), high)
         if allowed != self._velocity[4]:
-            self._velocity[4], self._carried[1] = allowed, 0.0
+            self._velocity[4] = allowed
+            self._carried[1] = 0.0
 
 
 def _known(motion: str) -> str:

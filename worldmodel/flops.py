@@ -1,32 +1,52 @@
-"""How many operations a pass of the network takes; a multiplication with its addition counts as two.
+"""How many operations a pass of the network takes; a multiplication with its addition counts as
+two.
 
-Counted is what is multiplied in matrices: the linear layers and the attention of both paths over the window. Norms, rotations and the
-cameras' 4x4 products are left out, so a share of what a device can do is rather too low than too high.
+Counted is what is multiplied in matrices: the linear layers and the attention of both paths over
+the window. Norms, rotations and the cameras' 4x4 products are left out, so a share of what a device
+can do is rather too low than too high.
 """
 
 from collections.abc import Mapping
 
 
 def pass_flops(config: Mapping, tokens: int, seen: int, text_length: int) -> int:
-    """A denoising pass over `tokens` tokens, each of which attends to `seen` tokens and to `text_length` rows of a prompt.
+    """A denoising pass over `tokens` tokens, each of which attends to `seen` tokens and to
+    `text_length` rows of a prompt.
 
     config: of a `CausalWanTransformer`. Time and prompt are embedded elsewhere, once.
     """
-    width, block = _width(config), _block(config, tokens, seen, text_length)
-    return config["num_layers"] * block + _ends(config, tokens, width, config["in_channels"] + config["out_channels"])
+    width = _width(config)
+    block = _block(config, tokens, seen, text_length)
+    return config["num_layers"] * block + _ends(
+        config, tokens, width, config["in_channels"] + config["out_channels"]
+    )
 
 
 def clean_flops(config: Mapping, tokens: int, seen: int, text_length: int) -> int:
     """A pass that is run for its keys and values alone: it ends at those of the last layer."""
-    width, block = _width(config), _block(config, tokens, seen, text_length)
-    return (config["num_layers"] - 1) * block + 2 * _linear(tokens, width, width) + _ends(config, tokens, width, config["in_channels"])
+    width = _width(config)
+    block = _block(config, tokens, seen, text_length)
+    return (
+        (config["num_layers"] - 1) * block
+        + 2 * _linear(tokens, width, width)
+        + _ends(config, tokens, width, config["in_channels"])
+    )
 
 
 def _block(config: Mapping, tokens: int, seen: int, text_length: int) -> int:
-    width, paths = _width(config), 2 if config["camera"] else 1
-    square = 3 + paths + 2  # q, k, v; an output layer a path; the query and output layers of cross-attention
-    attention = 2 * (paths * _linear(tokens, seen, width) + _linear(tokens, text_length, width))  # scores, then values
-    return square * _linear(tokens, width, width) + attention + 2 * _linear(tokens, width, config["ffn_dim"])
+    width = _width(config)
+    paths = 2 if config["camera"] else 1
+    square = (
+        3 + paths + 2
+    )  # q, k, v; an output layer a path; the query and output layers of cross-attention
+    attention = 2 * (
+        paths * _linear(tokens, seen, width) + _linear(tokens, text_length, width)
+    )  # scores, then values
+    return (
+        square * _linear(tokens, width, width)
+        + attention
+        + 2 * _linear(tokens, width, config["ffn_dim"])
+    )
 
 
 def _ends(config: Mapping, tokens: int, width: int, channels: int) -> int:

@@ -1,4 +1,6 @@
-"""The machine that times depend on: what it is, how fast it multiplies, and clocks for what it does."""
+"""The machine that times depend on: what it is, how fast it multiplies, and clocks for what it
+does.
+"""
 
 import os
 import platform
@@ -14,7 +16,8 @@ import torch
 
 from worldmodel.command_line import cores
 
-_TURNS, _UNCOUNTED = 12, 3  # of the matmul measurement
+_TURNS = 12  # of the matmul measurement
+_UNCOUNTED = 3
 
 
 def describe_machine(device: torch.device) -> dict:
@@ -23,7 +26,9 @@ def describe_machine(device: torch.device) -> dict:
         "processor": _processor(),
         "cores": cores(),
         "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,  # above 1 at the start: not idle
+        "load": round(os.getloadavg()[0], 2)
+        if hasattr(os, "getloadavg")
+        else None,  # above 1 at the start: not idle
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -31,8 +36,18 @@ def describe_machine(device: torch.device) -> dict:
 
 
 def describe_commit() -> str:
-    """The checkout that this package was imported from, `-dirty` when changed; "unknown" outside git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    """The checkout that this package was imported from, `-dirty` when changed; "unknown" outside
+    git.
+    """
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+    ]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -42,7 +57,9 @@ def describe_commit() -> str:
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -50,17 +67,25 @@ def _processor() -> str:
 def spread(values: np.ndarray, high: str = "p90", digits: int = 3) -> dict[str, float]:
     """Median, 10th and 90th (or 95th) percentile."""
     low, middle, top = np.percentile(values, (10, 50, int(high[1:])))
-    return {"median": round(float(middle), digits), "p10": round(float(low), digits), high: round(float(top), digits)}
+    return {
+        "median": round(float(middle), digits),
+        "p10": round(float(low), digits),
+        high: round(float(top), digits),
+    }
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 0) -> dict:
-    """What the device multiplies at its best: the median rate of large square products, in 10^12 operations a second.
+    """What the device multiplies at its best: the median rate of large square products, in 10^12
+    operations a second.
 
-    A multiplication with its addition counts as two. size: rows and columns, 0 = 8192 on CUDA and 1024 elsewhere.
+    A multiplication with its addition counts as two. size: rows and columns, 0 = 8192 on CUDA and
+    1024 elsewhere.
     """
     size = size or (8192 if device.type == "cuda" else 1024)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    out, clock, products = torch.empty_like(a), PartClock(device), 8 if device.type == "cuda" else 1
+    out = torch.empty_like(a)
+    clock = PartClock(device)
+    products = 8 if device.type == "cuda" else 1
     for _ in range(_TURNS + _UNCOUNTED):
         clock.timed("turn", lambda: [torch.mm(a, b, out=out) for _ in range(products)])()
     settle(device)
@@ -78,7 +103,8 @@ def settle(device: torch.device) -> None:
 class PeakMemory:
     """The most memory that was in use since `reset`, in bytes.
 
-    On CUDA what tensors took; elsewhere what the process ever held, which cannot be reset; 0 where the system does not tell.
+    On CUDA what tensors took; elsewhere what the process ever held, which cannot be reset; 0 where
+    the system does not tell.
     """
 
     def __init__(self, device: torch.device):
@@ -99,7 +125,9 @@ class PeakMemory:
             import resource
         except ImportError:  # Windows
             return 0
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
 
 
 class Span(NamedTuple):
@@ -112,13 +140,19 @@ class Span(NamedTuple):
     @property
     def milliseconds(self) -> float:
         """On CUDA the device must have done it."""
-        return (self.end - self.begin) * 1e3 if isinstance(self.begin, float) else self.begin.elapsed_time(self.end)
+        return (
+            (self.end - self.begin) * 1e3
+            if isinstance(self.begin, float)
+            else self.begin.elapsed_time(self.end)
+        )
 
 
 class PartClock:
-    """How long the parts of a device's work take: on CUDA between events in the stream at hand, elsewhere by the clock.
+    """How long the parts of a device's work take: on CUDA between events in the stream at hand,
+    elsewhere by the clock.
 
-    Events tell when the device works, not when it is asked to, and nobody waits for them: what is measured runs as ever.
+    Events tell when the device works, not when it is asked to, and nobody waits for them: what is
+    measured runs as ever.
     """
 
     def __init__(self, device: torch.device):
@@ -137,7 +171,9 @@ class PartClock:
         return run
 
     def timed_pieces(self, part: str, work: Callable[..., Iterator]) -> Callable[..., Iterator]:
-        """As `timed`, where the work is done piece by piece and ends with the last one; so it includes what is done with the pieces."""
+        """As `timed`, where the work is done piece by piece and ends with the last one; so it
+        includes what is done with the pieces.
+        """
 
         def run(*inputs, **options):
             begin = self._mark()
@@ -148,7 +184,8 @@ class PartClock:
 
     def take(self) -> list[Span]:
         """All spans since the last call, in the order of their ends."""
-        spans, self._spans = self._spans, []
+        spans = self._spans
+        self._spans = []
         return spans
 
     def _mark(self) -> "float | torch.cuda.Event":

@@ -1,4 +1,6 @@
-"""Frozen dataclasses as the description of a YAML file: every key and value is checked, nothing is guessed or ignored."""
+"""Frozen dataclasses as the description of a YAML file: every key and value is checked, nothing is
+guessed or ignored.
+"""
 
 import dataclasses
 import difflib
@@ -22,7 +24,9 @@ class Range:
         return (self.low < number if self.open else self.low <= number) and number <= self.high
 
     def __str__(self) -> str:
-        return f"{'above' if self.open else 'at least'} {self.low}" + (f" and at most {self.high}" if self.high < math.inf else "")
+        return f"{'above' if self.open else 'at least'} {self.low}" + (
+            f" and at most {self.high}" if self.high < math.inf else ""
+        )
 
 
 Count = Annotated[int, Range(1)]
@@ -31,14 +35,23 @@ Share = Annotated[float, Range(0, 1)]
 Amount = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, open=True)]
 
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a table of keys and values"}
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    dict: "a table of keys and values",
+}
 
 
 def build(kind: type, values: object, where: str):
-    """Makes the (nested, frozen) dataclass `kind` from plain YAML values; `where` begins the error messages.
+    """Makes the (nested, frozen) dataclass `kind` from plain YAML values; `where` begins the error
+    messages.
 
-    Lists become tuples, a whole number may stand for a float, and so may a text such as 1e-4, which YAML does not take for a number.
-    Errors: ValueError for an unknown key (names the nearest known one), a missing key, a wrong kind, a number out of its range.
+    Lists become tuples, a whole number may stand for a float, and so may a text such as 1e-4, which
+    YAML does not take for a number.
+    Errors: ValueError for an unknown key (names the nearest known one), a missing key, a wrong
+    kind, a number out of its range.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: expected a mapping of {kind.__name__} options, got {values!r}")
@@ -48,7 +61,11 @@ def build(kind: type, values: object, where: str):
             near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
             raise ValueError(f"{where}: unknown key {key!r}; did you mean {near!r}?")
     for field in dataclasses.fields(kind):
-        if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
+        if (
+            field.name not in values
+            and field.default is MISSING
+            and field.default_factory is MISSING
+        ):
             raise ValueError(f"{where}: the key {field.name!r} is missing")
     made = {key: _value(hints[key], value, f"{where}: {key}") for key, value in values.items()}
     try:
@@ -67,12 +84,15 @@ def as_dict(options) -> dict:
             return {key: plain(one) for key, one in value.items()}
         return [plain(one) for one in value] if isinstance(value, tuple) else value
 
-    return {field.name: plain(getattr(options, field.name)) for field in dataclasses.fields(options)}
+    return {
+        field.name: plain(getattr(options, field.name)) for field in dataclasses.fields(options)
+    }
 
 
 def _value(hint, value, where: str):
     """One checked and converted value."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    inner = typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where)
     if origin is Annotated:
@@ -99,6 +119,10 @@ def _value(hint, value, where: str):
                 return float(value)
         except (TypeError, ValueError):
             pass
-    elif hint in (int, bool, str) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+    elif (
+        hint in (int, bool, str)
+        and isinstance(value, hint)
+        and (hint is bool or not isinstance(value, bool))
+    ):
         return value
     raise ValueError(f"{where} must be {_KINDS[origin or hint]}, got {value!r}")

@@ -1,4 +1,6 @@
-"""Worlds of random weights, as fast as trained ones of their shape: no files are needed, and weights are made where they are used."""
+"""Worlds of random weights, as fast as trained ones of their shape: no files are needed, and
+weights are made where they are used.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +10,14 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from worldmodel.autoencoder import FRAMES_PER_LATENT, Autoencoder, Stream, StreamState, TinyAutoencoder, WanAutoencoder
+from worldmodel.autoencoder import (
+    FRAMES_PER_LATENT,
+    Autoencoder,
+    Stream,
+    StreamState,
+    TinyAutoencoder,
+    WanAutoencoder,
+)
 from worldmodel.controls import Envelope
 from worldmodel.convert import PublishedWorld
 from worldmodel.rollout import RolloutConfig
@@ -34,15 +43,26 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
-        """The name of a published shape, or `LAYERSxWIDTHxHEADS[xFFN]`, for example 8x256x4 (FFN: four times the width)."""
+        """The name of a published shape, or `LAYERSxWIDTHxHEADS[xFFN]`, for example 8x256x4 (FFN:
+        four times the width).
+        """
         if text.lower() in SHAPES:
             return SHAPES[text.lower()]
         parts = text.lower().split("x")
         if len(parts) not in (3, 4) or not all(part.isdecimal() and int(part) for part in parts):
-            raise ValueError(f"expected {', '.join(SHAPES)} or LAYERSxWIDTHxHEADS[xFFN] such as 8x256x4, got {text!r}")
+            raise ValueError(
+                "expected "
+                f"{', '.join(SHAPES)} or "
+                "LAYERSxWIDTHxHEADS[xFFN] "
+                "such as "
+                "8x256x4, got "
+                f"{text!r}"
+            )
         layers, width, heads, *ffn_dim = map(int, parts)
         if width % (4 * heads):
-            raise ValueError(f"expected a width that is a multiple of 4 x {heads} heads, got {width} in {text!r}")
+            raise ValueError(
+                f"expected a width that is a multiple of 4 x {heads} heads, got {width} in {text!r}"
+            )
         return cls(layers, width, heads, *(ffn_dim or [4 * width]))
 
     @property
@@ -69,38 +89,54 @@ SHAPES = {
 }
 
 
-def draw_weights(network: CausalWanTransformer, device: torch.device, dtype: torch.dtype) -> CausalWanTransformer:
-    """Gives a network without memory (`torch.device("meta")`) random weights on a device, tensor by tensor.
+def draw_weights(
+    network: CausalWanTransformer, device: torch.device, dtype: torch.dtype
+) -> CausalWanTransformer:
+    """Gives a network without memory (`torch.device("meta")`) random weights on a device, tensor by
+    tensor.
 
-    What `from_pretrained` keeps in float32 is float32 here too. Matrices keep the size of what goes through them; norms are 1, biases 0.
+    What `from_pretrained` keeps in float32 is float32 here too. Matrices keep the size of what goes
+    through them; norms are 1, biases 0.
     """
     kept = set(network._keep_in_fp32_modules)
 
     def drawn(name: str, like: Tensor) -> Tensor:
-        options = {"device": device, "dtype": torch.float32 if kept & set(name.split(".")) else dtype}
+        options = {
+            "device": device,
+            "dtype": torch.float32 if kept & set(name.split(".")) else dtype,
+        }
         if like.ndim > 1:
             return torch.randn(like.shape, **options).mul_((like.numel() // like.shape[0]) ** -0.5)
         return torch.full(like.shape, float(name.endswith("weight")), **options)
 
-    network.load_state_dict({name: drawn(name, tensor) for name, tensor in network.state_dict().items()}, assign=True)
+    network.load_state_dict(
+        {name: drawn(name, tensor) for name, tensor in network.state_dict().items()}, assign=True
+    )
     return network
 
 
 def random_world(
     shape: Shape, config: WorldConfig, autoencoder: str, device: torch.device, dtype: torch.dtype
 ) -> World:
-    """A world in memory with random weights, without start images; `autoencoder` is one of AUTOENCODERS."""
+    """A world in memory with random weights, without start images; `autoencoder` is one of
+    AUTOENCODERS.
+    """
     if config.height % 16 or config.width % 16 or min(config.height, config.width) < 16:
-        raise ValueError(f"expected a picture size in multiples of 16 pixels, got {config.height}x{config.width}")
+        raise ValueError(
+            f"expected a picture size in multiples of 16 pixels, got {config.height}x{config.width}"
+        )
     torch.manual_seed(0)
     transformer = shape.transformer(device, dtype).eval().requires_grad_(False)
-    decoder = nn.Module.to(_autoencoder(autoencoder, shape.published), dtype).eval().requires_grad_(False)
+    decoder = (
+        nn.Module.to(_autoencoder(autoencoder, shape.published), dtype).eval().requires_grad_(False)
+    )
     prompts = PromptBook({config.prompts.default: torch.randn(shape.text_length, shape.text_dim)})
     return World(Path("random"), config, transformer, decoder, prompts, device, dtype)
 
 
 def random_config(shape: Shape, world: Path | None, size: tuple[int, int] | None) -> WorldConfig:
-    """How a random world is played: as `world` (a bundle, a file of configs/worlds or its name), or in the usual way of its shape.
+    """How a random world is played: as `world` (a bundle, a file of configs/worlds or its name), or
+    in the usual way of its shape.
 
     size: height and width in pixels; None = the world's, or the shape's.
     """
@@ -125,7 +161,15 @@ def _read(world: Path) -> WorldConfig | PublishedWorld:
     named = _WORLDS / f"{world}.yaml"
     if not (named if named.is_file() else world).is_file():
         known = ", ".join(sorted(path.stem for path in _WORLDS.glob("*.yaml")))
-        raise ValueError(f"expected --world as a world's folder, a YAML file as in configs/worlds, or one of {known}, got {str(world)!r}")
+        raise ValueError(
+            "expected --world "
+            "as a world's "
+            "folder, a YAML "
+            "file as in "
+            "configs/worlds, or "
+            f"one of {known}, got "
+            f"{str(world)!r}"
+        )
     return PublishedWorld.read(named if named.is_file() else world)
 
 
@@ -149,7 +193,8 @@ def _autoencoder(name: str, published: bool) -> "Autoencoder | NoAutoencoder":
 class NoAutoencoder(nn.Module):
     """Decodes nothing: a latent's first cell is its picture. For figures without decoding."""
 
-    spatial_factor, latent_channels = 8, 16
+    spatial_factor = 8
+    latent_channels = 16
 
     def streaming_decoder(self) -> "NoDecoder":
         return NoDecoder(0)
@@ -160,7 +205,9 @@ class NoDecoder(Stream):
 
     def step(self, latents: Tensor) -> Tensor:
         """Latents `[B, C, f, h, w]` -> video `[B, 3, T, 1, 1]`."""
-        frames = latents.shape[2] * FRAMES_PER_LATENT - (0 if self._state.started else FRAMES_PER_LATENT - 1)
+        frames = latents.shape[2] * FRAMES_PER_LATENT - (
+            0 if self._state.started else FRAMES_PER_LATENT - 1
+        )
         self._state = StreamState(True, ())
         return latents[:, :3, -1:, :1, :1].expand(-1, -1, frames, -1, -1)
 

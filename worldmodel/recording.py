@@ -1,4 +1,5 @@
-"""Records a session so that nothing but the last moment can be lost, reads it back, and dreams it again.
+"""Records a session so that nothing but the last moment can be lost, reads it back, and dreams it
+again.
 
 A recording is one unbroken take, and a training clip:
 
@@ -9,7 +10,8 @@ A recording is one unbroken take, and a training clip:
     start.png      the start image, if the session had one
     start/         the session's state, if recording began in the middle
 
-A recording that began in the middle shows only the last frame of its first latent: pixel frame 0 is latent 0.
+A recording that began in the middle shows only the last frame of its first latent: pixel frame 0 is
+latent 0.
 """
 
 import hashlib
@@ -38,15 +40,29 @@ from worldmodel.command_line import first_line
 from worldmodel.session import FrameChunk, Session, engine
 from worldmodel.world import World, read_image
 
-VIDEO, LOG, POSES, META, IMAGE, STATE = "video.mp4", "session.jsonl", "poses.json", "meta.yaml", "start.png", "start"
+VIDEO = "video.mp4"
+LOG = "session.jsonl"
+POSES = "poses.json"
+META = "meta.yaml"
+IMAGE = "start.png"
+STATE = "start"
 FORMAT = 1
 QUEUE = 8  # chunks that may wait for the encoder before play waits with them
 KEYFRAME_SECONDS = 0.5  # a fragment of the video ends here: what a crash can cost
 # What is read back from the log, and its kinds.
 _HEADER = {
-    "world": str, "fingerprint": str, "prompt": str, "image": bool, "seed": int, "steps": int | None, "middle": bool,
-    "height": int, "width": int, "intrinsics": list, "engine": dict,
-}  # fmt: skip
+    "world": str,
+    "fingerprint": str,
+    "prompt": str,
+    "image": bool,
+    "seed": int,
+    "steps": int | None,
+    "middle": bool,
+    "height": int,
+    "width": int,
+    "intrinsics": list,
+    "engine": dict,
+}
 _LINE = {"index": int, "prompt": str, "c2w": list, "sha256": str}
 SYNC_LATENTS = 16  # latents between two forced writes of the log to the disk
 _FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
@@ -67,21 +83,27 @@ class Log:
     @property
     def prompts(self) -> tuple[str, ...]:
         """The prompts it was dreamed with, in the order of their first use."""
-        return tuple(dict.fromkeys([self.header["prompt"], *(line["prompt"] for line in self.lines)]))
+        return tuple(
+            dict.fromkeys([self.header["prompt"], *(line["prompt"] for line in self.lines)])
+        )
 
 
 class Recorder:
     """Writes every chunk of `session` into the new folder `folder`, in a thread of its own.
 
-    Make it between two steps of the session. The session's start picture is taken by itself when it is not written.
-    Errors: ValueError when the folder cannot be begun. Later nothing is raised: when the disk is full, or the session was
-    rewound or restarted, recording ends, `error` says why in one sentence, and what was written stays readable.
+    Make it between two steps of the session. The session's start picture is taken by itself when it
+    is not written.
+    Errors: ValueError when the folder cannot be begun. Later nothing is raised: when the disk is
+    full, or the session was rewound or restarted, recording ends, `error` says why in one sentence,
+    and what was written stays readable.
     """
 
     def __init__(self, folder, session: Session):
-        self.folder, self.error = Path(folder), None
+        self.folder = Path(folder)
+        self.error = None
         self.latents = 0  # taken so far
-        self._session, self._begun = session, time.perf_counter()
+        self._session = session
+        self._begun = time.perf_counter()
         self._queue: queue.Queue = queue.Queue(QUEUE)
         if self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir())):
             raise ValueError(f"{self.folder} exists already; record into a new folder.")
@@ -90,14 +112,22 @@ class Recorder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._files = _Files(self.folder, session, middle)
-        except (OSError, SafetensorError, av.FFmpegError, RuntimeError) as error:  # RuntimeError: no memory for the state's copy
+        except (
+            OSError,
+            SafetensorError,
+            av.FFmpegError,
+            RuntimeError,
+        ) as error:  # RuntimeError: no memory for the state's copy
             shutil.rmtree(self.folder, ignore_errors=True)
-            raise ValueError(f"Recording cannot begin in {self.folder}: {_reason(error)}.") from None
+            raise ValueError(
+                f"Recording cannot begin in {self.folder}: {_reason(error)}."
+            ) from None
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
         self._thread.start()
 
     def write(self, chunk: FrameChunk, c2w, keys: Sequence[str] = ()) -> bool:
-        """Takes a chunk just shown, its poses [4,4] or [F,4,4], and the keys held. False when recording has ended.
+        """Takes a chunk just shown, its poses [4,4] or [F,4,4], and the keys held. False when
+        recording has ended.
 
         Waits only when the encoder is `QUEUE` chunks behind; nothing is dropped.
         """
@@ -107,7 +137,12 @@ class Recorder:
             self.write(self._session.start(), np.eye(4))
         if self._next != chunk.index:
             self.error = (
-                f"Recording ended: the session went from latent {self._next} to {chunk.index}, and a recording is one "
+                "Recording ended: the "
+                "session went from "
+                f"latent {self._next} to "
+                f"{chunk.index}, "
+                "and a "
+                "recording is one "
                 f"unbroken take; what was recorded before is kept in {self.folder}."
             )
             self.close()
@@ -149,7 +184,14 @@ class Recorder:
                 return
             self._files.end()
         except Exception as error:
-            self.error = f"Recording ended: {_reason(error)}; what was recorded before is kept in {self.folder}."
+            self.error = (
+                "Recording ended: "
+                f"{_reason(error)}; "
+                "what was "
+                "recorded before "
+                "is kept in "
+                f"{self.folder}."
+            )
         finally:
             self._files.abandon()
             if self._files.latents == 0:
@@ -161,11 +203,15 @@ class _Files:
 
     def __init__(self, folder: Path, session: Session, middle: bool):
         config = session.world.config
-        self._folder, self._config, self._trim = folder, config, middle
+        self._folder = folder
+        self._config = config
+        self._trim = middle
         self._poses: list[np.ndarray] = []
         self._written = 0  # latents in poses.json
         size = (config.width, config.height) * 2
-        self._pixels = [share * pixels for share, pixels in zip(config.intrinsics, size, strict=True)]  # fx, fy, cx, cy
+        self._pixels = [
+            share * pixels for share, pixels in zip(config.intrinsics, size, strict=True)
+        ]  # fx, fy, cx, cy
         self._finished = False
         meta = {
             "caption": session.prompt,
@@ -173,7 +219,9 @@ class _Files:
             "source": f"play:{config.name}",
             "licence": config.licence,
         }
-        (folder / META).write_text(yaml.safe_dump(meta, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        (folder / META).write_text(
+            yaml.safe_dump(meta, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
         if session.image is not None:
             _write_picture(folder / IMAGE, session.image)
         if middle:
@@ -183,11 +231,21 @@ class _Files:
         self._line(_header(session, middle))
         self._raw = (folder / VIDEO).open("wb")
         self._container = av.open(self._raw, "w", format="mp4", options=_FRAGMENTS)
-        self._stream = self._container.add_stream("libx264", rate=Fraction(config.fps).limit_denominator(1001))
-        self._stream.width, self._stream.height, self._stream.pix_fmt = config.width, config.height, "yuv420p"
+        self._stream = self._container.add_stream(
+            "libx264", rate=Fraction(config.fps).limit_denominator(1001)
+        )
+        self._stream.width = config.width
+        self._stream.height = config.height
+        self._stream.pix_fmt = "yuv420p"
         keyframe = str(max(4, round(config.fps * KEYFRAME_SECONDS)))
-        # zerolatency: no frame waits inside the encoder, and any prefix of the stream can be cut off and decoded
-        self._stream.options = {"crf": "12", "preset": "veryfast", "tune": "zerolatency", "g": keyframe}
+        # zerolatency: no frame waits inside the encoder, and any prefix of the stream can be cut
+        # off and decoded
+        self._stream.options = {
+            "crf": "12",
+            "preset": "veryfast",
+            "tune": "zerolatency",
+            "g": keyframe,
+        }
         self._stream.codec_context.thread_count = 1
 
     @property
@@ -195,20 +253,29 @@ class _Files:
         """Latents written so far."""
         return len(self._poses)
 
-    def add(self, chunk: FrameChunk, poses: np.ndarray, keys: tuple[str, ...], seconds: float) -> None:
+    def add(
+        self, chunk: FrameChunk, poses: np.ndarray, keys: tuple[str, ...], seconds: float
+    ) -> None:
         for number, frames in enumerate(_by_latent(chunk)):
             for picture in frames[-1:] if self._trim and not self._poses else frames:
-                self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+                self._container.mux(
+                    self._stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24"))
+                )
             self._raw.flush()
             index = chunk.index + number
             self._line(
                 {
-                    "index": index, "time": round(seconds, 4), "keys": keys, "prompt": chunk.prompt,
-                    "c2w": poses[number].tolist(), "K": self._pixels, "chunk": chunk.latents,
+                    "index": index,
+                    "time": round(seconds, 4),
+                    "keys": keys,
+                    "prompt": chunk.prompt,
+                    "c2w": poses[number].tolist(),
+                    "K": self._pixels,
+                    "chunk": chunk.latents,
                     "timings": {name: round(value, 3) for name, value in chunk.timings.items()},
                     "sha256": _checksum(frames),
                 }
-            )  # fmt: skip
+            )
             self._poses.append(poses[number])
             if len(self._poses) % SYNC_LATENTS == 0:
                 os.fsync(self._log.fileno())
@@ -241,7 +308,13 @@ class _Files:
     def _write_poses(self) -> None:
         if self._poses:
             config = self._config
-            write_pose_json(self._folder / POSES, np.stack(self._poses), config.intrinsics, config.width, config.height)
+            write_pose_json(
+                self._folder / POSES,
+                np.stack(self._poses),
+                config.intrinsics,
+                config.width,
+                config.height,
+            )
             self._written = len(self._poses)
 
     def _line(self, values: dict) -> None:
@@ -253,16 +326,20 @@ def _reason(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
 
 
-# ------------------------------------------------------------------------------------------------ reading
+# -------------------- reading
 
 
 def read_log(folder) -> Log:
-    """Reads session.jsonl; a last line that was cut off is left out. ValueError when it is no log of ours."""
+    """Reads session.jsonl; a last line that was cut off is left out. ValueError when it is no log
+    of ours.
+    """
     path = Path(folder) / LOG
     try:
         rows = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
-        raise ValueError(f"{folder} is no recording: {LOG} cannot be read ({error.strerror}).") from None
+        raise ValueError(
+            f"{folder} is no recording: {LOG} cannot be read ({error.strerror})."
+        ) from None
     values = []
     for row in rows[:-1]:  # what follows the last line break is empty or cut off
         try:
@@ -270,25 +347,39 @@ def read_log(folder) -> Log:
         except ValueError:
             value = None
         if not isinstance(value, dict):
-            break  # a crash of the whole machine can leave a torn block; nothing after it is trusted
+            # a crash of the whole machine can leave a torn block; nothing after it is trusted
+            break
         values.append(value)
     if not values or values[0].get("format") != FORMAT:
-        raise ValueError(f"{path} is no session log of format {FORMAT}; it cannot be replayed by this program.")
+        raise ValueError(
+            f"{path} is no session log of format {FORMAT}; it cannot be replayed by this program."
+        )
     lines = tuple(value for value in values[1:] if "index" in value)
     for row, kinds in ((values[0], _HEADER), *((line, _LINE) for line in lines)):
-        wrong = next((name for name, kind in kinds.items() if not isinstance(row.get(name), kind)), None)
+        wrong = next(
+            (name for name, kind in kinds.items() if not isinstance(row.get(name), kind)), None
+        )
         if wrong:
-            raise ValueError(f"{path} is damaged: expected {wrong!r} of another kind than {row.get(wrong)!r}; take an unchanged copy.")
+            raise ValueError(
+                f"{path} is damaged: "
+                f"expected {wrong!r} "
+                "of another kind than "
+                f"{row.get(wrong)!r}; "
+                "take "
+                "an unchanged copy."
+            )
     if lines:
         check_poses([line["c2w"] for line in lines], source=str(path))
     return Log(values[0], lines, any("end" in value for value in values))
 
 
 def recover(folder) -> int:
-    """Makes a recording that was cut off a whole clip again and returns its latents; does nothing to a whole one.
+    """Makes a recording that was cut off a whole clip again and returns its latents; does nothing
+    to a whole one.
 
-    Keeps the latents that both the log and the video hold: poses.json is rebuilt, extra video frames are cut off without
-    encoding again. ValueError for a recording that is still being written, or that holds no latent.
+    Keeps the latents that both the log and the video hold: poses.json is rebuilt, extra video
+    frames are cut off without encoding again. ValueError for a recording that is still being
+    written, or that holds no latent.
     """
     folder = Path(folder)
     log = read_log(folder)
@@ -300,27 +391,55 @@ def recover(folder) -> int:
         frames = _count_frames(folder / VIDEO)
         latents = min(len(log.lines), (frames + 3) // 4)
         if latents == 0:
-            raise ValueError(f"{folder} was cut off before its first latent was on disk; nothing can be recovered.")
-        _cut_video(folder / VIDEO, 4 * latents - 3)  # even if the count fits: half a packet may follow
+            raise ValueError(
+                f"{folder} was cut "
+                "off before "
+                "its first latent "
+                "was on disk; "
+                "nothing can "
+                "be recovered."
+            )
+        _cut_video(
+            folder / VIDEO, 4 * latents - 3
+        )  # even if the count fits: half a packet may follow
         header = log.header
-        write_pose_json(folder / POSES, log.c2w[:latents], header["intrinsics"], header["width"], header["height"])
+        write_pose_json(
+            folder / POSES,
+            log.c2w[:latents],
+            header["intrinsics"],
+            header["width"],
+            header["height"],
+        )
         kept = [header, *log.lines[:latents], {"end": True, "latents": latents, "recovered": True}]
-        _write_whole(folder / LOG, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in kept)))
+        _write_whole(
+            folder / LOG,
+            lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in kept)),
+        )
     return latents
 
 
 def replay(folder, world: World) -> Iterator[FrameChunk]:
-    """Dreams a recording again from its log, chunk by chunk. ValueError when the world is not the recorded one."""
+    """Dreams a recording again from its log, chunk by chunk. ValueError when the world is not the
+    recorded one.
+    """
     folder = Path(folder)
     recover(folder)
     log = read_log(folder)
     header = log.header
     if header["fingerprint"] != world.fingerprint:
         raise ValueError(
-            f"{folder} was recorded in the world {header['world']!r} ({header['fingerprint']}), not in {world.config.name!r} "
+            f"{folder} was "
+            "recorded "
+            "in the world "
+            f"{header['world']!r} "
+            f"({header['fingerprint']}), "
+            "not in "
+            f"{world.config.name!r} "
             f"({world.fingerprint}); open the same version of the same world."
         )
-    for prompt in log.prompts:  # a text that cannot be embedded is reported before anything is dreamed
+    for (
+        prompt
+    ) in log.prompts:  # a text that cannot be embedded is reported before anything is dreamed
         world.prompt_encoder.embed(prompt)
     if header["middle"]:
         session = Session.load(folder / STATE, world)
@@ -332,7 +451,8 @@ def replay(folder, world: World) -> Iterator[FrameChunk]:
         lines.pop(0)
         yield session.start()
     while len(lines) >= session.chunk:  # a chunk that was cut in two is not dreamed
-        group, lines = lines[: session.chunk], lines[session.chunk :]
+        group = lines[: session.chunk]
+        lines = lines[session.chunk :]
         if group[0]["prompt"] != session.prompt:
             session.set_prompt(group[0]["prompt"])
         yield session.step(np.array([line["c2w"] for line in group]))
@@ -341,15 +461,19 @@ def replay(folder, world: World) -> Iterator[FrameChunk]:
 def verify(folder, world: World) -> dict:
     """Dreams a recording again and compares.
 
-    Returns "latents"; "exact" (every frame the same to the last bit); "first_difference" (latent or None); "psnr_mean" and
-    "psnr_min" (decibels, against the lossy video, with which other machines can be judged); "engine_differs" (what is not
+    Returns "latents"; "exact" (every frame the same to the last bit); "first_difference" (latent or
+    None); "psnr_mean" and "psnr_min" (decibels, against the lossy video, with which other machines
+    can be judged); "engine_differs" (what is not
     as it was when recorded: torch, device, dtype, threads).
     """
     folder = Path(folder)
     recover(folder)
     log = read_log(folder)
-    middle, wrong, psnr = log.header["middle"], [], []
-    shown, expected = _pictures(folder / VIDEO), iter(log.lines)
+    middle = log.header["middle"]
+    wrong = []
+    psnr = []
+    shown = _pictures(folder / VIDEO)
+    expected = iter(log.lines)
     with tqdm(total=len(log.lines), desc="verify", unit="latent") as bar:
         for chunk in replay(folder, world):
             for frames in _by_latent(chunk):
@@ -357,7 +481,9 @@ def verify(folder, world: World) -> dict:
                 if line["sha256"] != _checksum(frames):
                     wrong.append(line["index"])
                 first = middle and line is log.lines[0]
-                psnr += [_psnr(picture, next(shown)) for picture in (frames[-1:] if first else frames)]
+                psnr += [
+                    _psnr(picture, next(shown)) for picture in (frames[-1:] if first else frames)
+                ]
             bar.update(chunk.latents)
     engine_now = engine(Session(world, steps=log.header["steps"]))
     recorded = log.header["engine"]
@@ -371,18 +497,31 @@ def verify(folder, world: World) -> dict:
     }
 
 
-# ------------------------------------------------------------------------------------------------- inside
+# -------------------- inside
 
 
 def _header(session: Session, middle: bool) -> dict:
-    config, start = session.world.config, session.start()
-    prompt = session.prompt if middle or start is None else start.prompt  # the start image was taken in with its own
+    config = session.world.config
+    start = session.start()
+    prompt = (
+        session.prompt if middle or start is None else start.prompt
+    )  # the start image was taken in with its own
     return {
-        "format": FORMAT, "world": config.name, "fingerprint": session.world.fingerprint, "prompt": prompt,
-        "image": session.image is not None, "seed": session.seed, "steps": session.steps, "middle": middle,
-        "fps": config.fps, "height": config.height, "width": config.width, "intrinsics": config.intrinsics,
-        "engine": engine(session), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }  # fmt: skip
+        "format": FORMAT,
+        "world": config.name,
+        "fingerprint": session.world.fingerprint,
+        "prompt": prompt,
+        "image": session.image is not None,
+        "seed": session.seed,
+        "steps": session.steps,
+        "middle": middle,
+        "fps": config.fps,
+        "height": config.height,
+        "width": config.width,
+        "intrinsics": config.intrinsics,
+        "engine": engine(session),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
 
 
 def _by_latent(chunk: FrameChunk) -> list[np.ndarray]:
@@ -401,22 +540,30 @@ def _psnr(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def _pictures(path: Path) -> Iterator[np.ndarray]:
-    """Frames uint8 [H,W,3] of a recording's video; ValueError when more are asked for than it holds."""
+    """Frames uint8 [H,W,3] of a recording's video; ValueError when more are asked for than it
+    holds.
+    """
     try:
         with av.open(str(path)) as container:
             for frame in container.decode(video=0):
                 yield frame.to_ndarray(format="rgb24")
     except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); take an unchanged copy of the recording.") from None
+        raise ValueError(
+            f"{path} cannot be read ({error}); take an unchanged copy of the recording."
+        ) from None
     raise ValueError(f"{path} ends before {LOG} does; take an unchanged copy of the recording.")
 
 
 def _count_frames(path: Path) -> int:
-    """Frames that can be decoded before the video ends or is cut off. Every packet is one frame (see `_Files`)."""
+    """Frames that can be decoded before the video ends or is cut off. Every packet is one frame
+    (see `_Files`).
+    """
     count = 0
     try:
         with av.open(str(path)) as container:
-            container.streams.video[0].thread_type = "SLICE"  # frame threads would hold frames back at the cut
+            container.streams.video[
+                0
+            ].thread_type = "SLICE"  # frame threads would hold frames back at the cut
             for _ in container.decode(video=0):
                 count += 1
     except (av.FFmpegError, IndexError):
@@ -428,7 +575,10 @@ def _cut_video(path: Path, frames: int) -> None:
     """Keeps the first `frames` frames, by copying packets."""
 
     def write(temporary: Path) -> None:
-        with av.open(str(path)) as source, av.open(str(temporary), "w", format="mp4", options=_FRAGMENTS) as target:
+        with (
+            av.open(str(path)) as source,
+            av.open(str(temporary), "w", format="mp4", options=_FRAGMENTS) as target,
+        ):
             stream = target.add_stream_from_template(source.streams.video[0])
             for packet in itertools.islice(source.demux(video=0), frames):
                 packet.stream = stream
@@ -454,8 +604,9 @@ def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def lock(file) -> bool:
-    """Marks an open file as being written; False when another one has. Where there is no flock (Windows) an open file
-    cannot be replaced anyway."""
+    """Marks an open file as being written; False when another one has. Where there is no flock
+    (Windows) an open file cannot be replaced anyway.
+    """
     try:
         import fcntl
     except ImportError:

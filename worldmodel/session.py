@@ -1,4 +1,6 @@
-"""A walk through a world: poses in, frames out; it can be rewound, forked, saved and continued exactly."""
+"""A walk through a world: poses in, frames out; it can be rewound, forked, saved and continued
+exactly.
+"""
 
 import copy
 import os
@@ -38,47 +40,75 @@ _FILES = ("session.yaml", "session.safetensors")
 class FrameChunk:
     """What one step shows."""
 
-    frames: np.ndarray  # uint8 [n, H, W, 3] RGB; a session's first latent is 1 frame, later ones are 4 each
+    frames: (
+        np.ndarray
+    )  # uint8 [n, H, W, 3] RGB; a session's first latent is 1 frame, later ones are 4 each
     index: int  # number of the chunk's first latent
     latents: int  # latents in the chunk
     prompt: str  # the prompt it was dreamed with
-    timings: dict[str, float]  # milliseconds: "network", "clean" (of the chunk before), "decode", which waits for what runs beside it
+    timings: dict[
+        str, float
+        # milliseconds: "network", "clean" (of the chunk before), "decode", which waits for what
+        # runs beside it
+    ]
     notice: str = ""  # a sentence for the player, when something had to change
 
 
 class Session:
     """One player's dream of a world.
 
-    world: an opened bundle. prompt: a stored name, or any text in a world with a text encoder; None = the world's default.
-    image: what latent 0 shows: a start image's name, a picture file or uint8 [H,W,3] (resized and cropped to fit); None = the
-    first chunk is dreamed too.
-    seed: 0 <= seed < 2^63; same seed, poses and prompt = same frames, whatever the timing and however often rewound.
-    steps: denoising steps of later chunks, None = the world's. history: latents that `rewind` can take back at most.
+    world: an opened bundle. prompt: a stored name, or any text in a world with a text encoder; None
+    = the world's default.
+    image: what latent 0 shows: a start image's name, a picture file or uint8 [H,W,3] (resized and
+    cropped to fit); None = the first chunk is dreamed too.
+    seed: 0 <= seed < 2^63; same seed, poses and prompt = same frames, whatever the timing and
+    however often rewound.
+    steps: denoising steps of later chunks, None = the world's. history: latents that `rewind` can
+    take back at most.
     """
 
-    def __init__(self, world: World, prompt: str | None = None, image=None, seed: int = 0, steps: int | None = None,
-                 history: int = HISTORY):  # fmt: skip
-        self.world, self.steps, self.history = world, steps, max(history, world.config.rollout.history)
-        self._aside = torch.cuda.Stream(world.device, priority=-1) if world.device.type == "cuda" else None
-        self._intrinsics = uploaded(torch.tensor([world.config.intrinsics], dtype=torch.float64), exact_device(world.device))
+    def __init__(
+        self,
+        world: World,
+        prompt: str | None = None,
+        image=None,
+        seed: int = 0,
+        steps: int | None = None,
+        history: int = HISTORY,
+    ):
+        self.world = world
+        self.steps = steps
+        self.history = max(history, world.config.rollout.history)
+        self._aside = (
+            torch.cuda.Stream(world.device, priority=-1) if world.device.type == "cuda" else None
+        )
+        self._intrinsics = uploaded(
+            torch.tensor([world.config.intrinsics], dtype=torch.float64), exact_device(world.device)
+        )
         self.restart(seed, prompt, image)
 
     @torch.no_grad()
     def restart(self, seed: int = 0, prompt: str | None = None, image=None) -> None:
-        """Begins anew, with the arguments of the constructor; when one is wrong, the session stays as it was."""
+        """Begins anew, with the arguments of the constructor; when one is wrong, the session stays
+        as it was.
+        """
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"seed must be a whole number from 0 to 2^63 - 1, got {seed!r}.")
         prompt = self.world.config.prompts.default if prompt is None else prompt
         embedding = self.world.prompt_encoder.embed(prompt)
         picture = None if image is None else _picture(self.world, image)
         self._fitted()  # refuses wrong `steps`
-        self.seed, self.prompt, self.image = seed, prompt, picture
+        self.seed = seed
+        self.prompt = prompt
+        self.image = picture
         self._decoder = self.world.autoencoder.streaming_decoder()
         self._states: OrderedDict[int, StreamState] = OrderedDict()  # decoder after so many latents
         self._poses: list[np.ndarray] = []
         self._start: FrameChunk | None = None
         self._notice = ""  # for the next chunk
-        self.rollout: Rollout | None = None  # the old memory is given back before the new one is made
+        self.rollout: Rollout | None = (
+            None  # the old memory is given back before the new one is made
+        )
         self.rollout = self._in_memory(partial(self._begin, embedding[None]))
         if picture is None:
             self._remember()
@@ -106,26 +136,42 @@ class Session:
         return self.rollout.config
 
     def start(self) -> FrameChunk | None:
-        """Latent 0 as one frame when the session has a start image (its pose is the identity), else None."""
+        """Latent 0 as one frame when the session has a start image (its pose is the identity), else
+        None.
+        """
         return self._start
 
     @torch.no_grad()
     def step(self, c2w, early: Callable[[np.ndarray], object] | None = None) -> FrameChunk:
-        """Dreams the next chunk as seen from `c2w` [4,4] (one latent) or [chunk,4,4], absolute in the session's frame.
+        """Dreams the next chunk as seen from `c2w` [4,4] (one latent) or [chunk,4,4], absolute in
+        the session's frame.
 
-        `early` is called with the first frames, uint8 [n,H,W,3], as soon as they are decoded. When the device's memory is full, the world
-        goes down a tier (`worldmodel/engine.py`), `notice` of the result says so, and the chunk is dreamed with that; MemoryError when
-        there is no smaller one. The same goes for `restart` and `set_prompt`, whose notice comes with the next chunk.
+        `early` is called with the first frames, uint8 [n,H,W,3], as soon as they are decoded. When
+        the device's memory is full, the world goes down a tier (`worldmodel/engine.py`), `notice`
+        of the result says so, and the chunk is dreamed with that; MemoryError when there is no
+        smaller one. The same goes for `restart` and `set_prompt`, whose notice comes with the next
+        chunk.
         """
         poses = check_poses(c2w, self.chunk, "Session.step")
         if len(poses) != self.chunk:
-            raise ValueError(f"Session.step: {self.chunk} poses are needed (the world's chunk), got {len(poses)}.")
+            raise ValueError(
+                "Session.step: "
+                f"{self.chunk} "
+                "poses are needed "
+                "(the world's "
+                "chunk), got "
+                f"{len(poses)}."
+            )
         self._notice = self.world.engine.news() or self._notice
         latents = self._in_memory(partial(self._dream, poses))
-        return self._in_memory(partial(self._shown, latents, poses, dict(self.rollout.timings)), early=early)
+        return self._in_memory(
+            partial(self._shown, latents, poses, dict(self.rollout.timings)), early=early
+        )
 
     def settle(self) -> None:
-        """Commits the last chunk to memory: worth calling once it is shown; otherwise the next step does it first."""
+        """Commits the last chunk to memory: worth calling once it is shown; otherwise the next step
+        does it first.
+        """
         if not self.config.merge_clean:
             try:
                 self.rollout.settle()
@@ -141,71 +187,109 @@ class Session:
         self.prompt = prompt
 
     def rewind(self, latents: int) -> None:
-        """Takes back the last `latents` latents (whole chunks). ValueError, and nothing changes, when that is too many."""
+        """Takes back the last `latents` latents (whole chunks). ValueError, and nothing changes,
+        when that is too many.
+        """
         target = self.frames - latents
         if latents < 0 or target not in self._states:
             reachable = sorted(self.frames - index for index in self._states)
             raise ValueError(
-                f"Cannot take back {latents} latents: whole chunks of {self.chunk}, at most {reachable[-1]} latents now "
+                "Cannot take back "
+                f"{latents} "
+                "latents: whole "
+                "chunks of "
+                f"{self.chunk}, at "
+                f"most {reachable[-1]} "
+                "latents now "
                 f"(the last {self.config.history} are kept)."
             )
         self.rollout.rewind(target)
         self._decoder.restore(self._states[target])
-        self._states = OrderedDict((index, state) for index, state in self._states.items() if index <= target)
+        self._states = OrderedDict(
+            (index, state) for index, state in self._states.items() if index <= target
+        )
         del self._poses[target:]
 
     def fork(self) -> "Session":
-        """An independent session with the same past; with the same inputs it has the same future."""
+        """An independent session with the same past; with the same inputs it has the same
+        future.
+        """
         twin = copy.copy(self)
         twin.rollout = self.rollout.fork()
         twin._decoder = self.world.autoencoder.streaming_decoder()
         twin._decoder.restore(self._decoder.state())
-        twin._states, twin._poses = self._states.copy(), list(self._poses)
+        twin._states = self._states.copy()
+        twin._poses = list(self._poses)
         return twin
 
-    # ------------------------------------------------------------------------------------------ save, load
+    # -------------------- save, load
 
     def save(self, path) -> None:
-        """Writes the folder `path` from which `load` continues exactly. What was taken for rewinding is not kept."""
+        """Writes the folder `path` from which `load` continues exactly. What was taken for
+        rewinding is not kept.
+        """
         path = Path(path)
         if path.exists() and not (path / _FILES[0]).is_file():
             raise ValueError(f"{path} exists and is no saved session; choose another name.")
         tensors, decoder = self._state_tensors()
         values = {
-            "format": _FORMAT, "world": self.world.config.name, "fingerprint": self.world.fingerprint,
-            "dtype": str(self.world.dtype), "prompt": self.prompt, "seed": self.seed, "steps": self.steps,
-            "history": self.history, "frames": self.frames, "decoder": decoder,
-        }  # fmt: skip
+            "format": _FORMAT,
+            "world": self.world.config.name,
+            "fingerprint": self.world.fingerprint,
+            "dtype": str(self.world.dtype),
+            "prompt": self.prompt,
+            "seed": self.seed,
+            "steps": self.steps,
+            "history": self.history,
+            "frames": self.frames,
+            "decoder": decoder,
+        }
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             save_file(tensors, temporary / _FILES[1])
-            (temporary / _FILES[0]).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+            (temporary / _FILES[0]).write_text(
+                yaml.safe_dump(values, sort_keys=False), encoding="utf-8"
+            )
             replace_folder(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
     @classmethod
     def load(cls, path, world: World) -> "Session":
-        """Continues a saved session. ValueError when the save is damaged or belongs to other weights or number types."""
+        """Continues a saved session. ValueError when the save is damaged or belongs to other
+        weights or number types.
+        """
         path = Path(path)
         try:
             values = yaml.safe_load((path / _FILES[0]).read_text(encoding="utf-8"))
             if values["format"] != _FORMAT:
                 raise ValueError(f"format {values['format']!r} instead of {_FORMAT}")
-            with safe_open(path / _FILES[1], framework="pt", device=str(exact_device(world.device))) as file:
+            with safe_open(
+                path / _FILES[1], framework="pt", device=str(exact_device(world.device))
+            ) as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except (OSError, SafetensorError, yaml.YAMLError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no complete saved session ({error}).") from None
         for key, ours in (("fingerprint", world.fingerprint), ("dtype", str(world.dtype))):
             if values[key] != ours:
                 raise ValueError(
-                    f"{path} was saved in the world {values['world']!r} with {key} {values[key]}, the opened world "
+                    f"{path} was saved "
+                    "in the world "
+                    f"{values['world']!r} "
+                    f"with {key} "
+                    f"{values[key]}, the "
+                    "opened world "
                     f"{world.config.name!r} has {ours}; open the same world in the same way."
                 )
-        tensors = {name: tensor if tensor.dtype == torch.float64 else tensor.to(world.device) for name, tensor in tensors.items()}
-        session = cls(world, values["prompt"], None, values["seed"], values["steps"], values["history"])
+        tensors = {
+            name: tensor if tensor.dtype == torch.float64 else tensor.to(world.device)
+            for name, tensor in tensors.items()
+        }
+        session = cls(
+            world, values["prompt"], None, values["seed"], values["steps"], values["history"]
+        )
         session._restore(tensors, values)
         return session
 
@@ -220,18 +304,30 @@ class Session:
         for position, tensor in enumerate((self.rollout.pending or ())[:3]):
             tensors[f"pending.{position}"] = tensor
         state = self._decoder.state()
-        tensors |= {f"decoder.{i}": memory for i, memory in enumerate(state.memories) if memory is not None}
+        tensors |= {
+            f"decoder.{i}": memory for i, memory in enumerate(state.memories) if memory is not None
+        }
         # clones: views of one storage cannot be stored as they are
-        plain = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        plain = {
+            name: tensor.detach().clone(memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        }
         return plain, {"started": state.started, "memories": len(state.memories)}
 
     def _restore(self, tensors: dict[str, Tensor], values: dict) -> None:
         indices = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("frame.")})
         parts = ("keys", "values", "viewmats", "intrinsics")
-        memories = [FrameMemory(i, *(tensors[f"frame.{i}.{part}"] for part in parts)) for i in indices]
-        self.rollout.cache.restore(memories, values["frames"] - (tensors["pending.0"].shape[2] if "pending.0" in tensors else 0))
+        memories = [
+            FrameMemory(i, *(tensors[f"frame.{i}.{part}"] for part in parts)) for i in indices
+        ]
+        self.rollout.cache.restore(
+            memories,
+            values["frames"] - (tensors["pending.0"].shape[2] if "pending.0" in tensors else 0),
+        )
         if "pending.0" in tensors:
-            self.rollout.pending = Pending(*(tensors[f"pending.{position}"] for position in range(3)))
+            self.rollout.pending = Pending(
+                *(tensors[f"pending.{position}"] for position in range(3))
+            )
         self.image = tensors["image"].cpu().numpy() if "image" in tensors else None
         self._poses = list(tensors["poses"].cpu().numpy())
         memories = tuple(tensors.get(f"decoder.{i}") for i in range(values["decoder"]["memories"]))
@@ -239,29 +335,44 @@ class Session:
         self._states.clear()
         self._remember()
 
-    # ------------------------------------------------------------------------------------------ inside
+    # -------------------- inside
 
     def _fitted(self) -> RolloutConfig:
-        """The world's rollout with this session's steps and history, as far as the device's memory goes."""
+        """The world's rollout with this session's steps and history, as far as the device's memory
+        goes.
+        """
         config = self.world.config.rollout
         config = config if self.steps is None else with_steps(config, self.steps)
         return self.world.engine.tier.rollout(config, self.history)
 
     def _begin(self, text: Tensor) -> Rollout:
         """A dream without a past."""
-        (rows, columns), device = self.world.latent_size, self.world.device
-        return Rollout(self.world.transformer, text, self._fitted(), height=rows, width=columns, device=device,
-                       unconditional=self.world.prompts.unconditional, graphs=self.world.engine.graphs)  # fmt: skip
+        (rows, columns) = self.world.latent_size
+        device = self.world.device
+        return Rollout(
+            self.world.transformer,
+            text,
+            self._fitted(),
+            height=rows,
+            width=columns,
+            device=device,
+            unconditional=self.world.prompts.unconditional,
+            graphs=self.world.engine.graphs,
+        )
 
     def _in_memory(self, work: Callable, **first):
-        """What `work` returns. When the device's memory is full, the world goes down a tier and it is done again, without what is `first`.
+        """What `work` returns. When the device's memory is full, the world goes down a tier and it
+        is done again, without what is `first`.
 
-        `work` must find the rollout through the session: one that it held would keep the old memory alive.
+        `work` must find the rollout through the session: one that it held would keep the old memory
+        alive.
         """
         full = False
         while True:
             try:
-                if full:  # not in the `except`: the error's traceback holds the pass that failed, and its memory
+                # not in the `except`: the error's traceback holds the pass that failed, and its
+                # memory
+                if full:
                     self._step_down()
                 return work(**({} if full else first))
             except RuntimeError as error:
@@ -270,7 +381,9 @@ class Session:
             full = True
 
     def _step_down(self) -> None:
-        """Goes on with the same past in less memory, without a ring until the next pass makes one."""
+        """Goes on with the same past in less memory, without a ring until the next pass makes
+        one.
+        """
         self._notice = self.world.engine.step_down()
         if self.frames:
             self._decoder.restore(self._states[self.frames])
@@ -284,32 +397,50 @@ class Session:
     def _dream(self, poses: np.ndarray) -> Tensor:
         """Clean latents of the next chunk."""
         noise, renoise = self._noise(self.frames)
-        return self.rollout.step(self._viewmats(poses), self._intrinsics, noise=noise, renoise=renoise, settle=False)
+        return self.rollout.step(
+            self._viewmats(poses), self._intrinsics, noise=noise, renoise=renoise, settle=False
+        )
 
     def _show_picture(self, picture: np.ndarray) -> FrameChunk:
-        started, pose = time.perf_counter(), np.eye(4)[None]
+        started = time.perf_counter()
+        pose = np.eye(4)[None]
         latents = self._in_memory(partial(self._encoded, picture))
         self.rollout.put_off(latents, self._viewmats(pose), self._intrinsics)
         self._in_memory(lambda: self.rollout.settle())
         clean = (time.perf_counter() - started) * 1e3
-        return self._in_memory(partial(self._shown, latents, pose, {"network": 0.0, "clean": clean}))
+        return self._in_memory(
+            partial(self._shown, latents, pose, {"network": 0.0, "clean": clean})
+        )
 
     def _encoded(self, picture: np.ndarray) -> Tensor:
         """A picture, uint8 [H,W,3], as latent 0."""
-        video = uploaded(torch.from_numpy(picture), self.world.device).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
+        video = (
+            uploaded(torch.from_numpy(picture), self.world.device)
+            .permute(2, 0, 1)[None, :, None]
+            .float()
+            / 127.5
+            - 1
+        )
         return self.world.autoencoder.streaming_encoder().step(video).float()
 
     def _shown(
-        self, latents: Tensor, poses: np.ndarray, timings: dict[str, float], early: Callable[[np.ndarray], object] | None = None
+        self,
+        latents: Tensor,
+        poses: np.ndarray,
+        timings: dict[str, float],
+        early: Callable[[np.ndarray], object] | None = None,
     ) -> FrameChunk:
         """Decodes a chunk that has been committed and remembers that it was shown."""
-        started, pieces = time.perf_counter(), []
+        started = time.perf_counter()
+        pieces = []
         for frames in self._pictures(latents):
             pieces.append(frames)
             if early is not None and len(pieces) == 1:
                 early(frames)
         timings["decode"] = (time.perf_counter() - started) * 1e3
-        index, notice, self._notice = self.frames, self._notice, ""
+        index = self.frames
+        notice = self._notice
+        self._notice = ""
         self._poses.extend(poses)
         self._remember()
         return FrameChunk(np.concatenate(pieces), index, len(poses), self.prompt, timings, notice)
@@ -317,8 +448,9 @@ class Session:
     def _pictures(self, latents: Tensor) -> Iterator[np.ndarray]:
         """The frames of a chunk, uint8 [n,H,W,3] at a time, as the decoder makes them.
 
-        The chunk's clean pass runs beside it where there is room: on CUDA the decoder has a stream of its own, and its copies go to pinned
-        memory; on a CPU with as many cores left over as torch uses, the clean pass has a thread of its own.
+        The chunk's clean pass runs beside it where there is room: on CUDA the decoder has a stream
+        of its own, and its copies go to pinned memory; on a CPU with as many cores left over as
+        torch uses, the clean pass has a thread of its own.
         """
         if self._aside is None:
             with self._settling():
@@ -335,7 +467,9 @@ class Session:
 
     @contextmanager
     def _settling(self) -> Iterator[None]:
-        """Settles beside what is done within, on a CPU with cores to spare; elsewhere that is left to the caller of `step`."""
+        """Settles beside what is done within, on a CPU with cores to spare; elsewhere that is left
+        to the caller of `step`.
+        """
         threads = torch.get_num_threads()
         if self.world.device.type != "cpu" or 2 * threads > cores():
             yield
@@ -359,14 +493,21 @@ class Session:
         return uploaded(torch.from_numpy(invert(c2w))[None], exact_device(self.world.device))
 
     def _noise(self, index: int) -> tuple[Tensor, list[Tensor]]:
-        """Start noise and re-noise of the chunk at latent `index`: every latent has its own generator, seeded by (seed, number)."""
+        """Start noise and re-noise of the chunk at latent `index`: every latent has its own
+        generator, seeded by (seed, number).
+        """
         steps = len(self.config.first_steps if index == 0 else self.config.steps)
         shape = (steps, self.world.transformer.config.in_channels, *self.world.latent_size)
         draws = []
         for number in range(index, index + self.chunk):
-            mixed = int(np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0]) >> 1
+            mixed = (
+                int(np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0])
+                >> 1
+            )
             draws.append(torch.randn(shape, generator=torch.Generator().manual_seed(mixed)))
-        first, *later = uploaded(torch.stack(draws, dim=2).unsqueeze(1), self.world.device)  # [steps, 1, C, F, h, w]
+        first, *later = uploaded(
+            torch.stack(draws, dim=2).unsqueeze(1), self.world.device
+        )  # [steps, 1, C, F, h, w]
         return first, later
 
 
@@ -377,7 +518,9 @@ def _second_thread() -> ThreadPoolExecutor:
 
 
 def _as_here(work: Callable[[], object], threads: int) -> Callable[[], None]:
-    """`work` for another thread, which inherits neither autograd modes nor torch's number of threads."""
+    """`work` for another thread, which inherits neither autograd modes nor torch's number of
+    threads.
+    """
     inference = torch.is_inference_mode_enabled()
 
     def there() -> None:
@@ -389,35 +532,68 @@ def _as_here(work: Callable[[], object], threads: int) -> Callable[[], None]:
 
 
 def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the computer's memory on `device`; on CUDA through pinned memory, so that nobody waits until it is there."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """A tensor of the computer's memory on `device`; on CUDA through pinned memory, so that nobody
+    waits until it is there.
+    """
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else tensor.to(device)
+    )
 
 
 def _to_pinned_memory(video: Tensor) -> tuple[Tensor, torch.cuda.Event]:
     """Pixels on their way to the computer's memory, and the event of their arrival."""
     pixels = to_pixels(video)
-    copy = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True).copy_(pixels, non_blocking=True)
+    copy = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True).copy_(
+        pixels, non_blocking=True
+    )
     return copy, torch.cuda.current_stream().record_event()
 
 
 def fit_picture(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [h,w,3] of any size -> uint8 [height,width,3]: cropped around the centre to the same shape, then scaled.
+    """uint8 [h,w,3] of any size -> uint8 [height,width,3]: cropped around the centre to the same
+    shape, then scaled.
 
-    ValueError for anything else, and for a picture so thin or small that less than 2 pixels in a direction are left of it.
+    ValueError for anything else, and for a picture so thin or small that less than 2 pixels in a
+    direction are left of it.
     """
-    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-        found = f"{picture.dtype} {list(picture.shape)}" if isinstance(picture, np.ndarray) else type(picture).__name__
+    if (
+        not isinstance(picture, np.ndarray)
+        or picture.dtype != np.uint8
+        or picture.ndim != 3
+        or picture.shape[2] != 3
+    ):
+        found = (
+            f"{picture.dtype} {list(picture.shape)}"
+            if isinstance(picture, np.ndarray)
+            else type(picture).__name__
+        )
         raise ValueError(f"A start picture must be uint8 [H,W,3], got {found}.")
     rows, columns = picture.shape[:2]
-    high, wide = min(rows, round(columns * height / width)), min(columns, round(rows * width / height))
+    high = min(rows, round(columns * height / width))
+    wide = min(columns, round(rows * width / height))
     if min(high, wide) < 2:
         raise ValueError(
-            f"A start picture of {columns}x{rows} pixels is too thin or too small: {wide}x{high} of it have the shape of this world's "
+            "A start picture of "
+            f"{columns}x{rows} "
+            "pixels "
+            "is too thin or "
+            "too small: "
+            f"{wide}x{high} of "
+            "it have the "
+            "shape of this "
+            "world's "
             f"pictures ({width}x{height}); give one of about that shape."
         )
-    top, left = (rows - high) // 2, (columns - wide) // 2
+    top = (rows - high) // 2
+    left = (columns - wide) // 2
     method = cv2.INTER_AREA if height < high else cv2.INTER_CUBIC
-    return cv2.resize(np.ascontiguousarray(picture[top : top + high, left : left + wide]), (width, height), interpolation=method)
+    return cv2.resize(
+        np.ascontiguousarray(picture[top : top + high, left : left + wide]),
+        (width, height),
+        interpolation=method,
+    )
 
 
 def _picture(world: World, image) -> np.ndarray:
@@ -425,12 +601,16 @@ def _picture(world: World, image) -> np.ndarray:
     if isinstance(image, (str, Path)):
         names = {Path(file).stem for group in world.config.images.values() for file in group}
         known = Path(image).name == str(image) and Path(image).stem in names
-        image = read_image(image) if not known and Path(image).is_file() else world.image(str(image))
+        image = (
+            read_image(image) if not known and Path(image).is_file() else world.image(str(image))
+        )
     return fit_picture(image, world.config.height, world.config.width)
 
 
 def engine(session: Session) -> dict:
-    """What besides the world's weights decides about the last bit: written into recordings, compared by `verify`."""
+    """What besides the world's weights decides about the last bit: written into recordings,
+    compared by `verify`.
+    """
     return {
         "torch": torch.__version__,
         "device": session.world.device.type,

@@ -15,16 +15,23 @@ from torch import Tensor
 class PromptBook:
     """Embeddings [L, D] float32 by name, all of one shape, and the full text of each prompt.
 
-    embeddings: name -> [L, D]; the name "" stands for what guided dreams keep away from, and is no prompt. texts: name -> the sentence that
-    was embedded (a name without one is its own text).
+    embeddings: name -> [L, D]; the name "" stands for what guided dreams keep away from, and is no
+    prompt. texts: name -> the sentence that was embedded (a name without one is its own text).
     """
 
     def __init__(self, embeddings: Mapping[str, Tensor], texts: Mapping[str, str] | None = None):
-        self._embeddings = {name: tensor.detach().float().contiguous() for name, tensor in embeddings.items()}
+        self._embeddings = {
+            name: tensor.detach().float().contiguous() for name, tensor in embeddings.items()
+        }
         self._texts = dict(texts or {})
         shapes = {tuple(tensor.shape) for tensor in self._embeddings.values()}
         if len(shapes) != 1 or len(next(iter(shapes))) != 2:
-            raise ValueError(f"A prompt book needs embeddings [L, D] of one shape, got {sorted(shapes) or 'none'}.")
+            raise ValueError(
+                "A prompt book needs "
+                "embeddings [L, "
+                "D] of one shape, got "
+                f"{sorted(shapes) or 'none'}."
+            )
         for name in self._texts:
             self._check(name)
 
@@ -41,7 +48,9 @@ class PromptBook:
             return cls(embeddings, texts)
         except (OSError, SafetensorError, ValueError) as error:
             reason = str(error).rstrip(".")
-            raise ValueError(f"Prompts {path} cannot be read ({reason}); fetch or export the file again.") from None
+            raise ValueError(
+                f"Prompts {path} cannot be read ({reason}); fetch or export the file again."
+            ) from None
 
     def save(self, path) -> None:
         """Writes what `load` reads, to a temporary name that is then renamed."""
@@ -80,4 +89,10 @@ class PromptBook:
     def _check(self, name: str) -> None:
         if name not in self:
             near = difflib.get_close_matches(str(name), self.names, 1, 0)[0]
-            raise ValueError(f"Unknown prompt {name!r}; did you mean {near!r}? Known are {', '.join(self.names)}.")
+            raise ValueError(
+                "Unknown prompt "
+                f"{name!r}; did you "
+                f"mean {near!r}? "
+                "Known are "
+                f"{', '.join(self.names)}."
+            )

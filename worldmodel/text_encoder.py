@@ -1,6 +1,7 @@
 """Prompts in the player's own words: UMT5 turns them into embeddings, which a cache on disk keeps.
 
-The encoder is larger than any world: it is loaded for a text that the cache does not hold, and freed before play goes on.
+The encoder is larger than any world: it is loaded for a text that the cache does not hold, and
+freed before play goes on.
 """
 
 import gc
@@ -23,7 +24,8 @@ from worldmodel.command_line import first_line, tell
 from worldmodel.sources import user_cache
 from worldmodel.text import PromptBook
 
-ENCODER, TOKENIZER = "text_encoder", "tokenizer"  # sub-folders of diffusers' layout
+ENCODER = "text_encoder"  # sub-folders of diffusers' layout
+TOKENIZER = "tokenizer"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 Place = Path | str  # a folder, or the id of a repository on the hub
 
@@ -31,14 +33,20 @@ Place = Path | str  # a folder, or the id of a repository on the hub
 class PromptEncoder:
     """Embeds every prompt of a world: names in its book, and any text when it names a text encoder.
 
-    book: stored prompts; their shape [L, D] is that of every embedding. source: folder or hub id in diffusers' layout, ""
-    for stored prompts only. home: the bundle, in which a relative folder is looked for first. device, dtype: where the
-    encoder computes, and in what.
+    book: stored prompts; their shape [L, D] is that of every embedding. source: folder or hub id in
+    diffusers' layout, ""
+    for stored prompts only. home: the bundle, in which a relative folder is looked for first.
+    device, dtype: where the encoder computes, and in what.
     """
 
-    def __init__(self, book: PromptBook, source: str, home: Path, device: torch.device, dtype: torch.dtype):
-        self._book, self._source, self._home = book, source, Path(home)
-        self._device, self._dtype = device, dtype
+    def __init__(
+        self, book: PromptBook, source: str, home: Path, device: torch.device, dtype: torch.dtype
+    ):
+        self._book = book
+        self._source = source
+        self._home = Path(home)
+        self._device = device
+        self._dtype = dtype
         self._embedded: dict[str, Tensor] = {}
 
     def __contains__(self, prompt: object) -> bool:
@@ -54,23 +62,39 @@ class PromptEncoder:
             return self._book[prompt]
         if prompt not in self._embedded:
             place = locate(self._source, self._home)
-            self._embedded[prompt] = embed_text(prompt, place, self._book.shape, self._device, self._dtype, tell)
+            self._embedded[prompt] = embed_text(
+                prompt, place, self._book.shape, self._device, self._dtype, tell
+            )
         return self._embedded[prompt]
 
 
 def embed_text(
-    prompt: str, place: Place, shape: tuple[int, int], device: torch.device, dtype: torch.dtype,
+    prompt: str,
+    place: Place,
+    shape: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
     tell: Callable[[str], object] = tell,
-) -> Tensor:  # fmt: skip
-    """Any text -> [L, D] = `shape` float32 on the CPU: from the cache, or from the encoder at `place` and then into the cache.
+) -> Tensor:
+    """Any text -> [L, D] = `shape` float32 on the CPU: from the cache, or from the encoder at
+    `place` and then into the cache.
 
-    device, dtype: where the encoder computes, and in what. tell: hears what is being waited for (default: stderr). A text that is too
-    long loses its end, which stderr is told. Errors: ValueError for an empty text, and for an encoder that is absent, damaged or of
-    another width.
+    device, dtype: where the encoder computes, and in what. tell: hears what is being waited for
+    (default: stderr). A text that is too long loses its end, which stderr is told. Errors:
+    ValueError for an empty text, and for an encoder that is absent, damaged or of another width.
     """
-    text, (length, width) = clean(prompt), shape
-    key = {"text": text, "encoder": str(place), "length": length, "width": width, "dtype": str(dtype)}
-    path = cache_folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
+    text = clean(prompt)
+    (length, width) = shape
+    key = {
+        "text": text,
+        "encoder": str(place),
+        "length": length,
+        "width": width,
+        "dtype": str(dtype),
+    }
+    path = (
+        cache_folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
+    )
     kept = _read(path, key, _version(place))
     if kept is None:
         kept = encode(place, text, length, width, device, dtype, tell)
@@ -81,74 +105,157 @@ def embed_text(
             _write(path, key, _version(place), *kept)
         except (OSError, SafetensorError) as error:
             reason = first_line(error)
-            print(f"The prompt's embedding cannot be kept in {path.parent} ({reason}); it is made anew next time.", file=sys.stderr)
+            print(
+                (
+                    "The prompt's "
+                    "embedding "
+                    "cannot be kept in "
+                    f"{path.parent} "
+                    f"({reason}); it "
+                    "is made anew "
+                    "next time."
+                ),
+                file=sys.stderr,
+            )
     rows, tokens = kept
     if tokens > length:
-        print(f"The prompt has {tokens} tokens and this world reads {length}; the rest of it was left out.", file=sys.stderr)
+        print(
+            (
+                "The prompt has "
+                f"{tokens} tokens "
+                "and this world "
+                f"reads {length}; "
+                "the rest of "
+                "it was left out."
+            ),
+            file=sys.stderr,
+        )
     return torch.cat([rows, rows.new_zeros(length - len(rows), width)])
 
 
 def clean(text: str) -> str:
-    """The text as diffusers' WanPipeline embeds it: mended by ftfy, HTML entities resolved twice, single spaces.
+    """The text as diffusers' WanPipeline embeds it: mended by ftfy, HTML entities resolved twice,
+    single spaces.
 
-    Errors: ValueError when nothing is left, or when it is no valid Unicode. Differs: ftfy is not optional, so that one text
-    has one embedding.
+    Errors: ValueError when nothing is left, or when it is no valid Unicode. Differs: ftfy is not
+    optional, so that one text has one embedding.
     """
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("The prompt is no valid Unicode text; type it again in a terminal that speaks UTF-8.") from None
+        raise ValueError(
+            "The prompt is no valid Unicode text; type it again in a terminal that speaks UTF-8."
+        ) from None
     _, ftfy = libraries()
     text = " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
     if not text:
-        raise ValueError("The prompt is empty; describe a place in a few words, or leave it away for the world's own.")
+        raise ValueError(
+            "The prompt is empty; "
+            "describe "
+            "a place in a "
+            "few words, or leave "
+            "it away for "
+            "the world's own."
+        )
     return text
 
 
 def locate(source: str, home: Path) -> Place:
-    """What `text_encoder` in world.yaml means: a folder (in the bundle `home`, or as written) or else a hub id."""
+    """What `text_encoder` in world.yaml means: a folder (in the bundle `home`, or as written) or
+    else a hub id.
+    """
     for folder in (home / source, Path(os.path.expanduser(source))):
         if folder.is_dir():
             return folder.resolve()
-    # what looks like an id but is an absent folder is an id: a wrong guess costs a sentence, never another encoder's embedding
+    # what looks like an id but is an absent folder is an id: a wrong guess costs a sentence, never
+    # another encoder's embedding
     return source if _HUB_ID.fullmatch(source) else (home / os.path.expanduser(source)).resolve()
 
 
-# ------------------------------------------------------------------------------------------------ encoding
+# -------------------- encoding
 
 
 @torch.no_grad()
 def encode(
-    place: Place, text: str, length: int, width: int, device: torch.device, dtype: torch.dtype, tell: Callable[[str], object]
+    place: Place,
+    text: str,
+    length: int,
+    width: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    tell: Callable[[str], object],
 ) -> tuple[Tensor, int]:
-    """Cleaned text -> its rows [n, width] float32 on the CPU with n <= length, and how many tokens it has uncut.
+    """Cleaned text -> its rows [n, width] float32 on the CPU with n <= length, and how many tokens
+    it has uncut.
 
-    The rows are those of diffusers' WanPipeline (Source: its `_get_t5_prompt_embeds`), which fills up with zeros to `length`.
-    A graphics card without room for the encoder leaves the work to the CPU. Errors: ValueError as in `embed_text`.
+    The rows are those of diffusers' WanPipeline (Source: its `_get_t5_prompt_embeds`), which fills
+    up with zeros to `length`. A graphics card without room for the encoder leaves the work to the
+    CPU. Errors: ValueError as in `embed_text`.
     """
     tell("Loading the text encoder")
     transformers, _ = libraries()
-    if isinstance(place, Path) and not (place / ENCODER / "config.json").is_file():  # transformers would guess one
+    if (
+        isinstance(place, Path) and not (place / ENCODER / "config.json").is_file()
+    ):  # transformers would guess one
         raise ValueError(
-            f"The text encoder is not in {place} (expected {ENCODER}/config.json and {TOKENIZER} there); put it there, or name "
+            "The text encoder "
+            "is not in "
+            f"{place} (expected "
+            f"{ENCODER}/config.json and "
+            f"{TOKENIZER} "
+            "there); put "
+            "it there, or name "
             "its place as text_encoder in world.yaml."
         )
     config = _load(transformers.UMT5Config, place, ENCODER, tell)
     if config.d_model != width:
-        raise ValueError(f"The text encoder {place} makes embeddings of width {config.d_model}, {width} is expected; name another one.")
+        raise ValueError(
+            "The text encoder "
+            f"{place} "
+            "makes embeddings "
+            "of width "
+            f"{config.d_model}, "
+            f"{width} is "
+            "expected; "
+            "name another one."
+        )
     tokenizer = _load(transformers.AutoTokenizer, place, TOKENIZER, tell, trust_remote_code=False)
     tokens = len(tokenizer(text, verbose=False).input_ids)
     batch = tokenizer(
-        [text], padding="max_length", max_length=length, truncation=True, add_special_tokens=True,
-        return_attention_mask=True, return_tensors="pt",
-    )  # fmt: skip
+        [text],
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        add_special_tokens=True,
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
     if batch.input_ids.max() >= config.vocab_size:
-        raise ValueError(f"The tokenizer in {place} knows more words than the text encoder beside it; fetch both again.")
+        raise ValueError(
+            "The tokenizer in "
+            f"{place} knows "
+            "more words than "
+            "the text encoder "
+            "beside it; "
+            "fetch both again."
+        )
     network, report = _load(
-        transformers.UMT5EncoderModel, place, ENCODER, tell, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        transformers.UMT5EncoderModel,
+        place,
+        ENCODER,
+        tell,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
     )
     if report["missing_keys"]:  # transformers would dice them
-        raise ValueError(f"The text encoder {place} lacks the weight {sorted(report['missing_keys'])[0]}; fetch it again.")
+        raise ValueError(
+            f"The text encoder {place} "
+            "lacks the weight "
+            f"{sorted(report['missing_keys'])[0]}; "
+            "fetch it again."
+        )
     tell("Reading the prompt")
     try:
         rows = _run(network.eval(), batch, device)
@@ -159,15 +266,21 @@ def encode(
 
 def _run(network: torch.nn.Module, batch, device: torch.device) -> Tensor:
     """[length, D] of a batch of one."""
-    return network.to(device)(batch.input_ids.to(device), batch.attention_mask.to(device)).last_hidden_state[0]
+    return network.to(device)(
+        batch.input_ids.to(device), batch.attention_mask.to(device)
+    ).last_hidden_state[0]
 
 
 def _load(kind, place: Place, part: str, tell: Callable[[str], object], **options):
-    """`kind.from_pretrained`, which runs no code of the files': first from this machine, then, for a hub id, from the hub."""
+    """`kind.from_pretrained`, which runs no code of the files': first from this machine, then, for
+    a hub id, from the hub.
+    """
     here = isinstance(place, Path) or constants.HF_HUB_OFFLINE
     try:
         try:
-            return kind.from_pretrained(_folder(place), subfolder=part, local_files_only=True, **options)
+            return kind.from_pretrained(
+                _folder(place), subfolder=part, local_files_only=True, **options
+            )
         except Exception:  # for want of a file, each kind has its own
             if here:
                 raise
@@ -176,12 +289,24 @@ def _load(kind, place: Place, part: str, tell: Callable[[str], object], **option
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a foreign file can break anything
-        todo = "fetch it again" if isinstance(place, Path) else "fetch it while online, or name its folder as text_encoder in world.yaml"
-        raise ValueError(f"The {part.replace('_', ' ')} of {place} cannot be loaded ({first_line(error)}); {todo}.") from None
+        todo = (
+            "fetch it again"
+            if isinstance(place, Path)
+            else "fetch it while online, or name its folder as text_encoder in world.yaml"
+        )
+        raise ValueError(
+            f"The {part.replace('_', ' ')} of "
+            f"{place} cannot "
+            "be loaded "
+            f"({first_line(error)}); "
+            f"{todo}."
+        ) from None
 
 
 def _folder(place: Place) -> Path:
-    """Where the files are, in the hub library's own cache for a hub id; OSError when nothing is there."""
+    """Where the files are, in the hub library's own cache for a hub id; OSError when nothing is
+    there.
+    """
     if isinstance(place, Path):
         return place
     found = try_to_load_from_cache(place, f"{ENCODER}/config.json")
@@ -190,19 +315,31 @@ def _folder(place: Place) -> Path:
     return Path(found).parent.parent
 
 
-def libraries(user: str = "A prompt in your own words", instead: str = "choose a prompt that the world has stored") -> tuple:
-    """(transformers, ftfy); ValueError with the line that installs them where one is missing, naming the `user` that needs it."""
+def libraries(
+    user: str = "A prompt in your own words",
+    instead: str = "choose a prompt that the world has stored",
+) -> tuple:
+    """(transformers, ftfy); ValueError with the line that installs them where one is missing,
+    naming the `user` that needs it.
+    """
     try:
         import ftfy
         import transformers
     except ImportError as error:
         raise ValueError(
-            f"{user} needs {error.name}, which is not installed: run `python -m pip install transformers ftfy`, or {instead}."
+            f"{user} needs "
+            f"{error.name}, "
+            "which is not "
+            "installed: run "
+            "`python -m pip "
+            "install transformers "
+            "ftfy`, "
+            f"or {instead}."
         ) from None
     return transformers, ftfy
 
 
-# --------------------------------------------------------------------------------------------------- cache
+# -------------------- cache
 
 
 def cache_folder() -> Path:
@@ -211,24 +348,41 @@ def cache_folder() -> Path:
 
 
 def _version(place: Place) -> str:
-    """What tells one state of an encoder from another without reading its weights; "" when it is not there."""
+    """What tells one state of an encoder from another without reading its weights; "" when it is
+    not there.
+    """
     try:
         folder = _folder(place)
         if isinstance(place, str):
             return folder.name  # the commit
-        files = sorted(path for part in (ENCODER, TOKENIZER) for path in (folder / part).iterdir() if path.is_file())
-        facts = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        files = sorted(
+            path
+            for part in (ENCODER, TOKENIZER)
+            for path in (folder / part).iterdir()
+            if path.is_file()
+        )
+        facts = [
+            (str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns)
+            for path in files
+        ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     except OSError:
         return ""
 
 
 def _read(path: Path, key: dict, version: str) -> tuple[Tensor, int] | None:
-    """(rows, tokens) as `_write` stored them; None when they are absent, damaged, or of another state of the encoder."""
+    """(rows, tokens) as `_write` stored them; None when they are absent, damaged, or of another
+    state of the encoder.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            facts, rows = json.loads(file.metadata()["facts"]), file.get_tensor("rows")
-        if facts["key"] != key or facts["sha256"] != _checksum(rows) or (version and facts["version"] not in ("", version)):
+            facts = json.loads(file.metadata()["facts"])
+            rows = file.get_tensor("rows")
+        if (
+            facts["key"] != key
+            or facts["sha256"] != _checksum(rows)
+            or (version and facts["version"] not in ("", version))
+        ):
             return None
         return rows, facts["tokens"]
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):

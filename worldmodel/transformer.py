@@ -1,12 +1,17 @@
-"""`CausalWanTransformer`: Wan2.1's video diffusion transformer with camera poses (PRoPE), one network for three ways of attending.
+"""`CausalWanTransformer`: Wan2.1's video diffusion transformer with camera poses (PRoPE), one
+network for three ways of attending.
 
 - `bidirectional`: every latent frame sees every frame, as Wan2.1 was trained.
-- `teacher_forcing`: noisy chunk i sees the clean chunks before it and itself (Causal Forcing stage 1 and 2).
-- `cached`: the frames of the current chunk see the committed frames of a `CacheView` and themselves: play and self-rollout.
+- `teacher_forcing`: noisy chunk i sees the clean chunks before it and itself (Causal Forcing stage
+  1 and 2).
+- `cached`: the frames of the current chunk see the committed frames of a `CacheView` and
+  themselves: play and self-rollout.
 
-The mode is an argument and never guessed. Parameter names and config keys are those of diffusers' `WanTransformer3DModel`, so
-`Wan-AI/Wan2.1-T2V-1.3B-Diffusers` loads as it is; a camera model has one more linear layer a block, `attn1.prope_out`, zero at the start.
-Inside, tokens are `[B, F, N, width]`: F latent frames of N tokens each; the residual stream and the modulation are float32.
+The mode is an argument and never guessed. Parameter names and config keys are those of diffusers'
+`WanTransformer3DModel`, so `Wan-AI/Wan2.1-T2V-1.3B-Diffusers` loads as it is; a camera model has
+one more linear layer a block, `attn1.prope_out`, zero at the start.
+Inside, tokens are `[B, F, N, width]`: F latent frames of N tokens each; the residual stream and the
+modulation are float32.
 """
 
 from dataclasses import dataclass
@@ -26,12 +31,18 @@ from worldmodel.schedule import CLOCK
 
 @dataclass(frozen=True)
 class TextContext:
-    """A prompt made ready for every layer: cross-attention keys and values, each `[B, heads, L, head_dim]`."""
+    """A prompt made ready for every layer: cross-attention keys and values, each `[B, heads, L,
+    head_dim]`.
+    """
 
     layers: tuple[tuple[Tensor, Tensor], ...]
 
 
-Modulation = tuple[Tensor, ...]  # of a block: shift, factor and gate of attention, then of the feed-forward, `[B, F, 1, width]` float32
+Modulation = tuple[
+    Tensor, ...
+    # of a block: shift, factor and gate of attention, then of the feed-forward, `[B, F, 1, width]`
+    # float32
+]
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,9 @@ class TimeContext:
 
 @dataclass(frozen=True)
 class FramePositions:
-    """Where the tokens of a pass stand: rotary tables `[F, N, 1, head_dim]`, and camera matrices or None."""
+    """Where the tokens of a pass stand: rotary tables `[F, N, 1, head_dim]`, and camera matrices or
+    None.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -84,7 +97,9 @@ class LayerNorm(nn.LayerNorm):
     """Affine layer norm in float32, whatever type its weights have."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        return F.layer_norm(
+            x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
+        )
 
 
 class TwoLayers(nn.Module):
@@ -111,10 +126,14 @@ class ConditionEmbedder(nn.Module):
         self.text_embedder = TwoLayers(text_dim, width, nn.GELU(approximate="tanh"))
 
     def embed_time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """sigma `[B, F]` -> embedding `[B, F, width]` and modulation `[B, F, 6, width]`, float32 even under autocast."""
+        """sigma `[B, F]` -> embedding `[B, F, width]` and modulation `[B, F, 6, width]`, float32
+        even under autocast.
+        """
         exact = exact_device(sigma.device)
         half = torch.arange(self.freq_dim // 2, dtype=torch.float64, device=exact)
-        angle = (sigma.float() * CLOCK).to(exact).double()[..., None] * 10000.0 ** (-half / (self.freq_dim // 2))
+        angle = (sigma.float() * CLOCK).to(exact).double()[..., None] * 10000.0 ** (
+            -half / (self.freq_dim // 2)
+        )
         wave = torch.cat([angle.cos(), angle.sin()], dim=-1).float().to(sigma.device)
         with torch.autocast(sigma.device.type, enabled=False):
             embedding = self.time_embedder(wave.to(self.time_embedder.linear_1.weight.dtype))
@@ -123,13 +142,16 @@ class ConditionEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections of self- or cross-attention in diffusers' names; `camera` adds the second path's output layer."""
+    """Projections of self- or cross-attention in diffusers' names; `camera` adds the second path's
+    output layer.
+    """
 
     def __init__(self, width: int, heads: int, eps: float, camera: bool = False):
         super().__init__()
         self.heads = heads
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
-        self.norm_q, self.norm_k = RMSNorm(width, eps), RMSNorm(width, eps)
+        self.norm_q = RMSNorm(width, eps)
+        self.norm_k = RMSNorm(width, eps)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
         self.prope_out = nn.Linear(width, width) if camera else None
 
@@ -138,33 +160,47 @@ class Attention(nn.Module):
         return self.norm_k(self.to_k(x)), self.to_v(x)
 
     def turned_queries(self, x: Tensor, positions: FramePositions) -> Tensor:
-        """x `[B, F, N, width]` -> `[B, heads, F N, head_dim]`, or twice the heads when there are cameras: rotary first, PRoPE second."""
+        """x `[B, F, N, width]` -> `[B, heads, F N, head_dim]`, or twice the heads when there are
+        cameras: rotary first, PRoPE second.
+        """
         q = self.norm_q(self.to_q(x))
         paths = [rotate(q.unflatten(-1, (self.heads, -1)), positions.cos, positions.sin)]
         if positions.cameras is not None:
             paths.append(prope.apply(positions.cameras.query, q).unflatten(-1, (self.heads, -1)))
         return by_head(paths)
 
-    def turned_memory(self, k: Tensor, v: Tensor, positions: FramePositions) -> tuple[Tensor, Tensor]:
+    def turned_memory(
+        self, k: Tensor, v: Tensor, positions: FramePositions
+    ) -> tuple[Tensor, Tensor]:
         """What `memory` gave, in the shape of `turned_queries`."""
         inverse = None if positions.cameras is None else positions.cameras.key
         return turned(k, v, positions.cos, positions.sin, inverse, self.heads)
 
     def result(self, out: Tensor, positions: FramePositions) -> Tensor:
         """What attention gave, in the shape of `turned_queries`, -> `[B, F, N, width]`."""
-        out = out.transpose(1, 2).unflatten(1, positions.cos.shape[:2])  # [B, F, N, heads or 2 heads, head_dim]
+        out = out.transpose(1, 2).unflatten(
+            1, positions.cos.shape[:2]
+        )  # [B, F, N, heads or 2 heads, head_dim]
         result = self.to_out[0](out[..., : self.heads, :].flatten(-2))
         if positions.cameras is not None:
-            result = result + self.prope_out(prope.apply(positions.cameras.result, out[..., self.heads :, :].flatten(-2)))
+            result = result + self.prope_out(
+                prope.apply(positions.cameras.result, out[..., self.heads :, :].flatten(-2))
+            )
         return result
 
     def text_keys(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Embedded prompt `[B, L, width]` -> keys and values `[B, heads, L, head_dim]`."""
-        k, v = self.norm_k(self.to_k(text)), self.to_v(text)
+        k = self.norm_k(self.to_k(text))
+        v = self.to_v(text)
         return tuple(x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (k, v))
 
     def cross_attention(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
-        q = self.norm_q(self.to_q(x.to(self.to_q.weight.dtype))).flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q = (
+            self.norm_q(self.to_q(x.to(self.to_q.weight.dtype)))
+            .flatten(1, 2)
+            .unflatten(-1, (self.heads, -1))
+            .transpose(1, 2)
+        )
         out = attention.attend(q, *text).transpose(1, 2).flatten(-2)
         return self.to_out[0](out).view(x.shape)
 
@@ -184,9 +220,13 @@ class FeedForward(nn.Module):
 
 
 class WanBlock(nn.Module):
-    """One transformer block: modulated self-attention, cross-attention to the prompt, modulated feed-forward."""
+    """One transformer block: modulated self-attention, cross-attention to the prompt, modulated
+    feed-forward.
+    """
 
-    def __init__(self, width: int, heads: int, ffn_dim: int, eps: float, cross_attn_norm: bool, camera: bool):
+    def __init__(
+        self, width: int, heads: int, ffn_dim: int, eps: float, cross_attn_norm: bool, camera: bool
+    ):
         super().__init__()
         self.attn1 = Attention(width, heads, eps, camera)
         self.attn2 = Attention(width, heads, eps)
@@ -196,36 +236,71 @@ class WanBlock(nn.Module):
         self.eps = eps
 
     def forward(
-        self, x: Tensor, modulation: Modulation, text: tuple[Tensor, Tensor], positions: FramePositions, pattern: Pattern, layer: int
+        self,
+        x: Tensor,
+        modulation: Modulation,
+        text: tuple[Tensor, Tensor],
+        positions: FramePositions,
+        pattern: Pattern,
+        layer: int,
     ) -> Tensor:
         """x `[B, F, N, width]`, text of `Attention.text_keys`.
 
-        Rotary and camera path are ONE attention over twice the heads; what comes before and behind it knows nothing of a past.
+        Rotary and camera path are ONE attention over twice the heads; what comes before and behind
+        it knows nothing of a past.
         """
         q, (k, v), memory = self.enter(x, modulation, positions)
         if pattern.view is not None:
             pattern.view.keep(layer, *memory)
-        return self.leave(x, pattern.attend(layer, q, k, v, x.shape[1]), modulation, text, positions)
+        return self.leave(
+            x, pattern.attend(layer, q, k, v, x.shape[1]), modulation, text, positions
+        )
 
     def modulate(self, modulation: Tensor) -> Modulation:
         """Modulation `[B, F, 6, width]` that all blocks share -> this block's."""
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (
+            (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)
+        )
         return shift, 1 + scale, gate, ffn_shift, 1 + ffn_scale, ffn_gate
 
-    def remember(self, x: Tensor, modulation: Modulation, positions: FramePositions, view: CacheView, layer: int) -> None:
-        """Leaves the keys and values of this block in view and window, as `forward` does, and computes nothing else."""
+    def remember(
+        self,
+        x: Tensor,
+        modulation: Modulation,
+        positions: FramePositions,
+        view: CacheView,
+        layer: int,
+    ) -> None:
+        """Leaves the keys and values of this block in view and window, as `forward` does, and
+        computes nothing else.
+        """
         _, turned_memory, memory = self.enter(x, modulation, positions, queries=False)
         view.keep(layer, *memory)
         view.write(layer, *turned_memory)
 
-    def enter(self, x: Tensor, modulation: Modulation, positions: FramePositions, queries: bool = True):
-        """Before self-attention: its queries (if asked for), its keys and values, and those that are remembered."""
+    def enter(
+        self, x: Tensor, modulation: Modulation, positions: FramePositions, queries: bool = True
+    ):
+        """Before self-attention: its queries (if asked for), its keys and values, and those that
+        are remembered.
+        """
         shift, factor, *_ = modulation
         x = modulated_norm(x, factor, shift, self.eps).to(self.attn1.to_q.weight.dtype)
         memory = self.attn1.memory(x)
-        return self.attn1.turned_queries(x, positions) if queries else None, self.attn1.turned_memory(*memory, positions), memory
+        return (
+            self.attn1.turned_queries(x, positions) if queries else None,
+            self.attn1.turned_memory(*memory, positions),
+            memory,
+        )
 
-    def leave(self, x: Tensor, out: Tensor, modulation: Modulation, text: tuple[Tensor, Tensor], positions: FramePositions) -> Tensor:
+    def leave(
+        self,
+        x: Tensor,
+        out: Tensor,
+        modulation: Modulation,
+        text: tuple[Tensor, Tensor],
+        positions: FramePositions,
+    ) -> Tensor:
         """Behind self-attention, which gave `out`."""
         _, _, gate, shift, factor, ffn_gate = modulation
         x = torch.addcmul(x, gate, self.attn1.result(out, positions))
@@ -234,15 +309,23 @@ class WanBlock(nn.Module):
 
 
 def modulated_norm(x: Tensor, factor: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """Layer norm without weights, then the time's factor (1 + scale) and shift, `[B, F, 1, width]` each."""
+    """Layer norm without weights, then the time's factor (1 + scale) and shift, `[B, F, 1, width]`
+    each.
+    """
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), factor)
 
 
 class CausalWanTransformer(ModelMixin, ConfigMixin):
-    """See the module's text. Config keys are diffusers'; those of models we cannot run (image branch) must be None."""
+    """See the module's text. Config keys are diffusers'; those of models we cannot run (image
+    branch) must be None.
+    """
 
     _supports_gradient_checkpointing = True
-    _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm2"]  # as diffusers: so the residual stream is float32 too
+    _keep_in_fp32_modules = [
+        "time_embedder",
+        "scale_shift_table",
+        "norm2",
+    ]  # as diffusers: so the residual stream is float32 too
     _no_split_modules = ["WanBlock"]
 
     @register_to_config
@@ -267,15 +350,28 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
         camera: bool = True,
     ):
         super().__init__()
-        _check_config(patch_size, attention_head_dim, freq_dim, qk_norm, {"image_dim": image_dim, "added_kv_proj_dim": added_kv_proj_dim,
-                                                                "pos_embed_seq_len": pos_embed_seq_len}, camera)
+        _check_config(
+            patch_size,
+            attention_head_dim,
+            freq_dim,
+            qk_norm,
+            {
+                "image_dim": image_dim,
+                "added_kv_proj_dim": added_kv_proj_dim,
+                "pos_embed_seq_len": pos_embed_seq_len,
+            },
+            camera,
+        )
         width = num_attention_heads * attention_head_dim
         self.patch_embedding = nn.Conv3d(in_channels, width, patch_size, patch_size)
         self.condition_embedder = ConditionEmbedder(width, freq_dim, text_dim)
         self.blocks = nn.ModuleList(
-            WanBlock(width, num_attention_heads, ffn_dim, eps, cross_attn_norm, camera) for _ in range(num_layers)
+            WanBlock(width, num_attention_heads, ffn_dim, eps, cross_attn_norm, camera)
+            for _ in range(num_layers)
         )
-        self.proj_out = nn.Linear(width, out_channels * patch_size[0] * patch_size[1] * patch_size[2])
+        self.proj_out = nn.Linear(
+            width, out_channels * patch_size[0] * patch_size[1] * patch_size[2]
+        )
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, width) / width**0.5)
         self.gradient_checkpointing = False
         for block in self.blocks if camera else ():
@@ -283,12 +379,16 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
             nn.init.zeros_(block.attn1.prope_out.bias)
 
     def encode_text(self, text: Tensor) -> TextContext:
-        """Prompt embedding `[B, L, text_dim]` (padded rows are zero and are attended to, as in Wan) -> every layer's keys and values."""
+        """Prompt embedding `[B, L, text_dim]` (padded rows are zero and are attended to, as in Wan)
+        -> every layer's keys and values.
+        """
         text = self.condition_embedder.text_embedder(text.to(self.patch_embedding.weight.dtype))
         return TextContext(tuple(block.attn2.text_keys(text) for block in self.blocks))
 
     def encode_time(self, sigma: Tensor) -> TimeContext:
-        """Noise levels `[B, F]` in [0, 1] -> what a pass needs of them, for passes that share them."""
+        """Noise levels `[B, F]` in [0, 1] -> what a pass needs of them, for passes that share
+        them.
+        """
         embedding, modulation = self.condition_embedder.embed_time(sigma)
         return TimeContext(embedding, tuple(block.modulate(modulation) for block in self.blocks))
 
@@ -308,29 +408,37 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
     ) -> Tensor | None:
         """Predicts the velocity `eps - x0` of noisy latents.
 
-        `latents` `[B, C, F, H, W]` (H and W multiples of the patch), `sigma` in [0, 1] `[B]` or `[B, F]` or what `encode_time` made of
-        it, `text` an embedding `[B, L, text_dim]` or what `encode_text` made of it, `projection` `[B, F, 4, 4]` from `prope.projection` or
-        None (no camera path).
-        teacher_forcing: `clean` latents of the same shape, their `clean_sigma` `[B, F]` (None: 0), `chunk` frames denoised together.
-        cached: `view` of the committed frames; its reference camera is the one `projection` is relative to. With `velocity` false the
-        pass ends where the last layer's keys and values are known, and returns None.
+        `latents` `[B, C, F, H, W]` (H and W multiples of the patch), `sigma` in [0, 1] `[B]` or
+        `[B, F]` or what `encode_time` made of it, `text` an embedding `[B, L, text_dim]` or what
+        `encode_text` made of it, `projection` `[B, F, 4, 4]` from `prope.projection` or None (no
+        camera path).
+        teacher_forcing: `clean` latents of the same shape, their `clean_sigma` `[B, F]` (None: 0),
+        `chunk` frames denoised together.
+        cached: `view` of the committed frames; its reference camera is the one `projection` is
+        relative to. With `velocity` false the pass ends where the last layer's keys and values are
+        known, and returns None.
         Returns `[B, C, F, H, W]` in float32.
         """
         self._check_inputs(latents, projection, mode, chunk, clean, view)
-        frames, (_, patch_h, patch_w) = latents.shape[2], self.config.patch_size
+        frames = latents.shape[2]
+        (_, patch_h, patch_w) = self.config.patch_size
         grid = latents.shape[3] // patch_h, latents.shape[4] // patch_w
         if isinstance(sigma, Tensor) and sigma.ndim == 1:
             sigma = sigma[:, None].expand(-1, frames)
         if mode == "teacher_forcing":
             latents = torch.cat([clean, latents], dim=2)
-            sigma = torch.cat([torch.zeros_like(sigma) if clean_sigma is None else clean_sigma, sigma], dim=1)
+            sigma = torch.cat(
+                [torch.zeros_like(sigma) if clean_sigma is None else clean_sigma, sigma], dim=1
+            )
             projection = None if projection is None else projection.repeat(1, 2, 1, 1)
         if isinstance(text, Tensor):
             text = self.encode_text(text)
         x = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype))
-        dtype, x = x.dtype, x.float().flatten(3).permute(0, 2, 3, 1)
+        dtype = x.dtype
+        x = x.float().flatten(3).permute(0, 2, 3, 1)
         time = self.encode_time(sigma) if isinstance(sigma, Tensor) else sigma
-        positions, pattern = self.positions(frames, grid, projection, mode, view, dtype), Pattern(mode, chunk, view)
+        positions = self.positions(frames, grid, projection, mode, view, dtype)
+        pattern = Pattern(mode, chunk, view)
         for layer, block in enumerate(self.blocks):
             if not velocity and layer == len(self.blocks) - 1:
                 return block.remember(x, time.layers[layer], positions, view, layer)
@@ -344,19 +452,31 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
         return self._to_latents(x, time.embedding, grid)
 
     def positions(
-        self, frames: int, grid: tuple[int, int], projection: Tensor | None, mode: str, view: CacheView | None, dtype: torch.dtype
+        self,
+        frames: int,
+        grid: tuple[int, int],
+        projection: Tensor | None,
+        mode: str,
+        view: CacheView | None,
+        dtype: torch.dtype,
     ) -> FramePositions:
-        """Where the tokens of a pass stand, `grid` of them a frame; made once for all passes with the same `view` and `projection`."""
+        """Where the tokens of a pass stand, `grid` of them a frame; made once for all passes with
+        the same `view` and `projection`.
+        """
         if view is not None and view.tables is not None and view.tables[0] is projection:
             return view.tables[1]
         index = torch.arange(frames, device=self.device) if view is None else view.positions(frames)
         index = index.repeat(2) if mode == "teacher_forcing" else index
-        cos, sin = rope_table(index.to(exact_device(index.device)), *grid, self.config.attention_head_dim)
+        cos, sin = rope_table(
+            index.to(exact_device(index.device)), *grid, self.config.attention_head_dim
+        )
         cameras = None
         if projection is not None and self.config.camera:
             width = self.config.num_attention_heads * self.config.attention_head_dim
             cameras = prope.camera_matrices(projection, dtype, width, self.device)
-        positions = FramePositions(*(table.unsqueeze(2).to(self.device, dtype) for table in (cos, sin)), cameras)
+        positions = FramePositions(
+            *(table.unsqueeze(2).to(self.device, dtype) for table in (cos, sin)), cameras
+        )
         if view is not None:
             view.tables = projection, positions
         return positions
@@ -364,33 +484,103 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
     def _to_latents(self, x: Tensor, embedding: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens `[B, F, N, width]` -> velocity `[B, C, F, H, W]`."""
         shift, scale = (self.scale_shift_table + embedding.unsqueeze(2)).unsqueeze(2).unbind(3)
-        x = self.proj_out(modulated_norm(x, 1 + scale, shift, self.config.eps).to(self.proj_out.weight.dtype)).float()
+        x = self.proj_out(
+            modulated_norm(x, 1 + scale, shift, self.config.eps).to(self.proj_out.weight.dtype)
+        ).float()
         _, patch_h, patch_w = self.config.patch_size
-        x = x.unflatten(-1, (patch_h, patch_w, -1)).unflatten(2, grid)  # [B, F, rows, columns, patch_h, patch_w, C]
+        x = x.unflatten(-1, (patch_h, patch_w, -1)).unflatten(
+            2, grid
+        )  # [B, F, rows, columns, patch_h, patch_w, C]
         return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
     def _check_inputs(self, latents, projection, mode, chunk, clean, view) -> None:
         if mode not in ("bidirectional", "teacher_forcing", "cached"):
-            raise ValueError(f"mode must be bidirectional, teacher_forcing or cached, got {mode!r}: name one of them")
-        if (clean is not None) != (mode == "teacher_forcing") or (view is not None) != (mode == "cached"):
-            raise ValueError(f"clean goes with teacher_forcing and view with cached, got mode {mode!r}: pass exactly what the mode needs")
+            raise ValueError(
+                "mode must be "
+                "bidirectional, "
+                "teacher_forcing "
+                "or cached, got "
+                f"{mode!r}: "
+                "name one of them"
+            )
+        if (clean is not None) != (mode == "teacher_forcing") or (view is not None) != (
+            mode == "cached"
+        ):
+            raise ValueError(
+                "clean goes with "
+                "teacher_forcing and "
+                "view with cached, "
+                "got mode "
+                f"{mode!r}: pass "
+                "exactly "
+                "what the mode needs"
+            )
         _, _, frames, height, width = latents.shape
         if height % self.config.patch_size[1] or width % self.config.patch_size[2]:
-            raise ValueError(f"latents must be a multiple of the patch {tuple(self.config.patch_size)}, got {height}x{width} cells: resize")
+            raise ValueError(
+                "latents must be "
+                "a multiple "
+                "of the patch "
+                f"{tuple(self.config.patch_size)}, got "
+                f"{height}x{width} "
+                "cells: resize"
+            )
         if mode == "teacher_forcing" and frames % chunk:
-            raise ValueError(f"teacher forcing needs a multiple of {chunk} latent frames, got {frames}: change the clip's length or chunk")
+            raise ValueError(
+                "teacher forcing "
+                "needs "
+                "a multiple of "
+                f"{chunk} latent "
+                "frames, got "
+                f"{frames}: change "
+                "the clip's "
+                "length or chunk"
+            )
         if projection is not None and projection.shape[1] != frames:
-            raise ValueError(f"one camera a latent frame is needed, got {projection.shape[1]} for {frames} frames: pass {frames}")
+            raise ValueError(
+                "one camera a "
+                "latent frame "
+                "is needed, got "
+                f"{projection.shape[1]} for "
+                f"{frames} frames: "
+                f"pass {frames}"
+            )
 
 
-def _check_config(patch_size, head_dim: int, freq_dim: int, qk_norm: str, absent: dict, camera: bool) -> None:
+def _check_config(
+    patch_size, head_dim: int, freq_dim: int, qk_norm: str, absent: dict, camera: bool
+) -> None:
     wrong = [name for name, value in absent.items() if value is not None]
     if wrong:
-        raise ValueError(f"this network has no image branch, got {wrong[0]}={absent[wrong[0]]}: use a text-to-video Wan model")
+        raise ValueError(
+            "this network has no "
+            "image branch, got "
+            f"{wrong[0]}={absent[wrong[0]]}: "
+            "use a "
+            "text-to-video "
+            "Wan model"
+        )
     if patch_size[0] != 1 or qk_norm != "rms_norm_across_heads":
         found = f"{tuple(patch_size)} and {qk_norm}"
-        raise ValueError(f"patch_size must be (1, h, w) and qk_norm rms_norm_across_heads, got {found}: not a Wan2.1 model")
+        raise ValueError(
+            "patch_size must "
+            "be (1, h, "
+            "w) and qk_norm "
+            "rms_norm_across_heads, got "
+            f"{found}: not a "
+            "Wan2.1 model"
+        )
     if freq_dim % 2:
-        raise ValueError(f"freq_dim must be even (sines and cosines), got {freq_dim}: choose another")
+        raise ValueError(
+            f"freq_dim must be even (sines and cosines), got {freq_dim}: choose another"
+        )
     if camera and head_dim % 4:
-        raise ValueError(f"PRoPE needs a head width that is a multiple of 4, got {head_dim}: choose another attention_head_dim")
+        raise ValueError(
+            "PRoPE needs a "
+            "head width "
+            "that is a multiple "
+            "of 4, got "
+            f"{head_dim}: "
+            "choose "
+            "another attention_head_dim"
+        )

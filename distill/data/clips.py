@@ -1,9 +1,11 @@
-"""The clip format: one folder a clip, written by collectors, importers and by play itself, read by training.
+"""The clip format: one folder a clip, written by collectors, importers and by play itself, read by
+training.
 
-`video.mp4` (H.264), `poses.json` (WorldPlay's format: per latent frame camera-to-world and K in pixels), `meta.yaml` (caption,
-fps, source, licence), `latents.safetensors` (one float16 tensor `latents` [C, F, h, w], made by `distill encode`).
-`index.jsonl` beside the clips holds one line a clip. Pixel frame 0 is latent 0, latent k covers pixel frames 4k-3..4k and its
-pose is that of pixel frame 4k, so F latents are 4F-3 pixel frames.
+`video.mp4` (H.264), `poses.json` (WorldPlay's format: per latent frame camera-to-world and K in
+pixels), `meta.yaml` (caption, fps, source, licence), `latents.safetensors` (one float16 tensor
+`latents` [C, F, h, w], made by `distill encode`). `index.jsonl` beside the clips holds one line a
+clip. Pixel frame 0 is latent 0, latent k covers pixel frames 4k-3..4k and its pose is that of pixel
+frame 4k, so F latents are 4F-3 pixel frames.
 """
 
 import json
@@ -21,10 +23,20 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from worldmodel.camera import check_poses, invert, read_pose_json, relative_to_first, write_pose_json
+from worldmodel.camera import (
+    check_poses,
+    invert,
+    read_pose_json,
+    relative_to_first,
+    write_pose_json,
+)
 from worldmodel.command_line import first_line
 
-VIDEO, POSES, META, LATENTS, INDEX = "video.mp4", "poses.json", "meta.yaml", "latents.safetensors", "index.jsonl"
+VIDEO = "video.mp4"
+POSES = "poses.json"
+META = "meta.yaml"
+LATENTS = "latents.safetensors"
+INDEX = "index.jsonl"
 
 
 @dataclass(frozen=True)
@@ -46,8 +58,20 @@ def frames_of(latents: int) -> int:
     return 4 * latents - 3
 
 
-def write_clip(root, name: str, frames, c2w, intrinsics, caption: str, fps: float, source: str, licence: str, **extra) -> Path:
-    """Writes the clip folder root/name: whole under another name first, then renamed, so that a clip is there or it is not.
+def write_clip(
+    root,
+    name: str,
+    frames,
+    c2w,
+    intrinsics,
+    caption: str,
+    fps: float,
+    source: str,
+    licence: str,
+    **extra,
+) -> Path:
+    """Writes the clip folder root/name: whole under another name first, then renamed, so that a
+    clip is there or it is not.
 
     Args:
         frames: uint8 [T, H, W, 3], T = 4F - 3, H and W even.
@@ -55,23 +79,43 @@ def write_clip(root, name: str, frames, c2w, intrinsics, caption: str, fps: floa
         intrinsics: [4] normalised, constant over the clip.
         extra: further entries of meta.yaml (plain values).
     Raises:
-        ValueError: frames that do not fit the poses, poses that are no poses, odd sizes, a clip of this name exists already.
+        ValueError: frames that do not fit the poses, poses that are no poses, odd sizes, a clip of
+        this name exists already.
     """
-    root, frames = Path(root), np.asarray(frames)
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or frames.shape[1] % 2 or frames.shape[2] % 2:
-        raise ValueError(f"{name}: expected uint8 frames [T, H, W, 3] with even H and W, got {frames.dtype} {list(frames.shape)}")
+    root = Path(root)
+    frames = np.asarray(frames)
+    if (
+        frames.ndim != 4
+        or frames.shape[-1] != 3
+        or frames.dtype != np.uint8
+        or frames.shape[1] % 2
+        or frames.shape[2] % 2
+    ):
+        raise ValueError(
+            f"{name}: expected "
+            "uint8 "
+            "frames [T, H, W, "
+            "3] with even H "
+            "and W, got "
+            f"{frames.dtype} "
+            f"{list(frames.shape)}"
+        )
     c2w = check_poses(c2w, source=name)
     _check_count(len(frames), len(c2w), name)
     if (root / name).exists():
         raise ValueError(f"{root / name} exists already; remove it or choose another name")
-    partial = root / f".{name}.partial"  # what a killed run left there goes; whoever shares a folder holds its lock
+    partial = (
+        root / f".{name}.partial"
+    )  # what a killed run left there goes; whoever shares a folder holds its lock
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         _write_video(partial / VIDEO, frames, fps)
         write_pose_json(partial / POSES, c2w, intrinsics, frames.shape[2], frames.shape[1])
         meta = {"caption": caption, "fps": fps, "source": source, "licence": licence, **extra}
-        (partial / META).write_text(yaml.safe_dump(meta, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        (partial / META).write_text(
+            yaml.safe_dump(meta, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
         partial.rename(root / name)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -84,9 +128,11 @@ def write_clip(root, name: str, frames, c2w, intrinsics, caption: str, fps: floa
 def read_clip(folder, trim: bool = False) -> Clip:
     """Reads a clip folder (or a recording made by play).
 
-    trim: keep the latents for which video and poses are both complete (a recording that was cut off) instead of raising.
+    trim: keep the latents for which video and poses are both complete (a recording that was cut
+    off) instead of raising.
     Raises:
-        ValueError: a file is missing or broken, intrinsics change within the clip, or the counts do not fit (T = 4F - 3).
+        ValueError: a file is missing or broken, intrinsics change within the clip, or the counts do
+        not fit (T = 4F - 3).
     """
     folder = Path(folder)
     meta = read_meta(folder)
@@ -94,42 +140,79 @@ def read_clip(folder, trim: bool = False) -> Clip:
         raise ValueError(f"{folder}: expected {POSES} in a clip folder, found none")
     c2w, intrinsics = read_pose_json(folder / POSES)
     if np.abs(intrinsics - intrinsics[0]).max() > 1e-6:
-        raise ValueError(f"{folder / POSES}: expected one K for the whole clip, got several; split the clip where the zoom changes")
+        raise ValueError(
+            f"{folder / POSES}: "
+            "expected "
+            "one K for the whole "
+            "clip, got several; "
+            "split the "
+            "clip where the "
+            "zoom changes"
+        )
     frames = _read_video(folder / VIDEO)
     if trim:
         latents = min(len(c2w), (len(frames) + 3) // 4)
-        frames, c2w = frames[: frames_of(latents)], c2w[:latents]
+        frames = frames[: frames_of(latents)]
+        c2w = c2w[:latents]
     _check_count(len(frames), len(c2w), str(folder))
     known = {key: meta.pop(key) for key in ("caption", "fps", "source", "licence")}
     return Clip(frames, c2w, intrinsics[0], **known, extra=meta)
 
 
 def read_meta(folder) -> dict:
-    """meta.yaml of a clip, with at least caption, fps, source and licence (the last two "" where the file has none)."""
+    """meta.yaml of a clip, with at least caption, fps, source and licence (the last two "" where
+    the file has none).
+    """
     path = Path(folder) / META
     if not path.is_file():
         raise ValueError(f"{folder}: expected a clip folder with {META}, found none")
     try:
         meta = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected YAML, got a file that does not parse ({first_line(error)})") from error
+        raise ValueError(
+            f"{path}: expected YAML, got a file that does not parse ({first_line(error)})"
+        ) from error
     if not isinstance(meta, dict) or not {"caption", "fps"} <= meta.keys():
-        raise ValueError(f"{path}: expected entries caption and fps, got {sorted(meta) if isinstance(meta, dict) else meta!r}")
-    if not isinstance(meta["caption"], str) or not isinstance(meta["fps"], (int, float)) or not 0 < meta["fps"] < math.inf:
+        raise ValueError(
+            f"{path}: expected "
+            "entries "
+            "caption and fps, got "
+            f"{sorted(meta) if isinstance(meta, dict) else meta!r}"
+        )
+    if (
+        not isinstance(meta["caption"], str)
+        or not isinstance(meta["fps"], (int, float))
+        or not 0 < meta["fps"] < math.inf
+    ):
         found = f"{meta['caption']!r} and {meta['fps']!r}"
-        raise ValueError(f"{path}: expected the caption as a text and fps as a number above 0, got {found}")
+        raise ValueError(
+            f"{path}: expected the caption as a text and fps as a number above 0, got {found}"
+        )
     return {"source": "", "licence": "", **meta}
 
 
 def list_clips(root) -> list[Path]:
-    """Folders of all clips under `root`, by name. index.jsonl is rebuilt when it does not name exactly these.
+    """Folders of all clips under `root`, by name. index.jsonl is rebuilt when it does not name
+    exactly these.
 
     Raises ValueError when there are none.
     """
     root = Path(root)
-    names = sorted(entry.parent.name for entry in root.glob(f"*/{META}") if not entry.parent.name.startswith("."))
+    names = sorted(
+        entry.parent.name
+        for entry in root.glob(f"*/{META}")
+        if not entry.parent.name.startswith(".")
+    )
     if not names:
-        raise ValueError(f"{root}: expected a folder of clips (each with {META}), found none; make some with `python -m distill collect`")
+        raise ValueError(
+            f"{root}: expected "
+            "a folder "
+            "of clips (each "
+            f"with {META}), found "
+            "none; make "
+            "some with `python -m "
+            "distill collect`"
+        )
     if sorted(_indexed(root)) != names:
         lines = [json.dumps(_index_entry(root / name)) + "\n" for name in names]
         partial = root / f".{INDEX}.{os.getpid()}.partial"
@@ -139,10 +222,14 @@ def list_clips(root) -> list[Path]:
 
 
 def write_latents(folder, latents: torch.Tensor, metadata: dict[str, str] | None = None) -> Path:
-    """Writes latents [C, F, h, w] beside a clip's video, as float16; a reader sees the whole file or none."""
+    """Writes latents [C, F, h, w] beside a clip's video, as float16; a reader sees the whole file
+    or none.
+    """
     path = Path(folder) / LATENTS
     partial = path.with_name(f".{LATENTS}.{os.getpid()}.partial")
-    save_file({"latents": latents.detach().to("cpu", torch.float16).contiguous()}, partial, metadata)
+    save_file(
+        {"latents": latents.detach().to("cpu", torch.float16).contiguous()}, partial, metadata
+    )
     partial.replace(path)
     return path
 
@@ -150,24 +237,43 @@ def write_latents(folder, latents: torch.Tensor, metadata: dict[str, str] | None
 class LatentClips(torch.utils.data.Dataset):
     """Random windows of `frames` latents out of the clips under `root` that are long enough.
 
-    Item i depends on (seed, i) only: every len(self) items go once through all clips in a new order, and any i >= 0 may be
-    asked for, so a sampler that counts on gives fresh windows for ever and resumes anywhere. With probability `first_share`
-    a window begins at the clip's first latent (which stands for one pixel frame, not four). An item: "latents" [C, F, h, w]
-    float32, "viewmats" [F, 4, 4] float32 world-to-camera relative to the first, "intrinsics" [4] float32, "caption".
+    Item i depends on (seed, i) only: every len(self) items go once through all clips in a new
+    order, and any i >= 0 may be asked for, so a sampler that counts on gives fresh windows for ever
+    and resumes anywhere. With probability `first_share` a window begins at the clip's first latent
+    (which stands for one pixel frame, not four). An item: "latents" [C, F, h, w] float32,
+    "viewmats" [F, 4, 4] float32 world-to-camera relative to the first, "intrinsics" [4] float32,
+    "caption".
     Raises ValueError when clips have no latents, do not fit their poses, or none is long enough.
     """
 
     def __init__(self, root, frames: int, first_share: float = 0.3, seed: int = 0):
-        self.frames, self.first_share, self.seed = frames, first_share, seed
+        self.frames = frames
+        self.first_share = first_share
+        self.seed = seed
         clips = [_LatentClip.open(folder) for folder in list_clips(root)]
         other = next((clip for clip in clips if clip.size != clips[0].size), None)
         if other:
-            raise ValueError(f"{root}: expected latents of one size, {clips[0].path} is {clips[0].size}, {other.path} {other.size}")
+            raise ValueError(
+                f"{root}: expected "
+                "latents of one "
+                f"size, {clips[0].path} is "
+                f"{clips[0].size}, "
+                f"{other.path} "
+                f"{other.size}"
+            )
         self.channels = clips[0].size[0]
         self.clips = [clip for clip in clips if len(clip.c2w) >= frames]
         if not self.clips:
             longest = max(len(clip.c2w) for clip in clips)
-            raise ValueError(f"{root}: expected clips of at least {frames} latents, the longest has {longest}; ask for fewer frames")
+            raise ValueError(
+                f"{root}: expected "
+                "clips of "
+                f"at least {frames} "
+                "latents, the "
+                "longest has "
+                f"{longest}; ask for "
+                "fewer frames"
+            )
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -176,9 +282,15 @@ class LatentClips(torch.utils.data.Dataset):
         if index < 0:
             raise IndexError(f"expected an index of at least 0, got {index}")
         epoch, place = divmod(index, len(self.clips))
-        clip = self.clips[np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.clips))[place]]
+        clip = self.clips[
+            np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.clips))[place]
+        ]
         draws = np.random.default_rng([self.seed, 1, index])
-        start = 0 if draws.random() < self.first_share else int(draws.integers(0, len(clip.c2w) - self.frames + 1))
+        start = (
+            0
+            if draws.random() < self.first_share
+            else int(draws.integers(0, len(clip.c2w) - self.frames + 1))
+        )
         window = slice(start, start + self.frames)
         with safe_open(clip.path, framework="pt") as file:
             latents = file.get_slice("latents")[:, window]
@@ -204,35 +316,75 @@ class _LatentClip:
     def open(cls, folder: Path) -> "_LatentClip":
         path = folder / LATENTS
         if not path.is_file():
-            raise ValueError(f"{folder}: expected {LATENTS} beside the video, found none; run `python -m distill encode` first")
+            raise ValueError(
+                f"{folder}: expected "
+                f"{LATENTS} "
+                "beside the "
+                "video, found none; "
+                "run `python "
+                "-m distill "
+                "encode` first"
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 channels, count, *cells = file.get_slice("latents").get_shape()
         except Exception as error:  # safetensors raises its own, undocumented type
-            raise ValueError(f"{path}: expected a safetensors file with a tensor `latents` [C, F, h, w], got {error}") from error
+            raise ValueError(
+                f"{path}: expected a "
+                "safetensors "
+                "file with "
+                "a tensor `latents` "
+                "[C, F, h, "
+                f"w], got {error}"
+            ) from error
         c2w, intrinsics = read_pose_json(folder / POSES)
         if count > len(c2w):
-            raise ValueError(f"{folder}: expected a pose for each of {count} latents, got {len(c2w)}; encode the clip again")
-        return cls(path, (channels, *cells), c2w[:count], intrinsics[0], read_meta(folder)["caption"])
+            raise ValueError(
+                f"{folder}: expected "
+                "a pose "
+                f"for each of {count} "
+                "latents, got "
+                f"{len(c2w)}; "
+                "encode the clip again"
+            )
+        return cls(
+            path, (channels, *cells), c2w[:count], intrinsics[0], read_meta(folder)["caption"]
+        )
 
 
 def _check_count(frames: int, latents: int, name: str) -> None:
     if frames != frames_of(latents):
-        raise ValueError(f"{name}: expected {frames_of(latents)} video frames for {latents} poses (4F - 3), got {frames}")
+        raise ValueError(
+            f"{name}: expected "
+            f"{frames_of(latents)} "
+            "video "
+            "frames for "
+            f"{latents} "
+            "poses (4F "
+            f"- 3), got {frames}"
+        )
 
 
 def _write_video(path: Path, frames: np.ndarray, fps: float) -> None:
-    """H.264 with full colour resolution, so that flat colours keep their edges; equal frames give equal files.
+    """H.264 with full colour resolution, so that flat colours keep their edges; equal frames give
+    equal files.
 
-    No lookahead: with it, libx264 reads memory that it never wrote, and the files differ from run to run.
+    No lookahead: with it, libx264 reads memory that it never wrote, and the files differ from run
+    to run.
     """
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv444p"
+        stream.height = frames.shape[1]
+        stream.width = frames.shape[2]
+        stream.pix_fmt = "yuv444p"
         stream.options = {"crf": "12", "preset": "veryfast", "rc-lookahead": "0"}
         stream.codec_context.thread_count = 1
         for picture in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+            container.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+                )
+            )
         container.mux(stream.encode())
 
 
@@ -244,7 +396,9 @@ def _read_video(path: Path) -> np.ndarray:
         with av.open(str(path)) as container:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"{path}: expected a video, got a file that does not decode ({error})") from error
+        raise ValueError(
+            f"{path}: expected a video, got a file that does not decode ({error})"
+        ) from error
     if not frames:
         raise ValueError(f"{path}: expected a video with at least one frame, got none")
     return np.stack(frames)
@@ -252,7 +406,10 @@ def _read_video(path: Path) -> np.ndarray:
 
 def _index_entry(folder: Path) -> dict:
     meta = read_meta(folder)
-    return {"name": folder.name, **{key: meta[key] for key in ("caption", "fps", "source", "licence")}}
+    return {
+        "name": folder.name,
+        **{key: meta[key] for key in ("caption", "fps", "source", "licence")},
+    }
 
 
 def _indexed(root: Path) -> list[str]:

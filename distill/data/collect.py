@@ -1,4 +1,6 @@
-"""`python -m distill collect`: footage with exact camera poses, from our own renderer (`blocks`) or a real game (`vizdoom`)."""
+"""`python -m distill collect`: footage with exact camera poses, from our own renderer (`blocks`) or
+a real game (`vizdoom`).
+"""
 
 import argparse
 import importlib
@@ -43,12 +45,25 @@ class CollectConfig:
     levels: tuple[str, ...] = ()  # vizdoom only: maps; none = the collector's own choice
 
     def __post_init__(self):
-        for name, least in (("clips", 1), ("latents", 1), ("seed", 0), ("workers", 1), ("samples", 1)):
+        for name, least in (
+            ("clips", 1),
+            ("latents", 1),
+            ("seed", 0),
+            ("workers", 1),
+            ("samples", 1),
+        ):
             if not least <= vars(self)[name] < 2**31:
                 raise ValueError(f"expected --{name} of at least {least}, got {vars(self)[name]}")
         for name in ("height", "width"):
             if vars(self)[name] < 8 or vars(self)[name] % 8:
-                raise ValueError(f"expected --{name} to be a multiple of 8 (one latent cell), got {vars(self)[name]}")
+                raise ValueError(
+                    f"expected --{name} "
+                    "to be "
+                    "a multiple of "
+                    "8 (one latent "
+                    "cell), got "
+                    f"{vars(self)[name]}"
+                )
         if self.split not in SPLITS:
             raise ValueError(f"expected --split {' or '.join(SPLITS)}, got {self.split!r}")
 
@@ -60,31 +75,76 @@ class CollectConfig:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     sources = parser.add_subparsers(dest="source", required=True)
-    blocks = sources.add_parser("blocks", help="walks through the endless town of flat-shaded boxes")
-    vizdoom = sources.add_parser("vizdoom", help="walks through levels of a ViZDoom game (extra `collect`)")
+    blocks = sources.add_parser(
+        "blocks", help="walks through the endless town of flat-shaded boxes"
+    )
+    vizdoom = sources.add_parser(
+        "vizdoom", help="walks through levels of a ViZDoom game (extra `collect`)"
+    )
     for source in (blocks, vizdoom):
-        source.add_argument("--output", type=Path, required=True, help="folder of the clips; finished clips in it are kept")
         source.add_argument(
-            "--clips", type=int, default=CollectConfig.clips, help="how many clips the folder shall hold (default: %(default)s)"
+            "--output",
+            type=Path,
+            required=True,
+            help="folder of the clips; finished clips in it are kept",
         )
         source.add_argument(
-            "--latents", type=int, default=CollectConfig.latents, help="latent frames a clip, 4 video frames each (default: %(default)s)"
+            "--clips",
+            type=int,
+            default=CollectConfig.clips,
+            help="how many clips the folder shall hold (default: %(default)s)",
         )
         source.add_argument(
-            "--seed", type=int, default=CollectConfig.seed, help="another seed, other places and walks (default: %(default)s)"
+            "--latents",
+            type=int,
+            default=CollectConfig.latents,
+            help="latent frames a clip, 4 video frames each (default: %(default)s)",
         )
-        source.add_argument("--split", choices=SPLITS, default="train", help="heldout places never occur in train (default: train)")
-        source.add_argument("--height", type=int, default=CollectConfig.height, help="pixels (default: %(default)s)")
-        source.add_argument("--width", type=int, default=CollectConfig.width, help="pixels (default: %(default)s)")
-        source.add_argument("--workers", type=int, default=CollectConfig.workers, help="processes (default: %(default)s)")
-    blocks.add_argument("--moods", default="all", help=f"comma-separated, of {', '.join(MOODS)} (default: all)")
-    blocks.add_argument("--samples", type=int, default=CollectConfig.samples, help="rays along a pixel's side (default: %(default)s)")
-    vizdoom.add_argument("--levels", default="", help="comma-separated maps, e.g. MAP01,MAP02 (default: a choice of maps)")
+        source.add_argument(
+            "--seed",
+            type=int,
+            default=CollectConfig.seed,
+            help="another seed, other places and walks (default: %(default)s)",
+        )
+        source.add_argument(
+            "--split",
+            choices=SPLITS,
+            default="train",
+            help="heldout places never occur in train (default: train)",
+        )
+        source.add_argument(
+            "--height", type=int, default=CollectConfig.height, help="pixels (default: %(default)s)"
+        )
+        source.add_argument(
+            "--width", type=int, default=CollectConfig.width, help="pixels (default: %(default)s)"
+        )
+        source.add_argument(
+            "--workers",
+            type=int,
+            default=CollectConfig.workers,
+            help="processes (default: %(default)s)",
+        )
+    blocks.add_argument(
+        "--moods", default="all", help=f"comma-separated, of {', '.join(MOODS)} (default: all)"
+    )
+    blocks.add_argument(
+        "--samples",
+        type=int,
+        default=CollectConfig.samples,
+        help="rays along a pixel's side (default: %(default)s)",
+    )
+    vizdoom.add_argument(
+        "--levels",
+        default="",
+        help="comma-separated maps, e.g. MAP01,MAP02 (default: a choice of maps)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Collects what the command line asks for; one clear sentence (ValueError) when it cannot."""
-    options = {key: value for key, value in vars(args).items() if key in CollectConfig.__dataclass_fields__}
+    options = {
+        key: value for key, value in vars(args).items() if key in CollectConfig.__dataclass_fields__
+    }
     if args.source == "blocks":
         options["moods"] = _moods(args.moods)
         collect_clips(CollectConfig(**options))
@@ -98,19 +158,32 @@ def collect_clips(config: CollectConfig) -> None:
     make_missing(config, collect_clip, _identity)
 
 
-def make_missing(config: CollectConfig, make: Callable[[CollectConfig, int], Path], identity: Callable[[CollectConfig, int], dict]) -> None:
-    """Calls `make(config, index)` for the clips that are not there yet, in several processes; may be killed and started again at any time.
+def make_missing(
+    config: CollectConfig,
+    make: Callable[[CollectConfig, int], Path],
+    identity: Callable[[CollectConfig, int], dict],
+) -> None:
+    """Calls `make(config, index)` for the clips that are not there yet, in several processes; may
+    be killed and started again at any time.
 
-    identity: what the meta.yaml of clip `index` must say. Raises ValueError when the folder already holds footage of other settings,
-    or another process writes into it.
+    identity: what the meta.yaml of clip `index` must say. Raises ValueError when the folder already
+    holds footage of other settings, or another process writes into it.
     """
     with alone(config.output):
-        todo = [index for index in range(config.clips) if not _finished(config.output / clip_name(config, index), identity(config, index))]
+        todo = [
+            index
+            for index in range(config.clips)
+            if not _finished(config.output / clip_name(config, index), identity(config, index))
+        ]
         _make(config, make, todo)
 
 
-def _make(config: CollectConfig, make: Callable[[CollectConfig, int], Path], todo: list[int]) -> None:
-    with tqdm(total=config.clips, initial=config.clips - len(todo), unit="clip", desc=f"{config.output}") as bar:
+def _make(
+    config: CollectConfig, make: Callable[[CollectConfig, int], Path], todo: list[int]
+) -> None:
+    with tqdm(
+        total=config.clips, initial=config.clips - len(todo), unit="clip", desc=f"{config.output}"
+    ) as bar:
         if config.workers == 1:
             for index in todo:
                 make(config, index)
@@ -124,12 +197,15 @@ def _make(config: CollectConfig, make: Callable[[CollectConfig, int], Path], tod
 
 @contextmanager
 def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes of one thread each; Ctrl-C is left to this one, and what waits is dropped when the block fails.
+    """Processes of one thread each; Ctrl-C is left to this one, and what waits is dropped when the
+    block fails.
 
     Raises ChildProcessError when one of them was killed.
     """
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
-    with ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(
+        workers, spawn, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # processes inherit this
         try:
             pool.submit(int)  # starts them all
@@ -139,7 +215,13 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
             yield pool
         except BrokenProcessPool:
             raise ChildProcessError(
-                "a worker process died (out of memory?): run again, finished clips are kept; --workers 1 needs less"
+                "a worker process "
+                "died "
+                "(out of memory?): "
+                "run again, finished "
+                "clips are "
+                "kept; --workers "
+                "1 needs less"
             ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -147,18 +229,31 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def collect_clip(config: CollectConfig, index: int) -> Path:
-    """Renders and writes clip number `index`; the same numbers give the same clip on every machine."""
+    """Renders and writes clip number `index`; the same numbers give the same clip on every
+    machine.
+    """
     town = town_of(config, index)
     poses = walk(town, frames_of(config.latents), [config.seed, SPLITS.index(config.split), index])
-    frames = render(town, poses, config.intrinsics, config.height, config.width, config.samples).numpy()
+    frames = render(
+        town, poses, config.intrinsics, config.height, config.width, config.samples
+    ).numpy()
     return write_clip(
-        config.output, clip_name(config, index), frames, poses[::FRAMES_PER_LATENT], config.intrinsics,
-        caption=town.mood, fps=FPS, licence="Apache-2.0", **_identity(config, index),
-    )  # fmt: skip
+        config.output,
+        clip_name(config, index),
+        frames,
+        poses[::FRAMES_PER_LATENT],
+        config.intrinsics,
+        caption=town.mood,
+        fps=FPS,
+        licence="Apache-2.0",
+        **_identity(config, index),
+    )
 
 
 def town_of(config: CollectConfig, index: int) -> Town:
-    """The town of clip `index`: every clip has its own, train towns have even seeds, held-out towns odd ones."""
+    """The town of clip `index`: every clip has its own, train towns have even seeds, held-out towns
+    odd ones.
+    """
     seed = 2 * (config.seed * 1_000_003 + index) + SPLITS.index(config.split)
     return Town(config.moods[index % len(config.moods)], seed)
 
@@ -169,7 +264,13 @@ def clip_name(config: CollectConfig, index: int) -> str:
 
 def _identity(config: CollectConfig, index: int) -> dict:
     source = town_of(config, index).source
-    return {"source": source, "latents": config.latents, "height": config.height, "width": config.width, "samples": config.samples}
+    return {
+        "source": source,
+        "latents": config.latents,
+        "height": config.height,
+        "width": config.width,
+        "samples": config.samples,
+    }
 
 
 def _finished(folder: Path, identity: dict) -> bool:

@@ -1,4 +1,6 @@
-"""`python -m distill encode`: clips -> latents, one file beside each clip; any number of workers, each may be killed and restarted."""
+"""`python -m distill encode`: clips -> latents, one file beside each clip; any number of workers,
+each may be killed and restarted.
+"""
 
 import argparse
 import hashlib
@@ -19,37 +21,73 @@ RECORDING = "session.jsonl"  # marks a recording made by play
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `encode`."""
-    parser.add_argument("--clips", type=Path, required=True, help="folder of clips, or of recordings made by play.py")
-    parser.add_argument("--autoencoder", type=Path, required=True, help="folder of a trained autoencoder")
-    parser.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, ... (default: cpu)")
     parser.add_argument(
-        "--precision", choices=("float32", "bfloat16"), default="float32", help="bfloat16: 3x faster, 1 %% less exact (default: float32)"
+        "--clips",
+        type=Path,
+        required=True,
+        help="folder of clips, or of recordings made by play.py",
     )
-    parser.add_argument("--worker", type=int, default=0, help="number of this worker, from 0 (default: 0)")
-    parser.add_argument("--workers", type=int, default=1, help="how many workers share the clips (default: 1)")
+    parser.add_argument(
+        "--autoencoder", type=Path, required=True, help="folder of a trained autoencoder"
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="where to compute: cpu, cuda, ... (default: cpu)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="bfloat16: 3x faster, 1 %% less exact (default: float32)",
+    )
+    parser.add_argument(
+        "--worker", type=int, default=0, help="number of this worker, from 0 (default: 0)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, help="how many workers share the clips (default: 1)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Encodes what is missing or was made by another encoder."""
     if not 0 <= args.worker < args.workers:
-        raise ValueError(f"expected --worker between 0 and {args.workers - 1} (--workers {args.workers}), got {args.worker}")
+        raise ValueError(
+            "expected --worker "
+            "between 0 and "
+            f"{args.workers - 1} "
+            "(--workers "
+            f"{args.workers}), got "
+            f"{args.worker}"
+        )
     autoencoder = open_autoencoder(args.autoencoder, open_device(args.device))
     folders = list_clips(args.clips)
-    with torch.autocast(autoencoder.device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
+    with torch.autocast(
+        autoencoder.device.type, torch.bfloat16, enabled=args.precision == "bfloat16"
+    ):
         made = encode_clips(folders[args.worker :: args.workers], autoencoder)
-    print(f"{made} of {len(folders)} clips encoded, the others had latents already or belong to other workers")
+    print(
+        f"{made} of "
+        f"{len(folders)} "
+        "clips encoded, the "
+        "others had latents "
+        "already or "
+        "belong to other "
+        "workers"
+    )
 
 
 def encode_clips(folders: list[Path], autoencoder: Autoencoder) -> int:
     """Writes `latents.safetensors` beside each clip that lacks it; returns how many were written.
 
-    File: "latents" float16 [C,F,h,w], normalised; metadata `encoder` names the encoder that made it.
+    File: "latents" float16 [C,F,h,w], normalised; metadata `encoder` names the encoder that made
+    it.
 
     Raises:
-        ValueError: clips that are broken, of no size that fits, empty or still being recorded; all others are encoded first.
+        ValueError: clips that are broken, of no size that fits, empty or still being recorded; all
+        others are encoded first.
     """
     encoder = encoder_fingerprint(autoencoder)
-    made, faults = 0, []
+    made = 0
+    faults = []
     for folder in tqdm(folders, "encode", unit="clip"):
         try:
             made += _encode_clip(folder, autoencoder, encoder)
@@ -58,7 +96,14 @@ def encode_clips(folders: list[Path], autoencoder: Autoencoder) -> int:
             tqdm.write(faults[-1])
     if faults:
         raise ValueError(
-            f"{faults[0]}; {len(faults)} of {len(folders)} clips could not be encoded, the others are: remove them, or encode again "
+            f"{faults[0]}; "
+            f"{len(faults)} "
+            f"of {len(folders)} "
+            "clips could not "
+            "be encoded, "
+            "the others are: "
+            "remove them, "
+            "or encode again "
             "when they are whole"
         )
     return made
@@ -92,12 +137,18 @@ def encode_frames(autoencoder: Autoencoder, frames: torch.Tensor, piece: int = 8
     stream = autoencoder.streaming_encoder()
     first = FRAMES_PER_LATENT * (piece - 1) + 1
     parts = [video[:, :, :first], *video[:, :, first:].split(FRAMES_PER_LATENT * piece, 2)]
-    latents = [stream.step(part.to(autoencoder.device).float() / 127.5 - 1) for part in parts if part.shape[2]]
+    latents = [
+        stream.step(part.to(autoencoder.device).float() / 127.5 - 1)
+        for part in parts
+        if part.shape[2]
+    ]
     return torch.cat(latents, 2)[0].float().cpu()
 
 
 def encoder_fingerprint(autoencoder: Autoencoder) -> str:
-    """16 hex digits of everything that latents depend on: the decoder may be trained further without a new encoding."""
+    """16 hex digits of everything that latents depend on: the decoder may be trained further
+    without a new encoding.
+    """
     options, tensors = autoencoder.encoding_parts()
     digest = hashlib.sha256(json.dumps(options).encode())
     mean, std = autoencoder.latent_statistics()

@@ -1,4 +1,6 @@
-"""What a folder of clips says of the world that is learned from it: captions, pace, lens, motion, places to start from."""
+"""What a folder of clips says of the world that is learned from it: captions, pace, lens, motion,
+places to start from.
+"""
 
 from collections import Counter
 from functools import cached_property
@@ -16,20 +18,25 @@ from worldmodel.session import fit_picture
 
 CANDIDATES = 4  # first frames looked at for one start image; the sharpest shows most
 MOST_CAPTIONS = 12  # that get start images, the most frequent ones
-COMMON = 99  # percentile of the motion a latent that a player may make: beyond are falls, doors and faults
-LEAST_MOVE = 0.05  # share of the fastest axis below which a movement is a by-product of another, not one of its own
+# percentile of the motion a latent that a player may make: beyond are falls, doors and faults
+COMMON = 99
+# share of the fastest axis below which a movement is a by-product of another, not one of its own
+LEAST_MOVE = 0.05
 LEAST_TURN = 0.2  # degrees a latent, likewise
 MOST_ROLL = 1.0  # degrees beyond which the camera is no walker's
 
 
 class Footage:
-    """The clips under `root` that have poses. ValueError when there are none, or a clip is broken."""
+    """The clips under `root` that have poses. ValueError when there are none, or a clip is
+    broken.
+    """
 
     def __init__(self, root):
         self.folders = [folder for folder in list_clips(root) if (folder / POSES).is_file()]
         if not self.folders:
             raise ValueError(f"{root}: expected clips with {POSES}, found none")
-        self.root, self._metas = root, [read_meta(folder) for folder in self.folders]
+        self.root = root
+        self._metas = [read_meta(folder) for folder in self.folders]
 
     @property
     def of_blocks(self) -> bool:
@@ -45,25 +52,42 @@ class Footage:
     @property
     def title(self) -> str:
         """A line for menus."""
-        kinds = sorted({meta["source"].partition(":")[0] or "an unnamed source" for meta in self._metas})
+        kinds = sorted(
+            {meta["source"].partition(":")[0] or "an unnamed source" for meta in self._metas}
+        )
         return f"Learned from {len(self.folders)} clips of {', '.join(kinds)}"
 
     @property
     def licence(self) -> str:
-        return "; ".join(sorted({meta["licence"] for meta in self._metas if meta["licence"]})) or "unknown"
+        return (
+            "; ".join(sorted({meta["licence"] for meta in self._metas if meta["licence"]}))
+            or "unknown"
+        )
 
     @property
     def fps(self) -> float:
         """Video frames a second; ValueError where clips differ."""
         rates = sorted({float(meta["fps"]) for meta in self._metas})
         if len(rates) > 1:
-            raise ValueError(f"{self.root}: expected clips of one frame rate, got {rates[0]:g} to {rates[-1]:g}; choose one with --fps")
+            raise ValueError(
+                f"{self.root}: "
+                "expected "
+                "clips of one frame "
+                "rate, got "
+                f"{rates[0]:g} to "
+                f"{rates[-1]:g}; "
+                "choose "
+                "one with --fps"
+            )
         return rates[0]
 
     @cached_property
     def cameras(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of every clip c2w [F, 4, 4] and intrinsics [4]."""
-        cameras = (read_pose_json(folder / POSES) for folder in tqdm(self.folders, "poses", unit="clip", leave=False))
+        cameras = (
+            read_pose_json(folder / POSES)
+            for folder in tqdm(self.folders, "poses", unit="clip", leave=False)
+        )
         return [(c2w, intrinsics[0]) for c2w, intrinsics in cameras]
 
     @property
@@ -72,7 +96,9 @@ class Footage:
         return tuple(np.median([intrinsics for _, intrinsics in self.cameras], axis=0).tolist())
 
     def size(self, factor: int) -> tuple[int, int]:
-        """Height and width in pixels; `factor`: pixels of a latent cell's side, for footage without videos."""
+        """Height and width in pixels; `factor`: pixels of a latent cell's side, for footage without
+        videos.
+        """
         folder = self.folders[0]
         if (folder / VIDEO).is_file():
             return read_frames(folder / VIDEO, 1)[0].shape[1:3]
@@ -80,12 +106,16 @@ class Footage:
             with safe_open(folder / LATENTS, framework="pt") as file:
                 rows, columns = file.get_slice("latents").get_shape()[2:]
         except (OSError, SafetensorError, ValueError):
-            raise ValueError(f"{folder}: expected {VIDEO} or {LATENTS}, which say how large a picture is") from None
+            raise ValueError(
+                f"{folder}: expected {VIDEO} or {LATENTS}, which say how large a picture is"
+            ) from None
         return rows * factor, columns * factor
 
     @property
     def envelope(self) -> Envelope:
-        """The motion a latent that is common in the clips; an axis that hardly moves is locked. Roll makes it a flight."""
+        """The motion a latent that is common in the clips; an axis that hardly moves is locked.
+        Roll makes it a flight.
+        """
         poses = [c2w for c2w, _ in self.cameras]
         roll = np.concatenate([np.abs(_degrees(c2w[:, 1, 0])) for c2w in poses])
         style = "walk" if np.percentile(roll, COMMON) < MOST_ROLL else "fly"
@@ -94,33 +124,55 @@ class Footage:
         most[:3][most[:3] < LEAST_MOVE * most[:3].max()] = 0.0
         most[3:][most[3:] < LEAST_TURN] = 0.0
         placed = poses if style == "walk" else [relative_to_first(c2w) for c2w in poses]
-        tilt = np.percentile(np.concatenate([np.abs(_degrees(c2w[:, 1, 2])) for c2w in placed]), COMMON)
+        tilt = np.percentile(
+            np.concatenate([np.abs(_degrees(c2w[:, 1, 2])) for c2w in placed]), COMMON
+        )
         known = dict(zip(AXES, (float(f"{value:.3g}") for value in most), strict=True))
-        return Envelope(**known, pitch_limit=min(90.0, max(1.0, float(f"{tilt:.3g}"))), smoothing=0.5, style=style)
+        return Envelope(
+            **known,
+            pitch_limit=min(90.0, max(1.0, float(f"{tilt:.3g}"))),
+            smoothing=0.5,
+            style=style,
+        )
 
     def pictures(self, height: int, width: int, count: int) -> dict[str, list[np.ndarray]]:
-        """First frames uint8 [height, width, 3] by caption, at most `count` each: level ones, since play begins level, and sharp."""
-        level = sorted(range(len(self.folders)), key=lambda number: abs(self.cameras[number][0][0, 1, 2]))
+        """First frames uint8 [height, width, 3] by caption, at most `count` each: level ones, since
+        play begins level, and sharp.
+        """
+        level = sorted(
+            range(len(self.folders)), key=lambda number: abs(self.cameras[number][0][0, 1, 2])
+        )
         images = {}
         for caption in tqdm(self.captions[:MOST_CAPTIONS], "start images", unit="caption"):
-            clips = [self.folders[number] for number in level if self._metas[number]["caption"] == caption]
-            videos = [folder / VIDEO for folder in clips if (folder / VIDEO).is_file()][: CANDIDATES * count]
+            clips = [
+                self.folders[number]
+                for number in level
+                if self._metas[number]["caption"] == caption
+            ]
+            videos = [folder / VIDEO for folder in clips if (folder / VIDEO).is_file()][
+                : CANDIDATES * count
+            ]
             views = [fit_picture(read_frames(video, 1)[0][0], height, width) for video in videos]
             if views:
-                order = np.argsort([-sharpness(to_unit(view[None])).item() for view in views], kind="stable")
+                order = np.argsort(
+                    [-sharpness(to_unit(view[None])).item() for view in views], kind="stable"
+                )
                 images[caption] = [views[number] for number in order[:count]]
         return images
 
 
 def motions(c2w: np.ndarray, style: str) -> np.ndarray:
-    """c2w [F, 4, 4] -> the motion from each latent to the next, [F-1, 5] in the order of AXES (units, degrees).
+    """c2w [F, 4, 4] -> the motion from each latent to the next, [F-1, 5] in the order of AXES
+    (units, degrees).
 
-    walk: along the heading on the ground and about the vertical; fly: along and about the camera's own axes. Movement is
-    measured half-way through the turn, so that a curve is no strafe.
+    walk: along the heading on the ground and about the vertical; fly: along and about the camera's
+    own axes. Movement is measured half-way through the turn, so that a curve is no strafe.
     """
     if style == "walk":
         right = c2w[:, :3, 0]
-        frames = np.stack([rotation(heading, 0) for heading in np.rad2deg(np.arctan2(-right[:, 2], right[:, 0]))])
+        frames = np.stack(
+            [rotation(heading, 0) for heading in np.rad2deg(np.arctan2(-right[:, 2], right[:, 0]))]
+        )
     else:
         frames = c2w[:, :3, :3]
     turns = np.swapaxes(frames[:-1], 1, 2) @ frames[1:]

@@ -1,11 +1,15 @@
-"""Footage of a real game: a wanderer in Freedoom's levels (ViZDoom, extra `collect`), with the engine's own camera.
+"""Footage of a real game: a wanderer in Freedoom's levels (ViZDoom, extra `collect`), with the
+engine's own camera.
 
-Two things stand between Doom's picture and the pinhole camera that a pose file describes, and one homography removes
-both: the engine draws heights 1.2 times too tall, and it looks up and down by shifting rows (walls stay upright)
-instead of tilting the camera. So levels are rendered larger and wider than asked for, and every picture is re-projected
-(`Lens`) to square pixels, 90 degrees across, and a camera that really tilts.
+Two things stand between Doom's picture and the pinhole camera that a pose file describes, and one
+homography removes
+both: the engine draws heights 1.2 times too tall, and it looks up and down by shifting rows (walls
+stay upright) instead of tilting the camera. So levels are rendered larger and wider than asked for,
+and every picture is re-projected (`Lens`) to square pixels, 90 degrees across, and a camera that
+really tilts.
 
-The game counts 35 tics a second; a frame is taken every second one, so clips say 17.5 frames a second.
+The game counts 35 tics a second; a frame is taken every second one, so clips say 17.5 frames a
+second.
 """
 
 import importlib
@@ -22,14 +26,22 @@ from distill.data.clips import frames_of, write_clip
 from distill.data.collect import CollectConfig, clip_name, make_missing
 from worldmodel.camera import rotation
 
-UNITS_PER_MAP_UNIT = 1 / 512  # world units; a walking player makes 66 map units a latent, so 0.13 units
+UNITS_PER_MAP_UNIT = (
+    1 / 512
+)  # world units; a walking player makes 66 map units a latent, so 0.13 units
 TICS_PER_FRAME = 2
 FPS = 35 / TICS_PER_FRAME  # 17.5
 FRAMES_PER_LATENT = 4
 LICENCE = "BSD-3-Clause (Freedoom)"
 
 RENDER_FOV = 120.0  # degrees across, of the engine's picture; the clip's 90 are cut out of it
-RENDER_SIZES = ((640, 480), (800, 600), (1024, 768), (1280, 960), (1600, 1200))  # width, height in pixels, all 4:3
+RENDER_SIZES = (
+    (640, 480),
+    (800, 600),
+    (1024, 768),
+    (1280, 960),
+    (1600, 1200),
+)  # width, height in pixels, all 4:3
 HEIGHT_STRETCH = 1.2  # the engine's vertical focal length over its horizontal one
 MOST_PITCH = 20.0  # degrees up or down, less where the clip's picture is tall
 
@@ -38,7 +50,16 @@ DEFAULT_TRAIN = ("MAP01", "MAP02", "MAP03", "MAP04", "MAP06", "MAP07", "MAP08", 
 DEFAULT_HELDOUT = ("MAP05", "MAP10")
 _EPISODE_LEVEL = re.compile(r"E[1-4]M[1-9]")
 _CAMERA = ("POSITION_X", "POSITION_Y", "POSITION_Z", "ANGLE", "PITCH")
-_HIDDEN = ("hud", "weapon", "crosshair", "messages", "particles", "decals", "effects_sprites", "screen_flashes")
+_HIDDEN = (
+    "hud",
+    "weapon",
+    "crosshair",
+    "messages",
+    "particles",
+    "decals",
+    "effects_sprites",
+    "screen_flashes",
+)
 _BUTTONS = (
     "MOVE_FORWARD_BACKWARD_DELTA",
     "MOVE_LEFT_RIGHT_DELTA",
@@ -46,7 +67,8 @@ _BUTTONS = (
     "LOOK_UP_DOWN_DELTA",
     "USE",
 )
-_WALK, _STRAFE = 25.0, 24.0  # the engine's units for full walking speed
+_WALK = 25.0  # the engine's units for full walking speed
+_STRAFE = 24.0
 _SETTLE_TICS = 24  # after the start of a level the player cannot move for half a second
 _WARM_UP_FRAMES = 12  # wandered before the first frame of a clip, so that it begins in motion
 _MOST_TRIES = 40  # starts tried for one clip
@@ -54,14 +76,15 @@ _CLOSE = 24.0  # `Game.openness` ahead below which the wanderer turns away, 100 
 _LEAST_WAY = 0.03  # world units a latent, on average over a clip: below, the wanderer was stuck
 
 
-# ------------------------------------------------------------------------------------------------ clips
+# -------------------- clips
 
 
 def collect_clips(config: CollectConfig) -> None:
     """Records the clips that are not there yet; see `make_missing`.
 
     Raises:
-        ValueError: no ViZDoom, an unknown level or one of the other split, a folder with other footage.
+        ValueError: no ViZDoom, an unknown level or one of the other split, a folder with other
+        footage.
     """
     load_engine()
     levels_of(config)
@@ -70,43 +93,69 @@ def collect_clips(config: CollectConfig) -> None:
 
 
 def collect_clip(config: CollectConfig, index: int) -> Path:
-    """Records and writes clip number `index`; the same numbers give the same walk (see `record`)."""
+    """Records and writes clip number `index`; the same numbers give the same walk (see
+    `record`).
+    """
     levels = levels_of(config)
     level = levels[index % len(levels)]
     lens = Lens(config.height, config.width)
     frames, c2w = record(level, frames_of(config.latents), [config.seed, index], lens)
     return write_clip(
-        config.output, clip_name(config, index), frames, c2w[::FRAMES_PER_LATENT], config.intrinsics,
-        caption=f"freedoom {level.lower()}", fps=FPS, licence=LICENCE, **_identity(config, index),
-    )  # fmt: skip
+        config.output,
+        clip_name(config, index),
+        frames,
+        c2w[::FRAMES_PER_LATENT],
+        config.intrinsics,
+        caption=f"freedoom {level.lower()}",
+        fps=FPS,
+        licence=LICENCE,
+        **_identity(config, index),
+    )
 
 
 def levels_of(config: CollectConfig) -> tuple[str, ...]:
-    """The levels to record in. Every fifth map (MAP05, E1M5, MAP10, ...) is held out and never seen in training."""
+    """The levels to record in. Every fifth map (MAP05, E1M5, MAP10, ...) is held out and never seen
+    in training.
+    """
     held_out = config.split == "heldout"
-    levels = tuple(level.upper() for level in config.levels) or (DEFAULT_HELDOUT if held_out else DEFAULT_TRAIN)
+    levels = tuple(level.upper() for level in config.levels) or (
+        DEFAULT_HELDOUT if held_out else DEFAULT_TRAIN
+    )
     for level in levels:
         if level not in LEVELS and not _EPISODE_LEVEL.fullmatch(level):
             raise ValueError(f"expected levels MAP01 to MAP32 or E1M1 to E4M9, got {level!r}")
         if (int(level[-1]) % 5 == 0) != held_out:
-            raise ValueError(f"level {level} does not belong to --split {config.split}: maps 5, 10, ... are held out")
+            raise ValueError(
+                f"level {level} "
+                "does not "
+                "belong to --split "
+                f"{config.split}: "
+                "maps 5, 10, "
+                "... are held out"
+            )
     return levels
 
 
 def _identity(config: CollectConfig, index: int) -> dict:
     levels = levels_of(config)
     source = f"vizdoom:{levels[index % len(levels)].lower()}:{config.seed}:{index}"
-    return {"source": source, "latents": config.latents, "height": config.height, "width": config.width}
+    return {
+        "source": source,
+        "latents": config.latents,
+        "height": config.height,
+        "width": config.width,
+    }
 
 
-# ------------------------------------------------------------------------------------------------ camera
+# -------------------- camera
 
 
 def camera_pose(variables: np.ndarray) -> np.ndarray:
-    """The engine's camera variables (x, y, z in map units, angle, pitch in degrees) -> c2w [4,4] float64.
+    """The engine's camera variables (x, y, z in map units, angle, pitch in degrees) -> c2w [4,4]
+    float64.
 
-    Doom has x east, y north, z up, angles counted left from east and pitch counted down; ours is x right, y down,
-    z forward for a camera that looks east, in world units.
+    Doom has x east, y north, z up, angles counted left from east and pitch counted down; ours is x
+    right, y down, z forward for a camera that looks east, in world units.
     """
     x, y, z, angle, pitch = np.asarray(variables[:5], np.float64)
     pose = np.eye(4)
@@ -120,7 +169,8 @@ def _signed(degrees: float) -> float:
 
 
 class Lens:
-    """Turns the engine's picture into that of a pinhole camera with square pixels, 90 degrees across.
+    """Turns the engine's picture into that of a pinhole camera with square pixels, 90 degrees
+    across.
 
     Args:
         height, width: of the clip, pixels.
@@ -131,12 +181,26 @@ class Lens:
     def __init__(self, height: int, width: int):
         self.size = (width, height)
         focal = width / 2  # 90 degrees across
-        # Twice the clip's sampling where the engine allows, so that averaging removes the jagged edges.
-        self.render_size = next((size for size in RENDER_SIZES if _focal(size[0]) >= 2 * focal), RENDER_SIZES[-1])
-        self.to_ray = np.linalg.inv(np.array([[2 * focal, 0, width - 0.5], [0, 2 * focal, height - 0.5], [0, 0, 1]]))
-        self.most_pitch = next((pitch for pitch in np.arange(MOST_PITCH, -0.5, -1.0) if self._fits(pitch)), None)
+        # Twice the clip's sampling where the engine allows, so that averaging removes the jagged
+        # edges.
+        self.render_size = next(
+            (size for size in RENDER_SIZES if _focal(size[0]) >= 2 * focal), RENDER_SIZES[-1]
+        )
+        self.to_ray = np.linalg.inv(
+            np.array([[2 * focal, 0, width - 0.5], [0, 2 * focal, height - 0.5], [0, 0, 1]])
+        )
+        self.most_pitch = next(
+            (pitch for pitch in np.arange(MOST_PITCH, -0.5, -1.0) if self._fits(pitch)), None
+        )
         if self.most_pitch is None:
-            raise ValueError(f"expected a clip that is wider than tall (at most 1 : 1), got {height} x {width} pixels")
+            raise ValueError(
+                "expected a clip "
+                "that is "
+                "wider than tall (at "
+                "most 1 : 1), got "
+                f"{height} x "
+                f"{width} pixels"
+            )
 
     def straighten(self, picture: np.ndarray, pitch: float) -> np.ndarray:
         """Engine's picture uint8 [h,w,3] taken at `pitch` degrees up -> uint8 [height,width,3]."""
@@ -146,21 +210,33 @@ class Lens:
         return cv2.resize(large, self.size, interpolation=cv2.INTER_AREA)
 
     def _to_picture(self, pitch: float) -> np.ndarray:
-        """Homography: pixel of the doubled clip -> ray -> ray of a level camera -> pixel of the engine's picture."""
+        """Homography: pixel of the doubled clip -> ray -> ray of a level camera -> pixel of the
+        engine's picture.
+        """
         width, height = self.render_size
-        focal_x, focal_y = _focal(width), HEIGHT_STRETCH * _focal(width)
+        focal_x = _focal(width)
+        focal_y = HEIGHT_STRETCH * _focal(width)
         horizon = height / 2 - 0.5 + focal_y * np.tan(np.deg2rad(pitch))
         level_camera = np.array([[focal_x, 0, width / 2 - 0.5], [0, focal_y, horizon], [0, 0, 1]])
         return level_camera @ rotation(0, pitch) @ self.to_ray
 
     def _fits(self, pitch: float) -> bool:
         """Whether the engine's picture covers the clip's at this pitch, up and down."""
-        right, bottom = 2 * self.size[0] - 1, 2 * self.size[1] - 1
-        corners = np.array([[0, 0, 1], [right, 0, 1], [0, bottom, 1], [right, bottom, 1]], np.float64).T
+        right = 2 * self.size[0] - 1
+        bottom = 2 * self.size[1] - 1
+        corners = np.array(
+            [[0, 0, 1], [right, 0, 1], [0, bottom, 1], [right, bottom, 1]], np.float64
+        ).T
         for sign in (-1, 1):
             x, y, depth = self._to_picture(sign * pitch) @ corners
-            x, y = x / depth, y / depth
-            inside = (x >= 0) & (x <= self.render_size[0] - 1) & (y >= 0) & (y <= self.render_size[1] - 1)
+            x = x / depth
+            y = y / depth
+            inside = (
+                (x >= 0)
+                & (x <= self.render_size[0] - 1)
+                & (y >= 0)
+                & (y <= self.render_size[1] - 1)
+            )
             if not (inside & (depth > 0)).all():
                 return False
         return True
@@ -171,7 +247,7 @@ def _focal(width: int) -> float:
     return width / 2 / np.tan(np.deg2rad(RENDER_FOV / 2))
 
 
-# ------------------------------------------------------------------------------------------------ engine
+# -------------------- engine
 
 
 def load_engine():
@@ -185,26 +261,36 @@ def load_engine():
 
 
 def _write_config(folder: Path) -> str:
-    """The engine's settings file. Without these sections it leaves a folder `_vizdoom` where the user stands."""
+    """The engine's settings file. Without these sections it leaves a folder `_vizdoom` where the
+    user stands.
+    """
     path = folder / "engine.ini"
     games = ("Doom", "Heretic", "Hexen", "Strife", "Chex")
-    path.write_text("".join(f"[{game}.AutoExec]\nPath={folder}/autoexec.cfg\n" for game in games), encoding="utf-8")
+    path.write_text(
+        "".join(f"[{game}.AutoExec]\nPath={folder}/autoexec.cfg\n" for game in games),
+        encoding="utf-8",
+    )
     return str(path)
 
 
 class Game:
-    """One level of Freedoom without monsters, weapon or display, seen through `lens`; a context manager."""
+    """One level of Freedoom without monsters, weapon or display, seen through `lens`; a context
+    manager.
+    """
 
     def __init__(self, level: str, lens: Lens, seed: int = 0):
         engine = load_engine()
-        self.lens, self.folder = lens, tempfile.TemporaryDirectory()
+        self.lens = lens
+        self.folder = tempfile.TemporaryDirectory()
         self.game = game = engine.DoomGame()
         level = level.upper()
         wad = "freedoom2.wad" if level.startswith("MAP") else "freedoom1.wad"
         game.set_doom_game_path(str(Path(engine.__file__).parent / wad))
         game.set_doom_config_path(_write_config(Path(self.folder.name)))
         game.set_doom_map(level)
-        game.set_screen_resolution(getattr(engine.ScreenResolution, "RES_{}X{}".format(*lens.render_size)))
+        game.set_screen_resolution(
+            getattr(engine.ScreenResolution, "RES_{}X{}".format(*lens.render_size))
+        )
         game.set_screen_format(engine.ScreenFormat.RGB24)
         for thing in _HIDDEN:
             getattr(game, f"set_render_{thing}")(False)
@@ -213,7 +299,9 @@ class Game:
         game.set_depth_buffer_enabled(True)
         game.set_objects_info_enabled(True)
         game.set_available_buttons([getattr(engine.Button, key) for key in _BUTTONS])
-        game.set_available_game_variables([getattr(engine.GameVariable, f"CAMERA_{name}") for name in _CAMERA])
+        game.set_available_game_variables(
+            [getattr(engine.GameVariable, f"CAMERA_{name}") for name in _CAMERA]
+        )
         game.add_game_args(f"-nomonsters +movebob 0 +cl_showsecretmessage 0 +fov {RENDER_FOV:.0f}")
         game.set_mode(engine.Mode.PLAYER)
         game.set_doom_skill(1)
@@ -241,8 +329,12 @@ class Game:
         """Whether the level has ended (an exit was used)."""
         return self.game.is_episode_finished()
 
-    def act(self, forward=0.0, right=0.0, turn=0.0, look=0.0, use=False, tics: int = TICS_PER_FRAME) -> None:
-        """Holds these for some tics: speeds in the engine's units, `turn` right and `look` up in degrees a tic."""
+    def act(
+        self, forward=0.0, right=0.0, turn=0.0, look=0.0, use=False, tics: int = TICS_PER_FRAME
+    ) -> None:
+        """Holds these for some tics: speeds in the engine's units, `turn` right and `look` up in
+        degrees a tic.
+        """
         self.game.make_action([forward, right, turn, look, float(use)], tics)
         self.state = self.game.get_state()
 
@@ -254,16 +346,22 @@ class Game:
     def places(self) -> list[tuple[float, float]]:
         """Where things lie in this level, in map units: places a player can stand at."""
         things = self.state.objects
-        return [(thing.position_x, thing.position_y) for thing in things if "Barrel" not in thing.name]
+        return [
+            (thing.position_x, thing.position_y) for thing in things if "Barrel" not in thing.name
+        ]
 
     def variables(self) -> np.ndarray:
         """The camera: x, y, z in map units, angle, pitch in degrees."""
         return np.asarray(self.state.game_variables, np.float64)
 
     def openness(self) -> np.ndarray:
-        """How far it is to the left, ahead, to the right, at eye level: [3] in 0 (touching) to 255 (far)."""
+        """How far it is to the left, ahead, to the right, at eye level: [3] in 0 (touching) to 255
+        (far).
+        """
         height, width = self.state.depth_buffer.shape
-        rows = self.state.depth_buffer[height * 9 // 20 : height * 11 // 20 : 4, width // 5 : -(width // 5)]
+        rows = self.state.depth_buffer[
+            height * 9 // 20 : height * 11 // 20 : 4, width // 5 : -(width // 5)
+        ]
         return np.array([part.mean() for part in np.array_split(rows, 3, axis=1)])
 
     def picture(self) -> np.ndarray:
@@ -271,7 +369,7 @@ class Game:
         return self.lens.straighten(self.state.screen_buffer, -_signed(self.variables()[4]))
 
 
-# ------------------------------------------------------------------------------------------------ player
+# -------------------- player
 
 
 @dataclass
@@ -285,19 +383,25 @@ class Wish:
 
 
 class Wanderer:
-    """A player who walks, strafes, stops, turns and looks about, tries doors and turns away from walls; seeded."""
+    """A player who walks, strafes, stops, turns and looks about, tries doors and turns away from
+    walls; seeded.
+    """
 
     def __init__(self, game: Game, rng: np.random.Generator):
-        self.game, self.rng = game, rng
-        self.wish, self.patience = Wish(), 0  # frames until the next wish
-        self.turn, self.look = 0.0, 0.0  # degrees a tic, as they are now
+        self.game = game
+        self.rng = rng
+        self.wish = Wish()  # frames until the next wish
+        self.patience = 0
+        self.turn = 0.0  # degrees a tic, as they are now
+        self.look = 0.0
         self.place = game.variables()
 
     def step(self) -> None:
         """Plays one frame."""
         self.patience -= 1
         now = self.game.variables()
-        moved, self.place = np.linalg.norm(now[:2] - self.place[:2]), now
+        moved = np.linalg.norm(now[:2] - self.place[:2])
+        self.place = now
         left, ahead, right = self.game.openness()
         stuck = self.wish.forward > 0.5 and moved < 2.0 and self.turning < 0.5
         if (ahead < _CLOSE or stuck) and self.turning < 1.0:
@@ -305,16 +409,21 @@ class Wanderer:
         elif self.patience <= 0:
             self._decide(left, right)
         self.turn += 0.25 * (self.wish.turn - self.turn)
-        self.look += 0.3 * (np.clip(0.1 * (self.wish.pitch + _signed(now[4])), -1.0, 1.0) - self.look)
+        self.look += 0.3 * (
+            np.clip(0.1 * (self.wish.pitch + _signed(now[4])), -1.0, 1.0) - self.look
+        )
         use = stuck and self.rng.random() < 0.3  # something is in the way: perhaps a door
-        self.game.act(_WALK * self.wish.forward, _STRAFE * self.wish.right, self.turn, self.look, use)
+        self.game.act(
+            _WALK * self.wish.forward, _STRAFE * self.wish.right, self.turn, self.look, use
+        )
 
     @property
     def turning(self) -> float:
         return abs(self.wish.turn)
 
     def _decide(self, left: float, right: float) -> None:
-        rng, most = self.rng, self.game.lens.most_pitch
+        rng = self.rng
+        most = self.game.lens.most_pitch
         side = self._open_side(left, right) if rng.random() < 0.7 else rng.choice([-1.0, 1.0])
         self.wish = Wish(
             forward=rng.choice([1.0, 0.6, 0.0, -0.6], p=[0.66, 0.16, 0.1, 0.08]),
@@ -326,7 +435,9 @@ class Wanderer:
 
     def _turn_away(self, left: float, ahead: float, right: float) -> None:
         forward = 0.5 if ahead > _CLOSE / 2 else 0.0
-        self.wish = Wish(forward=forward, turn=self._open_side(left, right) * self.rng.uniform(1.5, 2.5))
+        self.wish = Wish(
+            forward=forward, turn=self._open_side(left, right) * self.rng.uniform(1.5, 2.5)
+        )
         self.patience = int(self.rng.integers(10, 24))
 
     @staticmethod
@@ -339,10 +450,10 @@ def record(level: str, count: int, seed, lens: Lens) -> tuple[np.ndarray, np.nda
 
     Args:
         count: video frames.
-        seed: anything `numpy.random.default_rng` takes; the same seed gives the same walk. (The engine moves animated
-            textures by the computer's clock, so pictures with one may differ a little.)
-    Returns:
-        frames uint8 [count,H,W,3] and the camera of each, c2w float64 [count,4,4].
+        seed: anything `numpy.random.default_rng` takes; the same seed gives the same walk. (The
+        engine moves animated textures by the computer's clock, so pictures with one may differ a
+        little.)
+    Returns: frames uint8 [count,H,W,3] and the camera of each, c2w float64 [count,4,4].
     Raises:
         ValueError: no start was found from which the player gets anywhere.
     """
@@ -356,12 +467,18 @@ def record(level: str, count: int, seed, lens: Lens) -> tuple[np.ndarray, np.nda
             if clip is not None:
                 return clip
             game.restart()
-    raise ValueError(f"level {level} gave no way to walk after {_MOST_TRIES} starts: choose other --levels")
+    raise ValueError(
+        f"level {level} gave no way to walk after {_MOST_TRIES} starts: choose other --levels"
+    )
 
 
-def _wander(game: Game, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray] | None:
+def _wander(
+    game: Game, rng: np.random.Generator, count: int
+) -> tuple[np.ndarray, np.ndarray] | None:
     """One attempt at a clip; None when the level ended or the player was stuck."""
-    wanderer, frames, c2w = Wanderer(game, rng), [], []
+    wanderer = Wanderer(game, rng)
+    frames = []
+    c2w = []
     for index in range(-_WARM_UP_FRAMES, count):
         if index >= 0:
             frames.append(game.picture())
@@ -370,6 +487,8 @@ def _wander(game: Game, rng: np.random.Generator, count: int) -> tuple[np.ndarra
         if game.over:
             return None
     way = np.linalg.norm(np.diff([pose[:3, 3] for pose in c2w], axis=0), axis=1)
-    if way.mean() * FRAMES_PER_LATENT < _LEAST_WAY or way.max() > 0.2:  # stuck, or sent elsewhere by a teleporter
+    if (
+        way.mean() * FRAMES_PER_LATENT < _LEAST_WAY or way.max() > 0.2
+    ):  # stuck, or sent elsewhere by a teleporter
         return None
     return np.stack(frames), np.stack(c2w)

@@ -1,4 +1,6 @@
-"""`python -m distill evaluate`: dreams of a world against the truth of its town; JSON, tables, contact sheets."""
+"""`python -m distill evaluate`: dreams of a world against the truth of its town; JSON, tables,
+contact sheets.
+"""
 
 import argparse
 import json
@@ -20,7 +22,9 @@ from worldmodel.machine import describe_commit, describe_machine
 from worldmodel.options import as_dict
 from worldmodel.world import World, check_fit
 
-FROZEN, CEILING, TRUTH = "first frame frozen", "autoencoder of the true frame", "truth"
+FROZEN = "first frame frozen"
+CEILING = "autoencoder of the true frame"
+TRUTH = "truth"
 HORIZONS = (1, 4, 8, 16, 32)  # latents after the first frame
 SHEET_CASES = 2  # of each kind on its contact sheet
 HELP = {  # of the numbers in EvaluateOptions
@@ -62,14 +66,23 @@ class EvaluateOptions:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `evaluate`."""
     parser.add_argument(
-        "--world", type=Path, required=True, help="bundle whose autoencoder, prompts and picture size are used"
+        "--world",
+        type=Path,
+        required=True,
+        help="bundle whose autoencoder, prompts and picture size are used",
     )
     parser.add_argument(
         "--transformer",
         nargs="+",
         default=[],
         metavar="[NAME=]FOLDER[@STEPS,...]",
-        help="transformers to compare, each with counts of steps; e behind a count means the Euler solver (diffusion): "
+        help="transformers to "
+        "compare, "
+        "each with counts of "
+        "steps; e behind a "
+        "count means the "
+        "Euler solver "
+        "(diffusion): "
         "'stage 1=runs/blocks/teacher_forcing/export@16e,2' (default: the world's own)",
     )
     parser.add_argument(
@@ -77,18 +90,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="WINDOW[+SINKS]",
-        help="also dream long walks with the last transformer's first row under these windows (latents), for example 12 12+1 6: "
+        help="also dream long "
+        "walks with the "
+        "last transformer's "
+        "first row under "
+        "these windows "
+        "(latents), for "
+        "example "
+        "12 12+1 6: "
         "what the picture at latent --late has of the one at a tenth of it",
     )
-    parser.add_argument("--output", type=Path, required=True, help="file.json; file.md and file-*.png go beside it")
-    parser.add_argument("--reference", help="row that every other one must beat, for example 'stage 1, 2 steps'")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="file.json; file.md and file-*.png go beside it"
+    )
+    parser.add_argument(
+        "--reference", help="row that every other one must beat, for example 'stage 1, 2 steps'"
+    )
     for name, text in HELP.items():
         default = getattr(EvaluateOptions(), name)
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=int, default=default, help=f"{text} (default: {default})")
-    parser.add_argument("--device", default="cpu", help="where to dream: cpu, cuda, ... (default: cpu)")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the networks (default: float32)"
+        "--device", default="cpu", help="where to dream: cpu, cuda, ... (default: cpu)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the networks (default: float32)",
     )
 
 
@@ -101,7 +130,11 @@ def run(args: argparse.Namespace) -> None:
     texts = args.transformer or [f"{world.config.name}={args.world / 'transformer'}"]
     variants = [variant for text in texts for variant in parse_variant(text, world.config.rollout)]
     for variant in variants:
-        check_fit(replace(world, transformer=load_transformer(variant.transformer, world.device, world.dtype)))
+        check_fit(
+            replace(
+                world, transformer=load_transformer(variant.transformer, world.device, world.dtype)
+            )
+        )
     last = next(variant for variant in variants if variant.transformer == variants[-1].transformer)
     windows = [parse_window(text, last) for text in args.windows]
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -118,8 +151,14 @@ def parse_window(text: str, variant: Variant) -> Variant:
     """`WINDOW[+SINKS]` -> the variant under that window, named by the text."""
     window, _, sinks = text.partition("+")
     if not window.isdecimal() or not (sinks or "0").isdecimal():
-        raise ValueError(f"expected --windows like 12 or 12+1 (latents, sinks among them), got {text!r}")
-    return replace(variant, name=text, rollout=replace(variant.rollout, window=int(window), sinks=int(sinks or 0)))
+        raise ValueError(
+            f"expected --windows like 12 or 12+1 (latents, sinks among them), got {text!r}"
+        )
+    return replace(
+        variant,
+        name=text,
+        rollout=replace(variant.rollout, window=int(window), sinks=int(sinks or 0)),
+    )
 
 
 def evaluate(
@@ -129,14 +168,18 @@ def evaluate(
     reference: str | None = None,
     windows: Sequence[Variant] = (),
 ) -> tuple[dict, dict[str, np.ndarray]]:
-    """All questions to all variants, and long walks under `windows` -> (results for JSON, contact sheets by name).
+    """All questions to all variants, and long walks under `windows` -> (results for JSON, contact
+    sheets by name).
 
-    Raises ValueError for a world that is no town, variants of one name, or a reference that is no variant.
+    Raises ValueError for a world that is no town, variants of one name, or a reference that is no
+    variant.
     """
     protocol.check_prompts(world.prompts.names)
     names = [variant.name for variant in variants]
     if len(set(names)) < len(names):
-        raise ValueError(f"expected different names for the rows, got {', '.join(names)}: write NAME=FOLDER")
+        raise ValueError(
+            f"expected different names for the rows, got {', '.join(names)}: write NAME=FOLDER"
+        )
     if reference is not None and reference not in names:
         raise ValueError(f"expected --reference to be one of {', '.join(names)}, got {reference!r}")
     started = time.monotonic()
@@ -157,30 +200,44 @@ class Studio:
     """Makes the films of one world: true ones, and dreams of a variant along the same cameras."""
 
     def __init__(self, world: World, options: EvaluateOptions, spread: Callable = map):
-        self.world, self.options, self.spread = world, options, spread
+        self.world = world
+        self.options = options
+        self.spread = spread
 
     def truth(self, cases: list[protocol.Case], every: int = 1) -> np.ndarray:
         """uint8 [B, T, H, W, 3]."""
         config = self.world.config
-        return protocol.truth(cases, config.intrinsics, config.height, config.width, every, self.spread)
+        return protocol.truth(
+            cases, config.intrinsics, config.height, config.width, every, self.spread
+        )
 
-    def dream(self, variant: Variant, cases: list[protocol.Case], first: np.ndarray, whole: bool = False) -> np.ndarray:
+    def dream(
+        self, variant: Variant, cases: list[protocol.Case], first: np.ndarray, whole: bool = False
+    ) -> np.ndarray:
         """Dreams on from the first frames [B, H, W, 3] -> uint8 [B, T, H, W, 3].
 
         whole: all video frames instead of the last one of every latent.
         """
         world = replace(
-            self.world, transformer=load_transformer(variant.transformer, self.world.device, self.world.dtype)
+            self.world,
+            transformer=load_transformer(variant.transformer, self.world.device, self.world.dtype),
         )
         parts = []
         for start in range(0, len(cases), self.options.batch):
             batch = cases[start : start + self.options.batch]
             path = np.stack([case.latents for case in batch])
             film = dream(
-                world, variant.rollout, first[start : start + len(batch)], path, protocol.moods(batch),
-                seed=self.options.seed + start, label=variant.name,
-            )  # fmt: skip
-            parts.append(np.concatenate([frames if whole else frames[:, -1:] for frames in film], 1))
+                world,
+                variant.rollout,
+                first[start : start + len(batch)],
+                path,
+                protocol.moods(batch),
+                seed=self.options.seed + start,
+                label=variant.name,
+            )
+            parts.append(
+                np.concatenate([frames if whole else frames[:, -1:] for frames in film], 1)
+            )
         return np.concatenate(parts)
 
 
@@ -191,18 +248,29 @@ def _compare(studio: Studio, variants: list[Variant]) -> tuple[list[dict], dict[
     horizons = [horizon for horizon in HORIZONS if horizon <= options.latents]
     film = studio.truth(cases)
     true = film[:, ::FRAMES_PER_LATENT]
-    films = {FROZEN: np.repeat(true[:, :1], true.shape[1], 1), CEILING: reconstruct(studio.world.autoencoder, film)}
+    films = {
+        FROZEN: np.repeat(true[:, :1], true.shape[1], 1),
+        CEILING: reconstruct(studio.world.autoencoder, film),
+    }
     films |= {variant.name: studio.dream(variant, cases, true[:, 0]) for variant in variants}
     dreamed = {variant.name for variant in variants}
     rows = [
-        {"name": name, "dreamed": name in dreamed, "horizons": scores.fidelity(frames, true, cases, horizons)}
+        {
+            "name": name,
+            "dreamed": name in dreamed,
+            "horizons": scores.fidelity(frames, true, cases, horizons),
+        }
         for name, frames in films.items()
     ]
     shown = {TRUTH: true, **{name: frames for name, frames in films.items() if name != FROZEN}}
     sheets = {}
     for kind in dict.fromkeys(case.kind for case in cases):
         chosen = [index for index, case in enumerate(cases) if case.kind == kind][:SHEET_CASES]
-        lines = [(name, frames[index, [0, *horizons]]) for index in chosen for name, frames in shown.items()]
+        lines = [
+            (name, frames[index, [0, *horizons]])
+            for index in chosen
+            for name, frames in shown.items()
+        ]
         sheets[kind] = contact_sheet(lines, [f"latent {horizon}" for horizon in (0, *horizons)])
     return rows, sheets
 
@@ -210,7 +278,9 @@ def _compare(studio: Studio, variants: list[Variant]) -> tuple[list[dict], dict[
 def _returns(studio: Studio, variants: list[Variant]) -> tuple[list[dict], np.ndarray]:
     cases = protocol.return_cases(studio.options.returns, studio.options.seed)
     true = studio.truth(cases, every=FRAMES_PER_LATENT)
-    films = {TRUTH: true} | {variant.name: studio.dream(variant, cases, true[:, 0]) for variant in variants}
+    films = {TRUTH: true} | {
+        variant.name: studio.dream(variant, cases, true[:, 0]) for variant in variants
+    }
     rows = [
         {"name": name, **entry}
         for name, frames in films.items()
@@ -219,16 +289,21 @@ def _returns(studio: Studio, variants: list[Variant]) -> tuple[list[dict], np.nd
     firsts = {case.kind: index for index, case in reversed(list(enumerate(cases)))}
     lines = [
         (name, frames[index, [0, cases[index].away, cases[index].back]])
-        for index in sorted(firsts.values()) for name, frames in films.items()
-    ]  # fmt: skip
+        for index in sorted(firsts.values())
+        for name, frames in films.items()
+    ]
     return rows, contact_sheet(lines, ["start", "away", "return"])
 
 
 def _flow(studio: Studio, variants: list[Variant]) -> list[dict]:
     cases = protocol.flow_cases(studio.options.flows, studio.options.seed)
     true = studio.truth(cases)
-    films = {TRUTH: true} | {variant.name: studio.dream(variant, cases, true[:, 0], whole=True) for variant in variants}
-    return [{"name": name, **scores.flow_directions(frames, cases)} for name, frames in films.items()]
+    films = {TRUTH: true} | {
+        variant.name: studio.dream(variant, cases, true[:, 0], whole=True) for variant in variants
+    }
+    return [
+        {"name": name, **scores.flow_directions(frames, cases)} for name, frames in films.items()
+    ]
 
 
 def _drift(studio: Studio, variants: list[Variant]) -> list[dict]:
@@ -243,10 +318,15 @@ def _drift(studio: Studio, variants: list[Variant]) -> list[dict]:
 
 
 def _windows(studio: Studio, variants: Sequence[Variant]) -> list[dict]:
-    """What late frames have of early ones, of the truth and under every window; two latents each."""
+    """What late frames have of early ones, of the truth and under every window; two latents
+    each.
+    """
     options = studio.options
     cases = protocol.drift_cases(options.drift_cases, options.late, options.seed)
-    spans = [slice(FRAMES_PER_LATENT * (latent - 2) + 1, FRAMES_PER_LATENT * latent + 1) for latent in (options.late // 10, options.late)]
+    spans = [
+        slice(FRAMES_PER_LATENT * (latent - 2) + 1, FRAMES_PER_LATENT * latent + 1)
+        for latent in (options.late // 10, options.late)
+    ]
     true = [studio.truth([replace(case, c2w=case.c2w[span]) for case in cases]) for span in spans]
     first = studio.truth([replace(case, c2w=case.c2w[:1]) for case in cases])[:, 0]
     rows = [{"name": TRUTH, **scores.lateness(*true)}]

@@ -1,7 +1,9 @@
-"""What is asked of a dream: held-out towns, free starts and camera paths, all seeded; the renderer knows the truth.
+"""What is asked of a dream: held-out towns, free starts and camera paths, all seeded; the renderer
+knows the truth.
 
-A path is a list of `Order`s (keys held for so many video frames) followed with the walker's momentum from a free place
-on a street. Paths that would touch a wall are thrown away and another start is drawn.
+A path is a list of `Order`s (keys held for so many video frames) followed with the walker's
+momentum from a free place on a street. Paths that would touch a wall are thrown away and another
+start is drawn.
 """
 
 from collections.abc import Callable, Iterator
@@ -48,12 +50,17 @@ def fidelity_cases(count: int, latents: int, seed: int) -> list[Case]:
     cases = []
     for index in tqdm(range(count), "paths", unit="case", leave=False):
         rng = np.random.default_rng([seed, 1, index])
-        town, kind = held_out_town(seed, index), KINDS[index % len(KINDS)]
+        town = held_out_town(seed, index)
+        kind = KINDS[index % len(KINDS)]
         if kind == "walk":
             cases.append(Case(kind, town, walk(town, frames, [seed, 2, index])))
         else:
             cases.append(
-                Case(kind, town, free_path(town, _script(kind, frames - 1, rng), rng, across=kind == "strafe"))
+                Case(
+                    kind,
+                    town,
+                    free_path(town, _script(kind, frames - 1, rng), rng, across=kind == "strafe"),
+                )
             )
     return cases
 
@@ -69,23 +76,34 @@ def return_cases(count: int, seed: int) -> list[Case]:
         for index in range(count):
             rng = np.random.default_rng([seed, 3, number, index])
             side = 1 if rng.random() < 0.5 else -1
-            turned = [Order(o.frames, o.forward, o.strafe, side * o.yaw) for o in orders] + [Order(frames - length)]
+            turned = [Order(o.frames, o.forward, o.strafe, side * o.yaw) for o in orders] + [
+                Order(frames - length)
+            ]
             town = held_out_town(seed, 1000 * (number + 1) + index)
-            cases.append(Case(name, town, free_path(town, turned, rng), away, length // FRAMES_PER_LATENT))
+            cases.append(
+                Case(name, town, free_path(town, turned, rng), away, length // FRAMES_PER_LATENT)
+            )
     return cases
 
 
 def flow_cases(count: int, seed: int) -> list[Case]:
     """`count` cases of each direction, 4 latents long after the start."""
-    orders = {"right": {"yaw": 1.0}, "left": {"yaw": -1.0}, "forward": {"forward": 1.0}, "back": {"forward": -1.0}}
+    orders = {
+        "right": {"yaw": 1.0},
+        "left": {"yaw": -1.0},
+        "forward": {"forward": 1.0},
+        "back": {"forward": -1.0},
+    }
     cases = []
     for number, kind in enumerate(FLOWS):
         for index in range(count):
-            town, rng = (
-                held_out_town(seed, 5000 + 100 * number + index),
-                np.random.default_rng([seed, 4, number, index]),
+            town = held_out_town(seed, 5000 + 100 * number + index)
+            rng = np.random.default_rng([seed, 4, number, index])
+            cases.append(
+                Case(
+                    kind, town, free_path(town, [Order(4 * FRAMES_PER_LATENT, **orders[kind])], rng)
+                )
             )
-            cases.append(Case(kind, town, free_path(town, [Order(4 * FRAMES_PER_LATENT, **orders[kind])], rng)))
     return cases
 
 
@@ -93,7 +111,9 @@ def drift_cases(count: int, latents: int, seed: int) -> list[Case]:
     """`count` free walks of `latents` latents after the start."""
     towns = [held_out_town(seed, 7000 + index) for index in range(count)]
     frames = frames_of(latents + 1)
-    return [Case("walk", town, walk(town, frames, [seed, 5, index])) for index, town in enumerate(towns)]
+    return [
+        Case("walk", town, walk(town, frames, [seed, 5, index])) for index, town in enumerate(towns)
+    ]
 
 
 def held_out_town(seed: int, index: int) -> Town:
@@ -111,8 +131,12 @@ def renderers(workers: int) -> Iterator[Callable]:
         yield pool.map
 
 
-def truth(cases: list[Case], intrinsics, height: int, width: int, every: int = 1, spread: Callable = map) -> np.ndarray:
-    """True frames of the cases, uint8 [B, T, H, W, 3]; with `every` only each so-many-th. spread: see `renderers`."""
+def truth(
+    cases: list[Case], intrinsics, height: int, width: int, every: int = 1, spread: Callable = map
+) -> np.ndarray:
+    """True frames of the cases, uint8 [B, T, H, W, 3]; with `every` only each so-many-th. spread:
+    see `renderers`.
+    """
     jobs = [(case.town, case.c2w[::every], intrinsics, height, width) for case in cases]
     return np.stack(list(tqdm(spread(_film, jobs), "truth", len(jobs), unit="case", leave=False)))
 
@@ -124,7 +148,8 @@ def _film(job: tuple) -> np.ndarray:
 
 def _script(kind: str, frames: int, rng: np.random.Generator) -> list[Order]:
     """Orders of a scripted kind that fill `frames` video frames."""
-    side, slow = float(rng.choice([-1, 1])), 0.5
+    side = float(rng.choice([-1, 1]))
+    slow = 0.5
     if kind == "forward":
         return [Order(frames, forward=1.0)]
     if kind == "turn":
@@ -143,17 +168,27 @@ def _script(kind: str, frames: int, rng: np.random.Generator) -> list[Order]:
 def _return_script(name: str) -> tuple[list[Order], int]:
     """Orders of a leave-and-return path and the latent at which it is farthest."""
     if name == "out and back":
-        out, gone, home = 32, Order(32, forward=1.0), Order(32, forward=-1.0)
+        out = 32
+        gone = Order(32, forward=1.0)
+        home = Order(32, forward=-1.0)
     else:
-        out = {"turn 30 degrees": 12, "turn 90 degrees": 36}[name]  # video frames at 10 degrees a latent
-        gone, home = Order(out, yaw=1.0), Order(out, yaw=-1.0)
+        out = {"turn 30 degrees": 12, "turn 90 degrees": 36}[
+            name
+        ]  # video frames at 10 degrees a latent
+        gone = Order(out, yaw=1.0)
+        home = Order(out, yaw=-1.0)
     return [gone, Order(REST), home, Order(REST)], (out + REST) // FRAMES_PER_LATENT
 
 
 def free_path(
-    town: Town, orders: list[Order], rng: np.random.Generator, across: bool = False, gait: Gait = Gait()
+    town: Town,
+    orders: list[Order],
+    rng: np.random.Generator,
+    across: bool = False,
+    gait: Gait = Gait(),
 ) -> np.ndarray:
-    """A path [T, 4, 4] (start included) that follows the orders exactly from a street, without touching a wall.
+    """A path [T, 4, 4] (start included) that follows the orders exactly from a street, without
+    touching a wall.
 
     across: look across the street instead of along it (a walk sideways then goes along it).
     """
@@ -165,30 +200,46 @@ def free_path(
         if is_free(town, path, gait):
             return path
     raise ValueError(
-        f"expected a free path in the town {town.source}, found none in {ATTEMPTS} starts: take another seed"
+        "expected a free "
+        "path in the "
+        f"town {town.source}, "
+        "found none in "
+        f"{ATTEMPTS} "
+        "starts: take "
+        "another seed"
     )
 
 
 def follow(start: np.ndarray, orders: list[Order], gait: Gait = Gait()) -> np.ndarray:
-    """Poses [T, 4, 4] from `start` along the orders: the walker's momentum without its will and without walls."""
-    path, speed = [start], np.zeros(4)  # forward, strafe (units a frame), yaw, pitch (degrees a frame)
+    """Poses [T, 4, 4] from `start` along the orders: the walker's momentum without its will and
+    without walls.
+    """
+    path = [start]  # forward, strafe (units a frame), yaw, pitch (degrees a frame)
+    speed = np.zeros(4)
     full = np.array([gait.walk, gait.strafe, gait.yaw, gait.pitch]) / FRAMES_PER_LATENT
     for order in orders:
         wanted = full * [order.forward, order.strafe, order.yaw, order.pitch]
         for _ in range(order.frames):
             speed = speed + gait.momentum * (wanted - speed)
-            path.append(advance(path[-1], np.array([speed[1], 0.0, speed[0]]), speed[2], speed[3], style="walk"))
+            path.append(
+                advance(
+                    path[-1], np.array([speed[1], 0.0, speed[0]]), speed[2], speed[3], style="walk"
+                )
+            )
     return np.stack(path)
 
 
 def is_free(town: Town, path: np.ndarray, gait: Gait = Gait()) -> bool:
-    """Whether every pose [T, 4, 4] keeps the walker's radius from everything that stands at the height of its body."""
+    """Whether every pose [T, 4, 4] keeps the walker's radius from everything that stands at the
+    height of its body.
+    """
     places = path[:, [0, 2], 3]
     cells = np.floor(places / CELL).astype(int)
     for cell in np.unique(cells, axis=0):
         boxes = town.boxes(int(cell[0]), int(cell[1]), 1)
         body = boxes.high[:, 1] > -gait.eye - 0.03
-        low, high = boxes.low[body][:, [0, 2]], boxes.high[body][:, [0, 2]]
+        low = boxes.low[body][:, [0, 2]]
+        high = boxes.high[body][:, [0, 2]]
         here = places[(cells == cell).all(1)][:, None]
         if (np.linalg.norm(here - np.clip(here, low, high), axis=-1) < gait.radius - 1e-6).any():
             return False
@@ -205,5 +256,11 @@ def check_prompts(names: tuple[str, ...]) -> None:
     absent = [mood for mood in MOODS if mood not in names]
     if absent:
         raise ValueError(
-            f"expected a world with the prompts {', '.join(MOODS)}, {absent[0]} is missing: only towns can be evaluated"
+            "expected a "
+            "world with "
+            "the prompts "
+            f"{', '.join(MOODS)}, "
+            f"{absent[0]} is "
+            "missing: only towns "
+            "can be evaluated"
         )

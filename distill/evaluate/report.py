@@ -15,8 +15,16 @@ def markdown(results: dict) -> str:
     about = results["about"]
     parts = [
         f"`{about['command']}`",
-        f"commit {about['commit']}; {about['hardware']['gpu'] or about['hardware']['processor']}, {about['dtype']}, "
-        f"{about['seconds']:.0f} s; seed {about['seed']}, {about['cases']} cases of {about['latents']} latents in "
+        f"commit {about['commit']}; "
+        f"{about['hardware']['gpu'] or about['hardware']['processor']}, "
+        f"{about['dtype']}, "
+        f"{about['seconds']:.0f} "
+        "s; seed "
+        f"{about['seed']}, "
+        f"{about['cases']} "
+        "cases of "
+        f"{about['latents']} "
+        "latents in "
         "held-out towns",
         fidelity_table(results["rows"]),
         returns_table(results["returns"]),
@@ -53,20 +61,30 @@ def fidelity_table(rows: list[dict]) -> str:
                     f"{score['psnr']:.1f}",
                     f"{score['ssim']:.3f}",
                     f"{score['correlation']:.3f}",
-                    f"{score['sharpness']:.2f} ({score['sharpness_p10']:.2f}-{score['sharpness_p90']:.2f})",
+                    (
+                        f"{score['sharpness']:.2f} "
+                        f"({score['sharpness_p10']:.2f}-{score['sharpness_p90']:.2f})"
+                    ),
                     _percent(found["right"]),
                     _percent(near),
                     str(found["clips"]),
                 ]
             )
     return (
-        "Against the truth (sharpness: Laplacian energy, dream / truth; retrieval among the clip's true frames)\n\n"
-        + table(head, lines)
-    )
+        "Against the truth "
+        "(sharpness: "
+        "Laplacian energy, "
+        "dream / truth; "
+        "retrieval among "
+        "the clip's true "
+        "frames)\n\n"
+    ) + table(head, lines)
 
 
 def returns_table(rows: list[dict]) -> str:
-    """Leave and return: similarity to the true first frame on return, minus that of the view away from it."""
+    """Leave and return: similarity to the true first frame on return, minus that of the view away
+    from it.
+    """
     head = ["model", "path", "return", "away", "gain", "share of the possible gain", "PSNR gain dB"]
     lines = [
         [
@@ -92,27 +110,42 @@ def flow_table(rows: list[dict]) -> str:
         "forward grows it",
         "back shrinks it",
     ]
-    lines = [[row["name"], *(_percent(row[kind]) for kind in ("right", "left", "forward", "back"))] for row in rows]
+    lines = [
+        [row["name"], *(_percent(row[kind]) for kind in ("right", "left", "forward", "back"))]
+        for row in rows
+    ]
     return "Direction of the optical flow (share of the cases)\n\n" + table(head, lines)
 
 
 def drift_table(rows: list[dict]) -> str:
-    """Sharpness and saturation over a long walk, relative to the first frame, dream / the same for the truth."""
+    """Sharpness and saturation over a long walk, relative to the first frame, dream / the same for
+    the truth.
+    """
     head = ["model", "measure", *(f"{second:.0f} s" for second in rows[0]["seconds"])]
     lines = []
     for row in rows:
         for measure in ("sharpness", "saturation"):
             pairs = zip(row[measure], row[f"{measure}_of_truth"], strict=True)
-            lines.append([row["name"], measure, *(f"{dream:.2f} / {true:.2f}" for dream, true in pairs)])
+            lines.append(
+                [row["name"], measure, *(f"{dream:.2f} / {true:.2f}" for dream, true in pairs)]
+            )
     return (
-        "Drift over a long walk (mean of the span that ends there, relative to the first frame: dream / truth)\n\n"
-        + table(head, lines)
-    )
+        "Drift over a long "
+        "walk (mean "
+        "of the span that "
+        "ends there, relative "
+        "to the first "
+        "frame: dream / "
+        "truth)\n\n"
+    ) + table(head, lines)
 
 
 def windows_table(rows: list[dict], late: int) -> str:
     """What is left of the picture late in a long walk, by window."""
-    lines = [[row["name"], *(f"{row[measure]:.2f}" for measure in ("sharpness", "saturation", "flow"))] for row in rows]
+    lines = [
+        [row["name"], *(f"{row[measure]:.2f}" for measure in ("sharpness", "saturation", "flow"))]
+        for row in rows
+    ]
     return f"Long walks by window + sinks (latent {late} / latent {late // 10})\n\n" + table(
         ["window", "sharpness", "saturation", "optical flow"], lines
     )
@@ -120,7 +153,10 @@ def windows_table(rows: list[dict], late: int) -> str:
 
 def bars_table(bars: list[dict]) -> str:
     """What the embedded world must reach."""
-    lines = [[bar["name"], bar["bar"], bar["value"], "yes" if bar["passed"] else "**no**"] for bar in bars]
+    lines = [
+        [bar["name"], bar["bar"], bar["value"], "yes" if bar["passed"] else "**no**"]
+        for bar in bars
+    ]
     return "Bars\n\n" + table(["model", "bar", "measured", "passed"], lines)
 
 
@@ -130,9 +166,15 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def contact_sheet(rows: list[tuple[str, np.ndarray]], columns: list[str]) -> np.ndarray:
-    """Labelled rows of frames uint8 [n, H, W, 3] under column titles -> one picture uint8 [H', W', 3]."""
+    """Labelled rows of frames uint8 [n, H, W, 3] under column titles -> one picture uint8 [H', W',
+    3].
+    """
     height, width = rows[0][1].shape[1:3]
-    picture = np.full((24 + len(rows) * (height + GAP), LABEL_WIDTH + len(columns) * (width + GAP), 3), 255, np.uint8)
+    picture = np.full(
+        (24 + len(rows) * (height + GAP), LABEL_WIDTH + len(columns) * (width + GAP), 3),
+        255,
+        np.uint8,
+    )
     for place, title in enumerate(columns):
         _write(picture, title, (LABEL_WIDTH + place * (width + GAP), 17))
     for line, (label, frames) in enumerate(rows):
@@ -149,7 +191,11 @@ def write_picture(path: Path, picture: np.ndarray) -> None:
     done, data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
     if not done:
         raise ValueError(
-            f"{path}: the picture of {picture.shape[1]}x{picture.shape[0]} pixels cannot be written as PNG"
+            f"{path}: the "
+            "picture of "
+            f"{picture.shape[1]}x{picture.shape[0]} "
+            "pixels cannot "
+            "be written as PNG"
         )
     write_file(path, data.tobytes())
 

@@ -1,4 +1,6 @@
-"""From frames to figures: dreams and truths of a batch of cases in, plain numbers for one row out."""
+"""From frames to figures: dreams and truths of a batch of cases in, plain numbers for one row
+out.
+"""
 
 import numpy as np
 import torch
@@ -21,27 +23,36 @@ from distill.evaluate.protocol import Case
 SAME_VIEW = (
     0.02,
     0.5,
-)  # units and degrees under which two poses show one view: a fifth and a twentieth of a latent's motion
+    # units and degrees under which two poses show one view: a fifth and a twentieth of a latent's
+    # motion
+)
 SHARPNESS_BAR = (0.7, 1.4)  # dream / truth
 RETRIEVAL_BAR = 0.8  # right or neighbour
 RETRIEVAL_LATENT = 8
 FLOW_START = 5  # frames that the momentum takes
 
 
-def fidelity(dream: np.ndarray, true: np.ndarray, cases: list[Case], horizons: list[int]) -> dict[str, dict]:
-    """Scores at each horizon. dream, true: uint8 [B, F, H, W, 3], one frame a latent, latent 0 given."""
+def fidelity(
+    dream: np.ndarray, true: np.ndarray, cases: list[Case], horizons: list[int]
+) -> dict[str, dict]:
+    """Scores at each horizon. dream, true: uint8 [B, F, H, W, 3], one frame a latent, latent 0
+    given.
+    """
     candidates = [distinct_poses(case.latents, *SAME_VIEW) for case in cases]
     truths = [to_unit(frames) for frames in true]
     scores = {}
     for horizon in horizons:
-        image, truth = to_unit(dream[:, horizon]), to_unit(true[:, horizon])
-        sharp, sharp_truth = sharpness(image), sharpness(truth)
+        image = to_unit(dream[:, horizon])
+        truth = to_unit(true[:, horizon])
+        sharp = sharpness(image)
+        sharp_truth = sharpness(truth)
         ratio = (sharp / sharp_truth.clamp_min(1e-9)).numpy()
         related = correlation(image, truth)
         found = [
             retrieve(correlation_table(image[i : i + 1], truths[i])[0].numpy(), horizon, views)
             for i, views in enumerate(candidates)
-            if views.size > len(views.group) / 2 and views.group[horizon] != views.group[0]  # enough motion to tell by
+            if views.size > len(views.group) / 2
+            and views.group[horizon] != views.group[0]  # enough motion to tell by
         ]
         scores[str(horizon)] = {
             "psnr": _number(psnr(image, truth).mean()),
@@ -53,7 +64,10 @@ def fidelity(dream: np.ndarray, true: np.ndarray, cases: list[Case], horizons: l
             "sharpness_p90": _number(np.percentile(ratio, 90)),
             "retrieval": {
                 "clips": len(found),
-                **{name: found.count(name) / len(found) if found else None for name in ("right", "neighbour", "other")},
+                **{
+                    name: found.count(name) / len(found) if found else None
+                    for name in ("right", "neighbour", "other")
+                },
             },
         }
     return scores
@@ -62,9 +76,9 @@ def fidelity(dream: np.ndarray, true: np.ndarray, cases: list[Case], horizons: l
 def leave_and_return(dream: np.ndarray, true: np.ndarray, cases: list[Case]) -> list[dict]:
     """One entry a path. dream, true: uint8 [B, F, H, W, 3].
 
-    With S, R, A the similarity to the true first frame of the dream at the start, on return and away from it:
-    gain = R - A, share = mean(R - A) / mean(S - A) (R2M-Bench's MemoryGain and NMR). A frozen picture gains 0; where
-    nothing was lost on the way out, no share is told.
+    With S, R, A the similarity to the true first frame of the dream at the start, on return and
+    away from it: gain = R - A, share = mean(R - A) / mean(S - A) (R2M-Bench's MemoryGain and NMR).
+    A frozen picture gains 0; where nothing was lost on the way out, no share is told.
     """
     entries = []
     for path in dict.fromkeys(case.kind for case in cases):
@@ -76,7 +90,9 @@ def leave_and_return(dream: np.ndarray, true: np.ndarray, cases: list[Case]) -> 
             "return": [cases[i].back for i in chosen],
         }
         seen = {name: to_unit(dream[chosen, latents]) for name, latents in places.items()}
-        like = {name: correlation(frames, reference).double().mean() for name, frames in seen.items()}
+        like = {
+            name: correlation(frames, reference).double().mean() for name, frames in seen.items()
+        }
         clear = {name: psnr(frames, reference).double().mean() for name, frames in seen.items()}
         possible = like["start"] - like["away"]
         entries.append(
@@ -87,7 +103,9 @@ def leave_and_return(dream: np.ndarray, true: np.ndarray, cases: list[Case]) -> 
                 "return": _number(like["return"]),
                 "away": _number(like["away"]),
                 "gain": _number(like["return"] - like["away"]),
-                "share": _number((like["return"] - like["away"]) / possible) if possible > 0.02 else None,
+                "share": _number((like["return"] - like["away"]) / possible)
+                if possible > 0.02
+                else None,
                 "psnr_gain": _number(clear["return"] - clear["away"]),
             }
         )
@@ -95,7 +113,9 @@ def leave_and_return(dream: np.ndarray, true: np.ndarray, cases: list[Case]) -> 
 
 
 def flow_directions(frames: np.ndarray, cases: list[Case]) -> dict[str, float]:
-    """Share of the cases of each kind whose picture moves the way it must. frames: uint8 [B, T, H, W, 3]."""
+    """Share of the cases of each kind whose picture moves the way it must. frames: uint8 [B, T, H,
+    W, 3].
+    """
     right: dict[str, list[bool]] = {}
     for film, case in zip(frames, cases, strict=True):
         signs = flow_signs(film[FLOW_START:])
@@ -110,7 +130,8 @@ def flow_directions(frames: np.ndarray, cases: list[Case]) -> dict[str, float]:
 
 
 def drift(dream: np.ndarray, true: np.ndarray, fps: float, spans: int = 6) -> dict:
-    """Sharpness and saturation of a long walk, mean of each span over that of the first frame; dream and truth alike.
+    """Sharpness and saturation of a long walk, mean of each span over that of the first frame;
+    dream and truth alike.
 
     dream, true: uint8 [B, F, H, W, 3], one frame a latent.
     """
@@ -118,27 +139,41 @@ def drift(dream: np.ndarray, true: np.ndarray, fps: float, spans: int = 6) -> di
     entry = {"seconds": [_number(4 * (edge - 1) / fps) for edge in edges[1:]]}
     for name, measure in (("sharpness", sharpness), ("saturation", saturation)):
         for suffix, frames in (("", dream), ("_of_truth", true)):
-            values = torch.stack([measure(to_unit(column)) for column in frames.swapaxes(0, 1)]).mean(1)
+            values = torch.stack(
+                [measure(to_unit(column)) for column in frames.swapaxes(0, 1)]
+            ).mean(1)
             start = values[0].clamp_min(1e-9)
-            entry[name + suffix] = [_number(values[a:b].mean() / start) for a, b in zip(edges, edges[1:], strict=False)]
+            entry[name + suffix] = [
+                _number(values[a:b].mean() / start) for a, b in zip(edges, edges[1:], strict=False)
+            ]
     return entry
 
 
 def lateness(early: np.ndarray, late: np.ndarray) -> dict[str, float]:
-    """What a dream's late frames have of its early ones' sharpness, saturation and motion; both uint8 [B, T, H, W, 3]."""
+    """What a dream's late frames have of its early ones' sharpness, saturation and motion; both
+    uint8 [B, T, H, W, 3].
+    """
     measures = {
-        "sharpness": lambda frames: float(sharpness(to_unit(frames.reshape(-1, *frames.shape[2:]))).mean()),
-        "saturation": lambda frames: float(saturation(to_unit(frames.reshape(-1, *frames.shape[2:]))).mean()),
+        "sharpness": lambda frames: float(
+            sharpness(to_unit(frames.reshape(-1, *frames.shape[2:]))).mean()
+        ),
+        "saturation": lambda frames: float(
+            saturation(to_unit(frames.reshape(-1, *frames.shape[2:]))).mean()
+        ),
         "flow": lambda frames: float(np.mean([flow_magnitude(film) for film in frames])),
     }
-    return {name: _number(measure(late) / max(measure(early), 1e-9)) for name, measure in measures.items()}
+    return {
+        name: _number(measure(late) / max(measure(early), 1e-9))
+        for name, measure in measures.items()
+    }
 
 
 def bars(rows: list[dict], baseline: str, reference: str | None) -> list[dict]:
     """What the embedded world must reach, for every row that was dreamed.
 
-    baseline: name of the frozen row. reference: name of the row that distillation must beat, or None.
-    A margin is clear when the mean of the paired differences is above two standard errors at every horizon.
+    baseline: name of the frozen row. reference: name of the row that distillation must beat, or
+    None. A margin is clear when the mean of the paired differences is above two standard errors at
+    every horizon.
     """
     by_name = {row["name"]: row["horizons"] for row in rows}
     found = []
@@ -169,18 +204,29 @@ def bars(rows: list[dict], baseline: str, reference: str | None) -> list[dict]:
         for other in (name for name in (baseline, reference) if name and name != row["name"]):
             value, clear = _margin(scores, by_name[other])
             found.append(
-                _bar(row, f"correlation above '{other}' at every horizon, by over 2 standard errors", value, clear)
+                _bar(
+                    row,
+                    f"correlation above '{other}' at every horizon, by over 2 standard errors",
+                    value,
+                    clear,
+                )
             )
     return found
 
 
 def _margin(scores: dict, other: dict) -> tuple[str, bool]:
-    """The smallest lead over `other` in its own standard errors, as text, and whether every lead is clear."""
+    """The smallest lead over `other` in its own standard errors, as text, and whether every lead is
+    clear.
+    """
     leads = []
     for horizon, score in scores.items():
-        pairs = zip(score["correlation_by_case"], other[horizon]["correlation_by_case"], strict=True)
+        pairs = zip(
+            score["correlation_by_case"], other[horizon]["correlation_by_case"], strict=True
+        )
         differences = np.array([a - b for a, b in pairs])
-        error = differences.std(ddof=1) / len(differences) ** 0.5 if len(differences) > 1 else np.inf
+        error = (
+            differences.std(ddof=1) / len(differences) ** 0.5 if len(differences) > 1 else np.inf
+        )
         leads.append((differences.mean() - 2 * error, differences.mean(), error, horizon))
     worst, mean, error, horizon = min(leads)
     return f"{mean:+.3f} ± {error:.3f} at {horizon}", bool(worst > 0)

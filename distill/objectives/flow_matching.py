@@ -13,24 +13,37 @@ from worldmodel.schedule import add_noise, sigma_grid
 
 GRID = 1000  # noise levels that training draws from
 
-Predict = Callable[[Tensor, Tensor], Tensor]  # noisy latents [B, C, F, H, W], sigma [B, F] -> velocity [B, C, F, H, W]
+Predict = Callable[
+    [Tensor, Tensor], Tensor
+]  # noisy latents [B, C, F, H, W], sigma [B, F] -> velocity [B, C, F, H, W]
 
 
-def draw_index(batch: int, frames: int, chunk: int, count: int, generator: torch.Generator) -> Tensor:
-    """Uniform integers `[B, F]` in [0, count), one a chunk (chunk = frames: one a clip), on the generator's device."""
-    index = torch.randint(count, (batch, frames // chunk), generator=generator, device=generator.device)
+def draw_index(
+    batch: int, frames: int, chunk: int, count: int, generator: torch.Generator
+) -> Tensor:
+    """Uniform integers `[B, F]` in [0, count), one a chunk (chunk = frames: one a clip), on the
+    generator's device.
+    """
+    index = torch.randint(
+        count, (batch, frames // chunk), generator=generator, device=generator.device
+    )
     return index.repeat_interleave(chunk, dim=1)
 
 
 def grid_sigma(index: Tensor, shift: float, count: int = GRID) -> Tensor:
-    """Noise level of each grid index, float32, same shape. Uniform indices lie dense near 1 once shifted."""
+    """Noise level of each grid index, float32, same shape. Uniform indices lie dense near 1 once
+    shifted.
+    """
     return sigma_grid(count, shift).to(index.device)[index]
 
 
-def flow_matching_loss(predict: Predict, latents: Tensor, sigma: Tensor, noise: Tensor, weight: Tensor | None = None) -> Tensor:
+def flow_matching_loss(
+    predict: Predict, latents: Tensor, sigma: Tensor, noise: Tensor, weight: Tensor | None = None
+) -> Tensor:
     """Mean of `weight (v(x_sigma, sigma) - (noise - x0))^2`.
 
-    `latents` and `noise` `[B, C, F, H, W]`, `sigma` `[B, F]` in (0, 1] float32, `weight` `[B, F]` or None for 1.
+    `latents` and `noise` `[B, C, F, H, W]`, `sigma` `[B, F]` in (0, 1] float32, `weight` `[B, F]`
+    or None for 1.
     """
     velocity = predict(add_noise(latents, noise, sigma), sigma).float()
     error = (velocity - (noise - latents)).square().mean(dim=(1, 3, 4))

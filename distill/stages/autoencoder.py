@@ -1,4 +1,6 @@
-"""Trains the tiny autoencoder on windows of footage: crisp edges, bounded latents, a decoder that forgives small errors."""
+"""Trains the tiny autoencoder on windows of footage: crisp edges, bounded latents, a decoder that
+forgives small errors.
+"""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -22,24 +24,45 @@ from worldmodel.world import load_network
 
 
 class VideoWindows(Dataset):
-    """Every window of the footage, {"video": uint8 [3,T,H,W]} with T = 4 * window - 3; the index says clip, first frame and crop.
+    """Every window of the footage, {"video": uint8 [3,T,H,W]} with T = 4 * window - 3; the index
+    says clip, first frame and crop.
 
-    `crop`: height and width in pixels of the part that is shown, () = the whole frame: smaller parts of more scenes teach faster.
-    All frames are held in memory as uint8 (a clip of 161 frames at 96x160 is 7.4 MB).
+    `crop`: height and width in pixels of the part that is shown, () = the whole frame: smaller
+    parts of more scenes teach faster. All frames are held in memory as uint8 (a clip of 161 frames
+    at 96x160 is 7.4 MB).
     """
 
     def __init__(self, root: Path, window: int, crop: Sequence[int] = ()):
         self.crop = tuple(crop)
         self.frames = FRAMES_PER_LATENT * (window - 1) + 1
         folders = list_clips(root)
-        self.clips = [torch.from_numpy(read_clip(folder).frames) for folder in tqdm(folders, "frames", unit="clip")]
-        short = [folder for folder, clip in zip(folders, self.clips, strict=True) if len(clip) < self.frames]
+        self.clips = [
+            torch.from_numpy(read_clip(folder).frames)
+            for folder in tqdm(folders, "frames", unit="clip")
+        ]
+        short = [
+            folder
+            for folder, clip in zip(folders, self.clips, strict=True)
+            if len(clip) < self.frames
+        ]
         if short or not folders:
             what = f"{short[0]} is shorter" if short else f"{root} holds none"
-            raise ValueError(f"expected clips of at least {self.frames} frames, but {what}: collect longer clips")
+            raise ValueError(
+                f"expected clips of at least {self.frames} frames, but {what}: collect longer clips"
+            )
         height, width = (min(clip.shape[axis] for clip in self.clips) for axis in (1, 2))
-        if self.crop and (len(self.crop) != 2 or not (0 < self.crop[0] <= height and 0 < self.crop[1] <= width)):
-            raise ValueError(f"expected crop [height, width] of at most {height}x{width} pixels (the smallest clip), got {list(self.crop)}")
+        if self.crop and (
+            len(self.crop) != 2 or not (0 < self.crop[0] <= height and 0 < self.crop[1] <= width)
+        ):
+            raise ValueError(
+                "expected crop "
+                "[height, "
+                "width] of at most "
+                f"{height}x{width} "
+                "pixels (the "
+                "smallest clip), got "
+                f"{list(self.crop)}"
+            )
         self._ends = np.cumsum([len(clip) - self.frames + 1 for clip in self.clips])
 
     def __len__(self) -> int:
@@ -51,7 +74,12 @@ class VideoWindows(Dataset):
         video = self.clips[clip][start : start + self.frames].permute(3, 0, 1, 2)
         if self.crop:
             room = [video.shape[2 + axis] - self.crop[axis] for axis in range(2)]
-            top, left = (int(torch.randint(r + 1, (), generator=torch.Generator().manual_seed(2 * index + i))) for i, r in enumerate(room))
+            top, left = (
+                int(
+                    torch.randint(r + 1, (), generator=torch.Generator().manual_seed(2 * index + i))
+                )
+                for i, r in enumerate(room)
+            )
             video = video[:, :, top : top + self.crop[0], left : left + self.crop[1]]
         return {"video": video}
 
@@ -60,15 +88,28 @@ class AutoencoderStage(Stage):
     """The stage `autoencoder`: one network, whose `average` follows it and is exported."""
 
     def __init__(self, config: AutoencoderConfig, clips: Path, device: torch.device | str = "cpu"):
-        self.config, self.clips, self.device = config, Path(clips), torch.device(device)
+        self.config = config
+        self.clips = Path(clips)
+        self.device = torch.device(device)
         self.autoencoder = build_autoencoder(config).to(self.device)
         self.average = copy.deepcopy(self.autoencoder)
         self.autoencoder.encoder.requires_grad_(not config.freeze_encoder)
         self.modules = {"autoencoder": self.autoencoder, "average": self.average}
-        trained = [parameter for parameter in self.autoencoder.parameters() if parameter.requires_grad]
-        options = {"lr": config.lr, "betas": (0.9, 0.99), "weight_decay": config.weight_decay, "fused": True}
+        trained = [
+            parameter for parameter in self.autoencoder.parameters() if parameter.requires_grad
+        ]
+        options = {
+            "lr": config.lr,
+            "betas": (0.9, 0.99),
+            "weight_decay": config.weight_decay,
+            "fused": True,
+        }
         self.optimizers = {"autoencoder": torch.optim.AdamW(trained, **options)}
-        self.averages = {"autoencoder": MovingAverage(self.autoencoder, self.average, config.ema, config.ema_start)}
+        self.averages = {
+            "autoencoder": MovingAverage(
+                self.autoencoder, self.average, config.ema, config.ema_start
+            )
+        }
         self._windows: VideoWindows | None = None
 
     def dataset(self) -> VideoWindows:
@@ -82,7 +123,9 @@ class AutoencoderStage(Stage):
         video = to_unit_range(batch["video"].to(self.device))
         latents = self.autoencoder.encode(video).float()
         _, std = self.autoencoder.latent_statistics()
-        noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(self.device)
+        noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(
+            self.device
+        )
         scale = self.config.latent_noise * latents.detach().std((0, 2, 3, 4), keepdim=True)
         decoded = self.autoencoder.decode(latents + noise * scale, clamp=False).float()
         pixel, edge, coarse = reconstruction_terms(decoded, video)
@@ -90,26 +133,54 @@ class AutoencoderStage(Stage):
         square = (decoded - video).square().mean()
         detail = detail_term(decoded, video)
         weights = self.config
-        loss = pixel + weights.edge_weight * edge + weights.coarse_weight * coarse + weights.square_weight * square
+        loss = (
+            pixel
+            + weights.edge_weight * edge
+            + weights.coarse_weight * coarse
+            + weights.square_weight * square
+        )
         loss = loss + weights.detail_weight * detail + weights.latent_weight * norm
-        metrics = {"l1": pixel, "edge": edge, "detail": detail, "latent_norm": norm, "psnr": psnr(decoded.clamp(-1, 1), video)}
-        energy, truth = (sharpness(film.detach().transpose(1, 2).flatten(0, 1)).mean() for film in (decoded, video))
+        metrics = {
+            "l1": pixel,
+            "edge": edge,
+            "detail": detail,
+            "latent_norm": norm,
+            "psnr": psnr(decoded.clamp(-1, 1), video),
+        }
+        energy, truth = (
+            sharpness(film.detach().transpose(1, 2).flatten(0, 1)).mean()
+            for film in (decoded, video)
+        )
         metrics["sharpness"] = energy / truth.clamp(min=1e-9)
         yield "autoencoder", loss, {name: value.detach() for name, value in metrics.items()}
 
     @torch.no_grad()
     def sample(self, generator: torch.Generator) -> np.ndarray:
-        """Truth above, reconstruction below: first and last frames of four windows, uint8 [2H, 8W, 3]."""
+        """Truth above, reconstruction below: first and last frames of four windows, uint8 [2H, 8W,
+        3].
+        """
         windows = self.dataset()
-        chosen = torch.randint(len(windows), (4,), generator=generator, device=generator.device).tolist()
-        video = to_unit_range(torch.stack([windows[index]["video"] for index in chosen]).to(self.device))
+        chosen = torch.randint(
+            len(windows), (4,), generator=generator, device=generator.device
+        ).tolist()
+        video = to_unit_range(
+            torch.stack([windows[index]["video"] for index in chosen]).to(self.device)
+        )
         decoded = self.average.decode(self.average.encode(video)).float()
         rows = [torch.cat([clip[:, :, 0], clip[:, :, -1]]) for clip in (video, decoded)]
         picture = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
-        return ((picture.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+        return (
+            ((picture.permute(1, 2, 0) + 1) * 127.5)
+            .round()
+            .clamp(0, 255)
+            .to(torch.uint8)
+            .cpu()
+            .numpy()
+        )
 
     def export(self, folder: Path) -> None:
-        """Measures the latents' mean and std over the footage and writes the averaged autoencoder to a folder.
+        """Measures the latents' mean and std over the footage and writes the averaged autoencoder
+        to a folder.
 
         With `freeze_encoder` the statistics stay as they are: latents made before remain valid.
         """
@@ -119,10 +190,27 @@ class AutoencoderStage(Stage):
 
 
 def build_autoencoder(config: AutoencoderConfig) -> TinyAutoencoder:
-    """A network of the config's sizes; with `start` it goes on from the trained one there, which may be smaller (see `distill.growth`)."""
+    """A network of the config's sizes; with `start` it goes on from the trained one there, which
+    may be smaller (see `distill.growth`).
+    """
     if config.freeze_encoder and not config.start:
-        raise ValueError("expected `start` with freeze_encoder: an untrained encoder cannot be kept; name a trained folder")
-    names = ("latent_channels", "encoder_widths", "encoder_blocks", "decoder_widths", "decoder_blocks", "strides", "patch_size")
+        raise ValueError(
+            "expected `start` "
+            "with "
+            "freeze_encoder: an "
+            "untrained encoder "
+            "cannot be kept; "
+            "name a trained folder"
+        )
+    names = (
+        "latent_channels",
+        "encoder_widths",
+        "encoder_blocks",
+        "decoder_widths",
+        "decoder_blocks",
+        "strides",
+        "patch_size",
+    )
     network = TinyAutoencoder(**{name: vars(config)[name] for name in names})
     if config.start:
         trained = load_network(TinyAutoencoder, config.start)
@@ -136,7 +224,9 @@ def to_unit_range(video: Tensor) -> Tensor:
 
 
 def reconstruction_terms(decoded: Tensor, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean absolute errors [B,3,T,H,W]: of pixels, of differences to the right and lower neighbour, of 4x4 means."""
+    """Mean absolute errors [B,3,T,H,W]: of pixels, of differences to the right and lower neighbour,
+    of 4x4 means.
+    """
     error = decoded - video
     edge = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return error.abs().mean(), edge, functional.avg_pool2d(error.flatten(0, 2), 4).abs().mean()
@@ -145,17 +235,21 @@ def reconstruction_terms(decoded: Tensor, video: Tensor) -> tuple[Tensor, Tensor
 def detail_term(decoded: Tensor, video: Tensor) -> Tensor:
     """How far the local edge energy of `decoded` [B,3,T,H,W] is from that of `video`, at least 0.
 
-    The energies are means of squares over 5x5 pixels; their distance is Poisson's deviance, whose optimum is the expected energy. So what
-    the latents leave open is drawn as crisp as the truth is, somewhere near, where pointwise terms average it away. Of the luma, since
-    the energies of three colours can be matched with coloured noise.
-    Source: local filter energies as in texture models (Portilla and Simoncelli 2000; DISTS, arXiv 2004.07728).
+    The energies are means of squares over 5x5 pixels; their distance is Poisson's deviance, whose
+    optimum is the expected energy. So what the latents leave open is drawn as crisp as the truth
+    is, somewhere near, where pointwise terms average it away. Of the luma, since the energies of
+    three colours can be matched with coloured noise.
+    Source: local filter energies as in texture models (Portilla and Simoncelli 2000; DISTS, arXiv
+    2004.07728).
     """
     pairs = zip(_edge_energies(decoded), _edge_energies(video), strict=True)
     return sum((true * (true / ours).log() - true + ours).mean() for ours, true in pairs)
 
 
 def _edge_energies(video: Tensor) -> Iterator[Tensor]:
-    """Local energy [B*T,1,H',W'] of the luma's first and second differences along both axes and of its Laplacian, above 0."""
+    """Local energy [B*T,1,H',W'] of the luma's first and second differences along both axes and of
+    its Laplacian, above 0.
+    """
     grey = luma(video.transpose(1, 2).flatten(0, 1))
     across, down = second_differences(grey)
     for edges in (grey.diff(dim=-1), grey.diff(dim=-2), across, down, across + down):
@@ -168,8 +262,11 @@ def psnr(decoded: Tensor, video: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure_latents(autoencoder: TinyAutoencoder, clips: Sequence[Tensor], device: torch.device, frames: int = 17) -> None:
-    """Sets the autoencoder's per-channel statistics from the raw latents of the middle `frames` (4F - 3) of every clip.
+def measure_latents(
+    autoencoder: TinyAutoencoder, clips: Sequence[Tensor], device: torch.device, frames: int = 17
+) -> None:
+    """Sets the autoencoder's per-channel statistics from the raw latents of the middle `frames` (4F
+    - 3) of every clip.
 
     clips: uint8 [T,H,W,3] each.
     """

@@ -1,4 +1,6 @@
-"""Stage 0: a pose-conditioned video diffusion model that sees whole clips; it later judges what the student makes."""
+"""Stage 0: a pose-conditioned video diffusion model that sees whole clips; it later judges what the
+student makes.
+"""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -21,19 +23,29 @@ class BidirectionalStage(TransformerStage):
     def losses(self, batch: dict, step: int, generator: torch.Generator) -> Iterator[Loss]:
         windows = self.prepare(batch, generator)
         count, _, frames = windows.latents.shape[:3]
-        sigma = grid_sigma(draw_index(count, frames, frames, GRID, generator).to(self.device), self.config.shift)
-        noise = torch.randn(windows.latents.shape, generator=generator, device=generator.device).to(self.device)
+        sigma = grid_sigma(
+            draw_index(count, frames, frames, GRID, generator).to(self.device), self.config.shift
+        )
+        noise = torch.randn(windows.latents.shape, generator=generator, device=generator.device).to(
+            self.device
+        )
         weight = training_weight(sigma, self.config.shift) if self.config.weighting else None
         yield (
             "student",
-            flow_matching_loss(bidirectional(self.student, windows), windows.latents, sigma, noise, weight),
+            flow_matching_loss(
+                bidirectional(self.student, windows), windows.latents, sigma, noise, weight
+            ),
             {},
         )
 
     def dream(self, windows: Windows, generator: torch.Generator) -> Tensor:
-        """Euler steps from pure noise: the whole clip is invented, only its cameras and caption are given."""
+        """Euler steps from pure noise: the whole clip is invented, only its cameras and caption are
+        given.
+        """
         predict = bidirectional(self.average, windows)
-        x = torch.randn(windows.latents.shape, generator=generator, device=generator.device).to(self.device)
+        x = torch.randn(windows.latents.shape, generator=generator, device=generator.device).to(
+            self.device
+        )
         levels = [
             *sigma_grid(self.config.sample_steps, self.config.shift).to(self.device),
             torch.zeros((), device=self.device),

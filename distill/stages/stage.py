@@ -1,4 +1,6 @@
-"""What a stage of a recipe is to the training loop, and what the stages that train the transformer share."""
+"""What a stage of a recipe is to the training loop, and what the stages that train the transformer
+share.
+"""
 
 import copy
 import functools
@@ -31,11 +33,14 @@ Loss = tuple[str, Tensor, dict[str, float | Tensor]]  # optimiser name, scalar l
 
 
 class Stage(ABC):
-    """One stage: its networks, how a loss is made, what it leaves behind. The loop (`distill/train.py`) does the rest.
+    """One stage: its networks, how a loss is made, what it leaves behind. The loop
+    (`distill/train.py`) does the rest.
 
-    `modules`: every network that training changes, by name; saved and restored. `optimizers`: theirs, by name; the
-    learning rate that a group begins with is its peak. `averages`: moving averages, by the name of the optimiser
-    whose steps they follow. `batches`: how many batches one step takes from the dataset, collated into one.
+    `modules`: every network that training changes, by name; saved and restored. `optimizers`:
+    theirs, by name; the learning rate that a group begins with is its peak. `averages`: moving
+    averages, by the name of the optimiser
+    whose steps they follow. `batches`: how many batches one step takes from the dataset, collated
+    into one.
     """
 
     modules: dict[str, nn.Module]
@@ -45,16 +50,25 @@ class Stage(ABC):
 
     @abstractmethod
     def dataset(self) -> Dataset:
-        """Samples: dictionaries of tensors and strings for torch's default collation, each a function of its index."""
+        """Samples: dictionaries of tensors and strings for torch's default collation, each a
+        function of its index.
+        """
 
     def indices(self, drawn: int, count: int, seed: int) -> list[int]:
-        """The next `count` samples after the first `drawn`: endless passes over the dataset, each in a new order."""
+        """The next `count` samples after the first `drawn`: endless passes over the dataset, each
+        in a new order.
+        """
         length = len(self.dataset())
-        return [_shuffled(length, seed, epoch)[place] for epoch, place in (divmod(i, length) for i in range(drawn, drawn + count))]
+        return [
+            _shuffled(length, seed, epoch)[place]
+            for epoch, place in (divmod(i, length) for i in range(drawn, drawn + count))
+        ]
 
     @abstractmethod
     def losses(self, batch: dict, step: int, generator: torch.Generator) -> Iterator[Loss]:
-        """The losses of step `step`, lazily: after each one the loop goes backward and steps the optimiser it names."""
+        """The losses of step `step`, lazily: after each one the loop goes backward and steps the
+        optimiser it names.
+        """
 
     @abstractmethod
     def export(self, folder: Path) -> None:
@@ -67,7 +81,9 @@ class Stage(ABC):
 
 @dataclass(frozen=True)
 class Windows:
-    """A batch: latents `[B, C, F, h, w]` float32, w2c `[B, F, 4, 4]`, intrinsics `[B, F, 4]`, text `[B, L, D]`."""
+    """A batch: latents `[B, C, F, h, w]` float32, w2c `[B, F, 4, 4]`, intrinsics `[B, F, 4]`, text
+    `[B, L, D]`.
+    """
 
     latents: Tensor
     viewmats: Tensor
@@ -90,57 +106,100 @@ class Windows:
 
     def cut(self, frames: slice) -> "Windows":
         """The same windows, some of their frames alone."""
-        return Windows(self.latents[:, :, frames], self.viewmats[:, frames], self.intrinsics[:, frames], self.text)
+        return Windows(
+            self.latents[:, :, frames],
+            self.viewmats[:, frames],
+            self.intrinsics[:, frames],
+            self.text,
+        )
 
 
 class TransformerStage(Stage):
-    """A stage whose result is a `CausalWanTransformer`: `student` is trained, `average` follows it and is exported.
+    """A stage whose result is a `CausalWanTransformer`: `student` is trained, `average` follows it
+    and is exported.
 
     `frames`: latents of a sample, where that is not `data.frames`.
     """
 
-    def __init__(self, recipe: Recipe, config: TransformerConfig, device: torch.device, frames: int = 0):
-        self.recipe, self.config, self.device = recipe, config, device
+    def __init__(
+        self, recipe: Recipe, config: TransformerConfig, device: torch.device, frames: int = 0
+    ):
+        self.recipe = recipe
+        self.config = config
+        self.device = device
         self._clips = self.open_clips(frames or recipe.data.frames)
         self.prompts = open_prompts(recipe, (clip.caption for clip in self._clips.clips))
         self._rows = {name: row for row, name in enumerate(self.prompts.names)}
-        self._table = torch.stack([*(self.prompts[name] for name in self.prompts.names), self.prompts.unconditional]).to(device)
+        self._table = torch.stack(
+            [*(self.prompts[name] for name in self.prompts.names), self.prompts.unconditional]
+        ).to(device)
         self.student = self.load(config.init)
         self.average = copy.deepcopy(self.student)
         self.modules = {"student": self.student, "average": self.average}
-        self.optimizers = {"student": make_optimizer(self.student, config.lr, config.optimiser, recipe.optimiser)}
+        self.optimizers = {
+            "student": make_optimizer(self.student, config.lr, config.optimiser, recipe.optimiser)
+        }
         self._decoder = self._load_decoder()
         self.compile(self.student)
-        self.averages = {"student": MovingAverage(self.student, self.average, config.ema, config.ema_start)}
+        self.averages = {
+            "student": MovingAverage(self.student, self.average, config.ema, config.ema_start)
+        }
 
     def open_clips(self, frames: int) -> LatentClips:
         """What the stage learns from, in windows of `frames` latents."""
-        return LatentClips(Path(self.recipe.data.root), frames, self.recipe.data.first_share, self.recipe.run.seed)
+        return LatentClips(
+            Path(self.recipe.data.root), frames, self.recipe.data.first_share, self.recipe.run.seed
+        )
 
     def load(self, source: str) -> CausalWanTransformer:
-        """A trainable transformer: a stage's export, any weights that `load_transformer` reads, or random ones for an empty `source`.
+        """A trainable transformer: a stage's export, any weights that `load_transformer` reads, or
+        random ones for an empty `source`.
 
-        Weights without a camera get one where the recipe's model has one; at zero, so that the first prediction is theirs.
+        Weights without a camera get one where the recipe's model has one; at zero, so that the
+        first prediction is theirs.
         """
         if not source:
             return self._checked(new_transformer(self.recipe).to(self.device), "model")
         folder = self.recipe.export_folder(source)
         if folder != Path(source) and not (folder / "config.json").is_file():
-            raise ValueError(f"no exported transformer in {folder}: train the stage that makes it first, or name another folder")
+            raise ValueError(
+                "no exported "
+                "transformer in "
+                f"{folder}: train "
+                "the stage that "
+                "makes it "
+                "first, or name "
+                "another folder"
+            )
         place = source if folder == Path(source) else folder
         camera = inspect(place).camera
         if self.recipe.model.camera and not camera:
             tell(f"{place} has no camera weights: they begin as zeros")
-        network = load_transformer(place, dtype=torch.float32, camera=camera or self.recipe.model.camera)
+        network = load_transformer(
+            place, dtype=torch.float32, camera=camera or self.recipe.model.camera
+        )
         return self._checked(network.to(self.device), str(place))
 
     def _checked(self, network: CausalWanTransformer, name: str) -> CausalWanTransformer:
         """The network, when it reads what the clips and prompts hold."""
-        reads, given = (network.config.in_channels, network.config.text_dim), (self._clips.channels, self.prompts.shape[1])
+        reads = (network.config.in_channels, network.config.text_dim)
+        given = (self._clips.channels, self.prompts.shape[1])
         if reads != given:
             raise ValueError(
-                f"{name}: a network for latents of {reads[0]} channels and prompts of width {reads[1]}, the clips in "
-                f"{self.recipe.data.root} have {given[0]} and the prompts {given[1]}: choose another network, or change model or data"
+                f"{name}: a network "
+                "for latents "
+                f"of {reads[0]} "
+                "channels and "
+                "prompts of "
+                f"width {reads[1]}, "
+                "the clips in "
+                f"{self.recipe.data.root} "
+                f"have {given[0]} "
+                "and the prompts "
+                f"{given[1]}: "
+                "choose another "
+                "network, or "
+                "change model or data"
             )
         return network
 
@@ -159,7 +218,15 @@ class TransformerStage(Stage):
             return None
         folder = self.recipe.export_folder(self.recipe.data.autoencoder)
         if not (folder / "config.json").is_file():
-            raise ValueError(f"no exported autoencoder in {folder}: train it first, or leave data.autoencoder empty")
+            raise ValueError(
+                "no exported "
+                "autoencoder "
+                f"in {folder}: "
+                "train it first, "
+                "or leave "
+                "data.autoencoder "
+                "empty"
+            )
         return open_autoencoder(folder, self.device).requires_grad_(False)
 
     def dataset(self) -> Dataset:
@@ -171,10 +238,17 @@ class TransformerStage(Stage):
 
     def prepare(self, batch: dict, generator: torch.Generator) -> Windows:
         """Moves a batch of `LatentClips` to the device and drops some of its captions."""
-        rows = torch.tensor([self._rows[caption] for caption in batch["caption"]], device=self.device)
-        dropped = torch.rand(len(rows), generator=generator, device=generator.device) < self.config.caption_dropout
+        rows = torch.tensor(
+            [self._rows[caption] for caption in batch["caption"]], device=self.device
+        )
+        dropped = (
+            torch.rand(len(rows), generator=generator, device=generator.device)
+            < self.config.caption_dropout
+        )
         rows = torch.where(dropped.to(self.device), len(self._rows), rows)
-        latents, viewmats, intrinsics = (batch[name].to(self.device) for name in ("latents", "viewmats", "intrinsics"))
+        latents, viewmats, intrinsics = (
+            batch[name].to(self.device) for name in ("latents", "viewmats", "intrinsics")
+        )
         intrinsics = intrinsics[:, None].expand(-1, viewmats.shape[1], -1)
         return Windows(latents.float(), viewmats, intrinsics, self._table[rows])
 
@@ -189,30 +263,54 @@ class TransformerStage(Stage):
             return None
         items = [self._clips[index] for index in (0, len(self._clips) // 2)]
         windows = self.prepare(torch.utils.data.default_collate(items), generator)
-        rows = [self._decoder.decode(x)[:, :, ::4] for x in (windows.latents, self.dream(windows, generator))]
-        return ((_sheet(rows).float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+        rows = [
+            self._decoder.decode(x)[:, :, ::4]
+            for x in (windows.latents, self.dream(windows, generator))
+        ]
+        return (
+            ((_sheet(rows).float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+        )
 
     def dream(self, windows: Windows, generator: torch.Generator) -> Tensor:
-        """What the average makes of the windows' cameras from their first true chunk on, `[B, C, F, h, w]`."""
+        """What the average makes of the windows' cameras from their first true chunk on, `[B, C, F,
+        h, w]`.
+        """
         return roll_out(self.average, windows, self.sampling(), generator)
 
     def sampling(self) -> RolloutConfig:
-        """How the sample pictures are dreamed: the diffusion sampler with `sample_steps` steps, all frames in view."""
+        """How the sample pictures are dreamed: the diffusion sampler with `sample_steps` steps, all
+        frames in view.
+        """
         frames = self.recipe.data.frames
         return with_steps(
-            RolloutConfig(shift=self.config.shift, chunk=self.config.chunk, window=frames, sampler="euler"),
+            RolloutConfig(
+                shift=self.config.shift, chunk=self.config.chunk, window=frames, sampler="euler"
+            ),
             self.config.sample_steps,
         )
 
 
 def teacher_forced(
-    model: nn.Module, windows: Windows, chunk: int, clean: Tensor | None = None, clean_sigma: Tensor | None = None
+    model: nn.Module,
+    windows: Windows,
+    chunk: int,
+    clean: Tensor | None = None,
+    clean_sigma: Tensor | None = None,
 ) -> Predict:
-    """The model as a function of (noisy latents, sigma), with `clean` (default: the windows' latents) as context."""
+    """The model as a function of (noisy latents, sigma), with `clean` (default: the windows'
+    latents) as context.
+    """
     clean = windows.latents if clean is None else clean
     matrices = windows.projection
     return lambda x, sigma: model(
-        x, sigma, windows.text, matrices, mode="teacher_forcing", chunk=chunk, clean=clean, clean_sigma=clean_sigma
+        x,
+        sigma,
+        windows.text,
+        matrices,
+        mode="teacher_forcing",
+        chunk=chunk,
+        clean=clean,
+        clean_sigma=clean_sigma,
     )
 
 
@@ -222,15 +320,31 @@ def bidirectional(model: nn.Module, windows: Windows) -> Predict:
     return lambda x, sigma: model(x, sigma, windows.text, matrices, mode="bidirectional")
 
 
-def roll_out(model: CausalWanTransformer, windows: Windows, config: RolloutConfig, generator: torch.Generator) -> Tensor:
-    """Dreams along the windows' cameras; the first chunk is the true one. Returns `[B, C, F, h, w]`."""
+def roll_out(
+    model: CausalWanTransformer, windows: Windows, config: RolloutConfig, generator: torch.Generator
+) -> Tensor:
+    """Dreams along the windows' cameras; the first chunk is the true one. Returns `[B, C, F, h,
+    w]`.
+    """
     batch, _, frames, height, width = windows.latents.shape
-    rollout = Rollout(model, windows.text, config, batch=batch, height=height, width=width, device=windows.latents.device)
+    rollout = Rollout(
+        model,
+        windows.text,
+        config,
+        batch=batch,
+        height=height,
+        width=width,
+        device=windows.latents.device,
+    )
     chunks = [windows.latents[:, :, : config.chunk]]
-    rollout.commit(chunks[0], windows.viewmats[:, : config.chunk], windows.intrinsics[:, : config.chunk])
+    rollout.commit(
+        chunks[0], windows.viewmats[:, : config.chunk], windows.intrinsics[:, : config.chunk]
+    )
     for start in range(config.chunk, frames, config.chunk):
         now = slice(start, start + config.chunk)
-        chunks.append(rollout.step(windows.viewmats[:, now], windows.intrinsics[:, now], generator=generator))
+        chunks.append(
+            rollout.step(windows.viewmats[:, now], windows.intrinsics[:, now], generator=generator)
+        )
     return torch.cat(chunks, dim=2)
 
 
@@ -253,10 +367,14 @@ def new_transformer(recipe: Recipe) -> CausalWanTransformer:
 
 @functools.lru_cache(maxsize=2)
 def _shuffled(length: int, seed: int, epoch: int) -> list[int]:
-    return torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+    return torch.randperm(
+        length, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    ).tolist()
 
 
 def _sheet(rows: list[Tensor]) -> Tensor:
-    """Videos `[B, 3, F, H, W]`, one a row -> picture `[B rows H, F W, 3]`, the rows of one sample under each other."""
+    """Videos `[B, 3, F, H, W]`, one a row -> picture `[B rows H, F W, 3]`, the rows of one sample
+    under each other.
+    """
     stacked = torch.stack(rows, dim=1)  # [B, rows, 3, F, H, W]
     return stacked.permute(0, 1, 4, 3, 5, 2).flatten(3, 4).flatten(0, 2)

@@ -31,7 +31,8 @@ class Film:
     """
 
     def __init__(self, path: Path, fps: float):
-        self._path, self._fps = path, Fraction(fps).limit_denominator(1001)
+        self._path = path
+        self._fps = Fraction(fps).limit_denominator(1001)
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._container = av.open(str(self._temporary), "w", format="mp4")
@@ -40,9 +41,12 @@ class Film:
     def add(self, frames: np.ndarray) -> None:
         """Append uint8 [n, H, W, 3]."""
         if self._stream is None:
-            self._stream = self._container.add_stream("libx264", rate=self._fps, options={"crf": "14"})
+            self._stream = self._container.add_stream(
+                "libx264", rate=self._fps, options={"crf": "14"}
+            )
             height, width = frames.shape[1:3]
-            self._stream.height, self._stream.width = height - height % 2, width - width % 2  # H.264 wants even sizes
+            self._stream.height = height - height % 2  # H.264 wants even sizes
+            self._stream.width = width - width % 2
             self._stream.pix_fmt = "yuv420p"
         for picture in frames[:, : self._stream.height, : self._stream.width]:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
@@ -63,21 +67,32 @@ class Film:
 
 
 def walk(options: PlayOptions) -> int:
-    """Dream the asked path, the tour or a recording into an MP4 and print one line of JSON; returns the exit status.
+    """Dream the asked path, the tour or a recording into an MP4 and print one line of JSON; returns
+    the exit status.
 
     A recording that ends early (a full disk) is an OSError at the end, when the film is complete.
     """
     output = options.output or _free_name(OUTPUT)
     scenes = _open(options)
-    chunks, total, recorder = _replayed(scenes, options) if options.replay else _walked(scenes, options)
-    spent, timings, latents = [], [], 0
+    chunks, total, recorder = (
+        _replayed(scenes, options) if options.replay else _walked(scenes, options)
+    )
+    spent = []
+    timings = []
+    latents = 0
     try:
-        with recorder or nullcontext(), Film(output, scenes.fps) as film, tqdm(total=total, desc="dreaming", unit="latent") as bar:
+        with (
+            recorder or nullcontext(),
+            Film(output, scenes.fps) as film,
+            tqdm(total=total, desc="dreaming", unit="latent") as bar,
+        ):
             begun = time.perf_counter()
             for chunk in chunks:
                 if chunk.index > 0:  # the first picture is not what walking costs
                     spent.append((time.perf_counter() - begun) * 1000 / chunk.latents)
-                    timings.append({name: value / chunk.latents for name, value in chunk.timings.items()})
+                    timings.append(
+                        {name: value / chunk.latents for name, value in chunk.timings.items()}
+                    )
                 if chunk.notice:
                     bar.write(chunk.notice, file=sys.stderr)
                 film.add(chunk.frames)
@@ -93,15 +108,31 @@ def walk(options: PlayOptions) -> int:
 
 
 def verify_recording(options: PlayOptions) -> int:
-    """Dream a recording again and print how far it is from what was recorded; 0 only when nothing differs."""
+    """Dream a recording again and print how far it is from what was recorded; 0 only when nothing
+    differs.
+    """
     from worldmodel.recording import verify
 
     result = verify(options.replay, _open(options).world)
     print(json.dumps(result))
     if result["exact"]:
         return 0
-    changed = f", since which {', '.join(result['engine_differs'])} changed" if result["engine_differs"] else ""
-    print(f"play.py: from latent {result['first_difference']} on the dream is not the recorded one{changed}.", file=sys.stderr)
+    changed = (
+        f", since which {', '.join(result['engine_differs'])} changed"
+        if result["engine_differs"]
+        else ""
+    )
+    print(
+        (
+            "play.py: from latent "
+            f"{result['first_difference']} "
+            "on the dream "
+            "is not the "
+            "recorded "
+            f"one{changed}."
+        ),
+        file=sys.stderr,
+    )
     return 1
 
 
@@ -119,7 +150,11 @@ def _replayed(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, None, Non
 
 def _walked(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, int, "Recorder | None"]:
     """(FrameChunks of a path, latents in all, its recording when that was asked for)."""
-    path = written_path(options.trajectory, scenes.envelope) if options.trajectory else tour(scenes.envelope)
+    path = (
+        written_path(options.trajectory, scenes.envelope)
+        if options.trajectory
+        else tour(scenes.envelope)
+    )
     path = np.concatenate([path, path[-1:].repeat(-len(path) % scenes.chunk, 0)])
     session, _ = scenes.open(Scene(options.prompt, options.image, options.seed))
     first = 1 if session.start() is not None else scenes.chunk
@@ -137,13 +172,18 @@ def _walked(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, int, "Recor
     return chunks(), len(poses), recorder
 
 
-def _report(scenes: Scenes, options: PlayOptions, output: Path, latents: int, spent: np.ndarray, timings) -> dict:
+def _report(
+    scenes: Scenes, options: PlayOptions, output: Path, latents: int, spent: np.ndarray, timings
+) -> dict:
     """The measured figures of a walk, and the machine they were measured on."""
     from worldmodel.machine import describe_machine
 
     p50, p95 = np.percentile(spent, (50, 95)) if len(spent) else (0.0, 0.0)
     fps = scenes.frames_per_latent * 1000 / p50 if p50 else 0.0
-    parts = {name: round(float(np.median([part[name] for part in timings])), 1) for name in (timings or [{}])[0]}
+    parts = {
+        name: round(float(np.median([part[name] for part in timings])), 1)
+        for name in (timings or [{}])[0]
+    }
     return {
         "output": str(output),
         "world": scenes.name,
@@ -157,7 +197,8 @@ def _report(scenes: Scenes, options: PlayOptions, output: Path, latents: int, sp
 
 def _free_name(path: Path) -> Path:
     """`path`, or `path` with a number: a film that nobody named does not replace an older one."""
-    number, free = 1, path
+    number = 1
+    free = path
     while free.exists():
         number += 1
         free = path.with_stem(f"{path.stem}-{number}")

@@ -1,13 +1,21 @@
-"""What is drawn over the world: key hints, figures, receipts, the start and error screens. Draws, decides nothing."""
+"""What is drawn over the world: key hints, figures, receipts, the start and error screens. Draws,
+decides nothing.
+"""
 
 import math
 from dataclasses import dataclass
 
 import pygame
 
-WHITE, MUTED, DIM = (238, 240, 245), (170, 177, 192), (104, 110, 124)
-ACCENT, RED, GREEN = (255, 199, 96), (240, 76, 76), (120, 214, 150)
-PANEL, CAP, CAP_DOWN = (12, 15, 22, 176), (255, 255, 255, 34), (255, 199, 96, 255)
+WHITE = (238, 240, 245)
+MUTED = (170, 177, 192)
+DIM = (104, 110, 124)
+ACCENT = (255, 199, 96)
+RED = (240, 76, 76)
+GREEN = (120, 214, 150)
+PANEL = (12, 15, 22, 176)
+CAP = (255, 255, 255, 34)
+CAP_DOWN = (255, 199, 96, 255)
 NIGHT = (13, 16, 24)
 
 LOOKS = frozenset(("turn_left", "turn_right", "look_up", "look_down"))
@@ -66,19 +74,25 @@ class Hud:
             self._fonts[pixels] = pygame.font.Font(None, pixels)
         return self._fonts[pixels].render(words, True, colour)
 
-    def panel(self, rect: pygame.Rect, colour=PANEL, radius: float = 8, onto: pygame.Surface | None = None) -> None:
+    def panel(
+        self, rect: pygame.Rect, colour=PANEL, radius: float = 8, onto: pygame.Surface | None = None
+    ) -> None:
         """A translucent rounded box."""
         box = pygame.Surface(rect.size, pygame.SRCALPHA)
         pygame.draw.rect(box, colour, box.get_rect(), border_radius=self.px(radius))
         (onto or self.screen).blit(box, rect)
 
-    # ------------------------------------------------------------------------------------------- in play
+    # -------------------- in play
 
     def help(self, held: frozenset[str], locked: frozenset[str], opacity: float) -> None:
-        """The two rows of keys at the bottom; held keys are lit, what the world does not know wears a padlock."""
+        """The two rows of keys at the bottom; held keys are lit, what the world does not know wears
+        a padlock.
+        """
         locked |= {MOUSE} if locked >= LOOKS else frozenset()
         rows = [[self._entry(caps, label, held, locked) for caps, label in row] for row in HELP]
-        gap, pad, line = self.px(18), self.px(12), self.px(30)
+        gap = self.px(18)
+        pad = self.px(12)
+        line = self.px(30)
         widths = [sum(entry.get_width() for entry in row) + gap * (len(row) - 1) for row in rows]
         board = pygame.Surface((max(widths) + 2 * pad, len(rows) * line + pad), pygame.SRCALPHA)
         self.panel(board.get_rect(), onto=board)
@@ -88,12 +102,16 @@ class Hud:
                 board.blit(entry, (x, pad // 2 + number * line + (line - entry.get_height()) // 2))
                 x += entry.get_width() + gap
         board.set_alpha(round(255 * opacity))
-        self.screen.blit(board, board.get_rect(midbottom=(self.screen.get_width() // 2, self._bottom(14))))
+        self.screen.blit(
+            board, board.get_rect(midbottom=(self.screen.get_width() // 2, self._bottom(14)))
+        )
 
     def _bottom(self, distance: float) -> int:
         return self.screen.get_height() - self.px(distance)
 
-    def _entry(self, caps, label: str, held: frozenset[str], unknown: frozenset[str]) -> pygame.Surface:
+    def _entry(
+        self, caps, label: str, held: frozenset[str], unknown: frozenset[str]
+    ) -> pygame.Surface:
         """Key caps and what they do, side by side."""
         locked = all(motion in unknown for _, motion in caps)
         parts = [self._cap(name, motion in held and not locked, locked) for name, motion in caps]
@@ -115,11 +133,18 @@ class Hud:
         colour = NIGHT if down else DIM if locked else WHITE
         words = self.text(name, 20, colour)
         height = self.px(24)
-        cap = pygame.Surface((max(height, words.get_width() + self.px(12)), height), pygame.SRCALPHA)
+        cap = pygame.Surface(
+            (max(height, words.get_width() + self.px(12)), height), pygame.SRCALPHA
+        )
         self.panel(cap.get_rect(), CAP_DOWN if down else CAP, 5, cap)
         if name in ARROWS:
-            centre, reach = cap.get_rect().center, height * 0.24
-            pygame.draw.polygon(cap, colour, [(centre[0] + reach * x, centre[1] + reach * y) for x, y in ARROWS[name]])
+            centre = cap.get_rect().center
+            reach = height * 0.24
+            pygame.draw.polygon(
+                cap,
+                colour,
+                [(centre[0] + reach * x, centre[1] + reach * y) for x, y in ARROWS[name]],
+            )
         else:
             cap.blit(words, words.get_rect(center=cap.get_rect().center).move(0, self.px(1)))
         return cap
@@ -134,11 +159,14 @@ class Hud:
         """The F1 overlay, top left."""
         names = [self.text(line.name, 19, MUTED) for line in lines]
         values = [self.text(line.value, 19, line.colour) for line in lines]
-        pad, step = self.px(12), self.px(20)
+        pad = self.px(12)
+        step = self.px(20)
         column = max(name.get_width() for name in names) + self.px(16)
         width = column + max(max(value.get_width() for value in values), self.px(150))
         corner = self.px(14)
-        self.panel(pygame.Rect(corner, corner, width + 2 * pad, len(lines) * step + 2 * pad - self.px(4)))
+        self.panel(
+            pygame.Rect(corner, corner, width + 2 * pad, len(lines) * step + 2 * pad - self.px(4))
+        )
         for number, (name, value) in enumerate(zip(names, values, strict=True)):
             y = corner + pad + number * step
             self.screen.blit(name, (corner + pad, y))
@@ -153,7 +181,9 @@ class Hud:
         shade = 0.65 + 0.35 * math.cos(blink * math.tau)
         centre = (box.left + self.px(17), box.centery)
         pygame.draw.aacircle(self.screen, [round(part * shade) for part in RED], centre, self.px(6))
-        self.screen.blit(words, words.get_rect(midleft=(box.left + self.px(29), box.centery + self.px(1))))
+        self.screen.blit(
+            words, words.get_rect(midleft=(box.left + self.px(29), box.centery + self.px(1)))
+        )
 
     def notices(self, lines: list[tuple[str, float]]) -> None:
         """Receipts (text, opacity 0..1), top right under the red dot, newest last."""
@@ -164,7 +194,9 @@ class Hud:
             self.panel(board.get_rect(), radius=16, onto=board)
             board.blit(label, label.get_rect(center=board.get_rect().center).move(0, self.px(1)))
             board.set_alpha(round(255 * opacity))
-            self.screen.blit(board, board.get_rect(topright=(self.screen.get_width() - self.px(14), y)))
+            self.screen.blit(
+                board, board.get_rect(topright=(self.screen.get_width() - self.px(14), y))
+            )
             y += self.px(38)
 
     def paused(self) -> None:
@@ -178,7 +210,7 @@ class Hud:
         words = self.text("paused   -   P goes on", 24, MUTED)
         self.screen.blit(words, words.get_rect(center=(centre[0], centre[1] + self.px(34))))
 
-    # ------------------------------------------------------------------------------------- other screens
+    # -------------------- other screens
 
     def start(self, world: str, stage: str, progress: float, seconds: float) -> None:
         """The start screen, over whatever backdrop is there."""
@@ -188,11 +220,15 @@ class Hud:
         self.screen.blit(title, title.get_rect(center=(x, y - self.px(70))))
         widest = self.text("dreaming...", 34, ACCENT)
         words = self.text("dreaming" + "." * (1 + int(seconds * 2.5) % 3), 34, ACCENT)
-        self.screen.blit(words, words.get_rect(midleft=(x - widest.get_width() // 2, y - self.px(16))))
+        self.screen.blit(
+            words, words.get_rect(midleft=(x - widest.get_width() // 2, y - self.px(16)))
+        )
         groove = pygame.Rect(0, 0, self.px(340), self.px(6))
         groove.center = (x, y + self.px(24))
         self.panel(groove, (255, 255, 255, 40), 3)
-        bar = pygame.Rect(groove.topleft, (max(groove.height, round(groove.width * progress)), groove.height))
+        bar = pygame.Rect(
+            groove.topleft, (max(groove.height, round(groove.width * progress)), groove.height)
+        )
         self.panel(bar, ACCENT, 3)
         label = self.text(stage, 20, MUTED)
         self.screen.blit(label, label.get_rect(center=(x, y + self.px(48))))
@@ -202,7 +238,9 @@ class Hud:
         self.panel(self.screen.get_rect(), (*NIGHT, 215), 0)
         x, y = self.screen.get_rect().center
         title = self.text("This did not work", 40, RED)
-        lines = [self.text(line, 24) for line in self._wrap(sentence, 24, self.screen.get_width() * 0.8)]
+        lines = [
+            self.text(line, 24) for line in self._wrap(sentence, 24, self.screen.get_width() * 0.8)
+        ]
         y -= self.px(28) * len(lines) // 2
         self.screen.blit(title, title.get_rect(center=(x, y - self.px(44))))
         for label in lines:

@@ -1,4 +1,5 @@
-"""The generator thread: reads the input as late as it can, dreams one chunk, hands the frames to the pacer.
+"""The generator thread: reads the input as late as it can, dreams one chunk, hands the frames to
+the pacer.
 
 No pygame and no torch in here: it drives whatever `Scenes` opens, on a clock that is passed in.
 """
@@ -30,7 +31,9 @@ class LoopOptions:
     """What happens from the first frame on."""
 
     scene: Scene = field(default_factory=Scene)
-    path: Callable[[Envelope], np.ndarray] | None = None  # c2w [N, 4, 4] to walk until a motion key takes over
+    path: Callable[[Envelope], np.ndarray] | None = (
+        None  # c2w [N, 4, 4] to walk until a motion key takes over
+    )
     replay: Path | None = None  # a recording to dream again instead
     record: Path | None = None  # folder of a recording that starts with the first frame
     recordings: Path = Path("recordings")  # where F9 makes its folders
@@ -58,10 +61,13 @@ class Status:
 
 
 class Loop:
-    """Owns the session. A window calls `press`, `release`, `look`, `command`, and reads `status`, `notices`, `pacer`.
+    """Owns the session. A window calls `press`, `release`, `look`, `command`, and reads `status`,
+    `notices`, `pacer`.
 
-    open_scenes: called once, in the generator's thread, with a function (stage, progress) that the start screen shows.
-    clock: seconds, the same for all times that are passed in. sleep: waits that many seconds, or less when woken.
+    open_scenes: called once, in the generator's thread, with a function (stage, progress) that the
+    start screen shows.
+    clock: seconds, the same for all times that are passed in. sleep: waits that many seconds, or
+    less when woken.
     """
 
     def __init__(
@@ -75,18 +81,24 @@ class Loop:
         self.status = Status()
         self.notices: deque[str] = deque(maxlen=8)  # receipts for the player; the window takes them
         self.pacer: Pacer | None = None  # there when the world's frame rate is known
-        self._open_scenes, self._options = open_scenes, options
+        self._open_scenes = open_scenes
+        self._options = options
         self._wake = threading.Event()
         self._sleep = sleep or self._wake.wait
         self._commands: deque[str] = deque()
         self._edges: deque[tuple[float, str]] = deque()  # (seconds, motion), for the latency figure
         self._controls: Controls | None = None
-        self._durations: deque[float] = deque(maxlen=12)  # seconds from the start of a chunk until its frames were there
-        self._busy: deque[float] = deque(maxlen=12)  # seconds a chunk, with what is done after its frames are out
-        self._stopping, self._thread = False, None
+        self._durations: deque[float] = deque(
+            maxlen=12
+        )  # seconds from the start of a chunk until its frames were there
+        self._busy: deque[float] = deque(
+            maxlen=12
+        )  # seconds a chunk, with what is done after its frames are out
+        self._stopping = False
+        self._thread = None
         self._session = self._recorder = self._film = None
 
-    # ------------------------------------------------------------------------------------- for the window
+    # -------------------- for the window
 
     def start(self) -> None:
         """Run in a thread of its own."""
@@ -101,7 +113,9 @@ class Loop:
             self._thread.join()
 
     def command(self, name: str) -> None:
-        """restart, next_mood, change_mood, new_town, pause or record: done between two chunks, with a notice when it is done."""
+        """restart, next_mood, change_mood, new_town, pause or record: done between two chunks, with
+        a notice when it is done.
+        """
         self._commands.append(name)
         self._wake.set()
 
@@ -122,7 +136,7 @@ class Loop:
         if self._controls:
             self._controls.look(dx, dy, now)
 
-    # ------------------------------------------------------------------------------------------- the loop
+    # -------------------- the loop
 
     def run(self) -> None:
         """Everything, until `stop` or an error; an error ends up in `status` as one sentence."""
@@ -134,7 +148,9 @@ class Loop:
             pass
         except Exception as error:
             lines = str(error).strip().splitlines()
-            self._tell(phase="failed", error=lines[0] if lines else type(error).__name__, cause=error)
+            self._tell(
+                phase="failed", error=lines[0] if lines else type(error).__name__, cause=error
+            )
         finally:
             self._stop_recording()
 
@@ -147,7 +163,8 @@ class Loop:
         controls = Controls(self._scenes.envelope, self._scenes.fps, self._scenes.frames_per_latent)
         self._open_stage("Dreaming the first picture", 0.98)
         self._tell(locked=frozenset(controls.locked))
-        self.pacer, self._controls = Pacer(self._scenes.fps), controls
+        self.pacer = Pacer(self._scenes.fps)
+        self._controls = controls
         if self._options.replay:
             self._film, scene = self._scenes.replay(self._options.replay)
             self._stand(np.eye(4), self.clock())
@@ -178,18 +195,23 @@ class Loop:
             self._dream()
 
     def _begin_at(self) -> float:
-        """When to start the next chunk: as late as its frames are still in time, and at most one chunk ahead."""
+        """When to start the next chunk: as late as its frames are still in time, and at most one
+        chunk ahead.
+        """
         usual = sorted(self._durations)[-2:][0] if self._durations else self._chunk_seconds
         ahead = min(usual + MARGIN, self._period() * self._chunk_frames)
         return self.pacer.wanted_at(self.clock()) - ahead
 
     def _period(self) -> float:
-        """Seconds between frames: the world's, or slower when this machine is, so that motion stays even."""
+        """Seconds between frames: the world's, or slower when this machine is, so that motion stays
+        even.
+        """
         typical = statistics.median(self._busy) if self._busy else 0.0
         return max(self._chunk_seconds, typical) / self._chunk_frames
 
     def _dream(self) -> None:
-        begun, early = self.clock(), []
+        begun = self.clock()
+        early = []
 
         def show_early(pictures: np.ndarray) -> None:
             early.append(len(pictures))
@@ -216,8 +238,12 @@ class Loop:
         self._tell(milliseconds=typical / self._scenes.chunk * 1000, speed=speed)
 
     def _poses(self, now: float) -> tuple[np.ndarray, tuple[float, ...]]:
-        """The next chunk's c2w [chunk, 4, 4] and the key edges (seconds) that it is the first to show."""
-        count, since, edges = self._scenes.chunk, self._sampled, []
+        """The next chunk's c2w [chunk, 4, 4] and the key edges (seconds) that it is the first to
+        show.
+        """
+        count = self._scenes.chunk
+        since = self._sampled
+        edges = []
         while self._edges and self._edges[0][0] <= now:
             edges.append(self._edges.popleft())
         if edges and self._path:
@@ -228,37 +254,59 @@ class Loop:
             poses += poses[-1:] * (count - len(poses))
             self._stand(poses[-1], now)
         else:
-            poses = [self._controls.pose_until(since + (now - since) * (k + 1) / count) for k in range(count)]
-        self._sampled, self._pose = now, poses[-1]
+            poses = [
+                self._controls.pose_until(since + (now - since) * (k + 1) / count)
+                for k in range(count)
+            ]
+        self._sampled = now
+        self._pose = poses[-1]
         return np.stack(poses), tuple(t for t, motion in edges if motion not in self.status.locked)
 
     def _stand(self, c2w: np.ndarray, now: float) -> None:
-        """Put the camera at `c2w` [4, 4], at rest, and let motion count from `now` on. Keys stay held."""
+        """Put the camera at `c2w` [4, 4], at rest, and let motion count from `now` on. Keys stay
+        held.
+        """
         self._controls.reset(c2w)
         self._controls.pose_until(now)
-        self._sampled, self._pose = now, c2w
+        self._sampled = now
+        self._pose = c2w
 
     def _show(self, chunk, c2w: np.ndarray, early: int, period: float) -> None:
         """Shows and records a chunk, of which the first `early` frames are on their way already."""
         latent = chunk.index + len(c2w)
         timings = tuple(chunk.timings.items())
-        self._tell(latent=latent, memory=min(latent, self._scenes.window), window=self._scenes.window, pose=c2w[-1], timings=timings)
-        self._put(chunk.frames[early:], chunk.index, (), period)  # after its figures, which the window may show with it
+        self._tell(
+            latent=latent,
+            memory=min(latent, self._scenes.window),
+            window=self._scenes.window,
+            pose=c2w[-1],
+            timings=timings,
+        )
+        self._put(
+            chunk.frames[early:], chunk.index, (), period
+        )  # after its figures, which the window may show with it
         if self._recorder and not self._recorder.write(chunk, c2w, self._controls.held):
             self._stop_recording()
         if chunk.notice:
             self.notices.append(chunk.notice)
 
-    def _put(self, pictures: np.ndarray, latent: int, edges: tuple[float, ...], period: float) -> None:
-        """Sends pictures [n, H, W, 3] of a latent to the window; `edges`: the key edges that the first is the first to show."""
-        frames = [Frame(picture, latent, edges if place == 0 else ()) for place, picture in enumerate(pictures)]
+    def _put(
+        self, pictures: np.ndarray, latent: int, edges: tuple[float, ...], period: float
+    ) -> None:
+        """Sends pictures [n, H, W, 3] of a latent to the window; `edges`: the key edges that the
+        first is the first to show.
+        """
+        frames = [
+            Frame(picture, latent, edges if place == 0 else ())
+            for place, picture in enumerate(pictures)
+        ]
         if frames:
             self.pacer.put(frames, self.clock(), period)
 
     def _tell(self, **changes) -> None:
         self.status = replace(self.status, **changes)
 
-    # ------------------------------------------------------------------------------------------- commands
+    # -------------------- commands
 
     def _obey(self, command: str) -> None:
         scene = self.status.scene
@@ -280,7 +328,9 @@ class Loop:
             raise ValueError(f"The generator knows no command {command!r}.")
 
     def _change_mood(self) -> None:
-        """Another prompt for what is dreamed from here on; the place, and what is remembered of it, stay."""
+        """Another prompt for what is dreamed from here on; the place, and what is remembered of it,
+        stay.
+        """
         if self._session is None:
             self.notices.append("A replay keeps its moods")
             return
@@ -294,7 +344,9 @@ class Loop:
             self._again(self.status.scene, "Yours from here")  # a replay has ended
         elif self.status.phase == "paused":
             self._edges.clear()
-            self._stand(self._pose, self.clock())  # the time and the mouse motion of the pause do not count
+            self._stand(
+                self._pose, self.clock()
+            )  # the time and the mouse motion of the pause do not count
             self.pacer.release(self._sampled)
             self._tell(phase="running")
         else:
@@ -302,7 +354,9 @@ class Loop:
             self._tell(phase="paused")
 
     def _again(self, scene: Scene, receipt: str) -> None:
-        """Another session: nothing of the old one stays queued; a running recording goes on in a new folder."""
+        """Another session: nothing of the old one stays queued; a running recording goes on in a
+        new folder.
+        """
         recording = self._recorder is not None
         self._stop_recording()
         self._film = None
@@ -313,7 +367,9 @@ class Loop:
         self.notices.append(receipt)
 
     def _enter(self, scene: Scene, record: bool) -> None:
-        """A new session and its first picture: the start picture, or a first dream seen from the origin."""
+        """A new session and its first picture: the start picture, or a first dream seen from the
+        origin.
+        """
         self._session = None  # the old memory is given back before the new one is made
         self._session, scene = self._scenes.open(scene)
         self._tell(scene=scene, latent=0, window=self._scenes.window)
@@ -331,10 +387,12 @@ class Loop:
 
     def _film_ends(self) -> None:
         self._film = None
-        self._tell(phase="paused")  # without holding the pacer: the last frames are still to be seen
+        self._tell(
+            phase="paused"
+        )  # without holding the pacer: the last frames are still to be seen
         self.notices.append("The recording ends here; P or R walks on from its start")
 
-    # ------------------------------------------------------------------------------------------ recording
+    # -------------------- recording
 
     def _toggle_recording(self) -> None:
         if self._recorder:
@@ -369,7 +427,8 @@ class Loop:
         """The folder that was asked for, or one named by the hour; numbered when it is taken."""
         stamp = time.strftime("%Y%m%d-%H%M%S")
         wanted = self._options.record or self._options.recordings / f"{self._scenes.name}-{stamp}"
-        folder, number = wanted, 1
+        folder = wanted
+        number = 1
         while folder.exists() and any(folder.iterdir()):
             number += 1
             folder = wanted.with_name(f"{wanted.name}-{number}")

@@ -13,11 +13,28 @@ from worldmodel.camera import parse_trajectory
 from worldmodel.command_line import Parser, cores, positive, threads
 
 WORLDS = Path(__file__).resolve().parents[2] / "assets" / "worlds"
-PUBLISHED = Path(__file__).resolve().parents[2] / "configs" / "worlds"  # NAME.yaml: worlds that are made of published weights
-TINY = "-tiny"  # after a published world's name: with the tiny autoencoder, for GPUs of 16 GB and less
+PUBLISHED = (
+    Path(__file__).resolve().parents[2] / "configs" / "worlds"
+)  # NAME.yaml: worlds that are made of published weights
+TINY = (
+    "-tiny"  # after a published world's name: with the tiny autoencoder, for GPUs of 16 GB and less
+)
 KEYS_HELP = (
-    "keys: W A S D move, arrows and mouse look (a click captures the mouse), Shift run, R restart, N next mood, T new town, "
-    "M another mood in this place, P pause, F9 record, F12 screenshot, F1 figures, Esc releases the mouse, then quits"
+    "keys: W A S D move, "
+    "arrows and "
+    "mouse look (a click "
+    "captures the mouse), "
+    "Shift run, "
+    "R restart, N "
+    "next mood, "
+    "T new town, "
+    "M another mood in "
+    "this place, "
+    "P pause, F9 record, "
+    "F12 screenshot, F1 "
+    "figures, Esc "
+    "releases the mouse, "
+    "then quits"
 )
 
 
@@ -44,29 +61,79 @@ class PlayOptions:
 
 
 def parse_options(arguments: list[str]) -> PlayOptions:
-    """Command line -> PlayOptions; ValueError with one sentence for anything that cannot be honoured."""
-    parser = Parser(prog="python play.py", description="Walk through a dreamed world.", epilog=KEYS_HELP)
-    parser.add_argument("--world", metavar="NAME|FOLDER", help="world to enter (default: blocks, or the recorded one)")
-    parser.add_argument("--prompt", metavar="MOOD", help="mood to start in, or your own words where there is a text encoder")
-    parser.add_argument("--image", metavar="NAME|FILE", help="start picture: one of the world's, or a file of yours")
+    """Command line -> PlayOptions; ValueError with one sentence for anything that cannot be
+    honoured.
+    """
+    parser = Parser(
+        prog="python play.py", description="Walk through a dreamed world.", epilog=KEYS_HELP
+    )
+    parser.add_argument(
+        "--world",
+        metavar="NAME|FOLDER",
+        help="world to enter (default: blocks, or the recorded one)",
+    )
+    parser.add_argument(
+        "--prompt",
+        metavar="MOOD",
+        help="mood to start in, or your own words where there is a text encoder",
+    )
+    parser.add_argument(
+        "--image", metavar="NAME|FILE", help="start picture: one of the world's, or a file of yours"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the dream (default: 0)")
-    parser.add_argument("--steps", type=positive, help="denoising steps a chunk (default: the world's)")
-    parser.add_argument("--record", type=Path, metavar="DIR", help="record into this new folder from the first frame")
-    parser.add_argument("--threads", type=threads, default=usual_threads(), help="CPU threads (default: %(default)s)")
-    parser.add_argument("--memory", choices=("auto", "40", "24", "16", "12", "8"), default="auto", help="GB of a GPU to plan for")
-    parser.add_argument("--weights", choices=("auto", "full", "int8", "fp8"), default="auto", help="type of the weights")
     parser.add_argument(
-        "--compile", choices=("auto", "on", "off"), default="auto",
-        help="blocks while playing: auto (on CUDA), on (with CUDA graphs there), off"
+        "--steps", type=positive, help="denoising steps a chunk (default: the world's)"
     )
-    parser.add_argument("--attention", choices=("auto", "torch", "fa3"), default="auto", help="attention kernel")
-    parser.add_argument("--headless", action="store_true", help="no window: walk a path and write an MP4")
     parser.add_argument(
-        "--trajectory", metavar="TEXT", help='path to walk until a motion key is pressed: "w*10,l*5,w+l*8,wait*2"'
+        "--record",
+        type=Path,
+        metavar="DIR",
+        help="record into this new folder from the first frame",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="MP4 of a headless walk (default: out/walk.mp4)")
-    parser.add_argument("--replay", type=Path, metavar="DIR", help="dream a recording again; P or R then walks on")
-    parser.add_argument("--verify", action="store_true", help="with --replay: compare with what was recorded")
+    parser.add_argument(
+        "--threads",
+        type=threads,
+        default=usual_threads(),
+        help="CPU threads (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--memory",
+        choices=("auto", "40", "24", "16", "12", "8"),
+        default="auto",
+        help="GB of a GPU to plan for",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("auto", "full", "int8", "fp8"),
+        default="auto",
+        help="type of the weights",
+    )
+    parser.add_argument(
+        "--compile",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="blocks while playing: auto (on CUDA), on (with CUDA graphs there), off",
+    )
+    parser.add_argument(
+        "--attention", choices=("auto", "torch", "fa3"), default="auto", help="attention kernel"
+    )
+    parser.add_argument(
+        "--headless", action="store_true", help="no window: walk a path and write an MP4"
+    )
+    parser.add_argument(
+        "--trajectory",
+        metavar="TEXT",
+        help='path to walk until a motion key is pressed: "w*10,l*5,w+l*8,wait*2"',
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="MP4 of a headless walk (default: out/walk.mp4)"
+    )
+    parser.add_argument(
+        "--replay", type=Path, metavar="DIR", help="dream a recording again; P or R then walks on"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="with --replay: compare with what was recorded"
+    )
     given = parser.parse_args(arguments)
     recorded = recorded_world(given.replay) if given.replay else "blocks"
     given.world = recorded if given.world is None else given.world
@@ -87,26 +154,53 @@ def _check_together(options: PlayOptions) -> None:
     if options.verify and options.replay is None:
         raise ValueError("--verify compares a recording; name its folder with --replay DIR.")
     if options.output and not options.headless:
-        raise ValueError("--output is the film of a walk without a window; add --headless (in a window, F9 records).")
+        raise ValueError(
+            "--output is the "
+            "film of "
+            "a walk without a "
+            "window; add "
+            "--headless (in a "
+            "window, F9 records)."
+        )
     if options.output and options.output.is_dir():
-        raise ValueError(f"--output must be a file such as {options.output / 'walk.mp4'}, got the folder {options.output}.")
-    if options.replay and (options.trajectory or options.prompt or options.image or options.steps or options.seed):
-        raise ValueError("--replay brings its own path, mood, picture, seed and steps; leave those options away.")
+        raise ValueError(
+            "--output must be a "
+            "file such as "
+            f"{options.output / 'walk.mp4'}, "
+            "got the "
+            f"folder {options.output}."
+        )
+    if options.replay and (
+        options.trajectory or options.prompt or options.image or options.steps or options.seed
+    ):
+        raise ValueError(
+            "--replay brings its own path, mood, picture, seed and steps; leave those options away."
+        )
     if options.replay and options.record:
-        raise ValueError("--replay is not recorded again; copy the folder instead of adding --record.")
+        raise ValueError(
+            "--replay is not recorded again; copy the folder instead of adding --record."
+        )
     if options.verify and (options.output or options.headless):
         raise ValueError("--replay DIR --verify only compares; leave --headless and --output away.")
     if options.seed < 0:
         raise ValueError(f"--seed must be 0 or more, got {options.seed}.")
-    if options.record and options.record.exists() and any(options.record.iterdir() if options.record.is_dir() else [1]):
-        raise ValueError(f"{options.record} exists and is not empty; name a new folder for the recording.")
+    if (
+        options.record
+        and options.record.exists()
+        and any(options.record.iterdir() if options.record.is_dir() else [1])
+    ):
+        raise ValueError(
+            f"{options.record} exists and is not empty; name a new folder for the recording."
+        )
 
 
 def find_world(name: str) -> Path:
-    """A bundle's folder, the name of one under assets/worlds, or of a published world (configs/worlds) -> folder.
+    """A bundle's folder, the name of one under assets/worlds, or of a published world
+    (configs/worlds) -> folder.
 
-    A published world is fetched and made on first use, into the user's cache; with `TINY` after its name it is another one, with the
-    tiny autoencoder. ValueError when there is none of that name, or it cannot be made.
+    A published world is fetched and made on first use, into the user's cache; with `TINY` after its
+    name it is another one, with the tiny autoencoder. ValueError when there is none of that name,
+    or it cannot be made.
     """
     for folder in (WORLDS / name, Path(name)):
         if (folder / "world.yaml").is_file():
@@ -115,11 +209,23 @@ def find_world(name: str) -> Path:
         if (PUBLISHED / f"{published}.yaml").is_file() and Path(published).name == published:
             return _published_world(name, PUBLISHED / f"{published}.yaml", tiny=name != published)
     known = sorted(path.parent.name for path in WORLDS.glob("*/world.yaml"))
-    listed = f"the worlds here are {', '.join(known)}" if known else f"there is none in {WORLDS} yet"
+    listed = (
+        f"the worlds here are {', '.join(known)}" if known else f"there is none in {WORLDS} yet"
+    )
     published = sorted(path.stem for path in PUBLISHED.glob("*.yaml"))
     if published:
-        listed += f"; those of published weights, fetched on first use, are {', '.join(published)} (NAME{TINY}: for less memory)"
-    raise ValueError(f"There is no world {name!r} (a name or a folder with a world.yaml); {listed}.")
+        listed += (
+            "; those of published "
+            "weights, "
+            "fetched on first "
+            "use, are "
+            f"{', '.join(published)} "
+            f"(NAME{TINY}: for "
+            "less memory)"
+        )
+    raise ValueError(
+        f"There is no world {name!r} (a name or a folder with a world.yaml); {listed}."
+    )
 
 
 def _published_world(name: str, recipe: Path, tiny: bool) -> Path:
@@ -129,15 +235,31 @@ def _published_world(name: str, recipe: Path, tiny: bool) -> Path:
     folder = world_cache(name)
     if (folder / "world.yaml").is_file():
         return folder
-    print(f"{name} is played for the first time: its weights are fetched and made into {folder}", file=sys.stderr)
-    from worldmodel.convert import Conversion, PublishedWorld, convert  # torch: only when there is something to make
+    print(
+        f"{name} is played for the first time: its weights are fetched and made into {folder}",
+        file=sys.stderr,
+    )
+    from worldmodel.convert import (
+        Conversion,
+        PublishedWorld,
+        convert,
+    )  # torch: only when there is something to make
 
     try:
         published = PublishedWorld.read(recipe)
-        convert(published, folder, Conversion(autoencoder=published.tiny_autoencoder if tiny else ""))
+        convert(
+            published, folder, Conversion(autoencoder=published.tiny_autoencoder if tiny else "")
+        )
     except ValueError as error:
         raise ValueError(
-            f"The world {name} could not be made: {error} With weights of your own: python -m worldmodel.checkpoint convert SOURCE "
+            f"The world {name} "
+            "could not "
+            f"be made: {error} "
+            "With weights of "
+            "your own: "
+            "python -m "
+            "worldmodel.checkpoint "
+            "convert SOURCE "
             f"--world {recipe} --output {folder}{' --autoencoder SOURCE' if tiny else ''}"
         ) from None
     return folder
@@ -149,21 +271,29 @@ def recorded_world(folder: Path) -> str:
         with (folder / "session.jsonl").open(encoding="utf-8") as lines:
             return str(json.loads(lines.readline())["world"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder} is no recording (session.jsonl cannot be read); name a folder F9 made.") from None
+        raise ValueError(
+            f"{folder} is no recording (session.jsonl cannot be read); name a folder F9 made."
+        ) from None
 
 
 def _check_scene(options: PlayOptions) -> None:
-    """Prompt and picture exist, as far as can be said without torch; the world itself checks everything again."""
+    """Prompt and picture exist, as far as can be said without torch; the world itself checks
+    everything again.
+    """
     if options.prompt is not None:
         _check_prompt(options.prompt, options.world)
     if options.image is not None and not Path(options.image).is_file():
-        _known("start picture", options.image, [Path(name).stem for name in image_files(options.world)])
+        _known(
+            "start picture", options.image, [Path(name).stem for name in image_files(options.world)]
+        )
 
 
 def _check_prompt(prompt: str, world: Path) -> None:
     """A mood of the world, or any text in one with a text encoder."""
     if not prompt.strip():
-        raise ValueError("--prompt is empty; name a mood of the world, or leave it away for the world's first.")
+        raise ValueError(
+            "--prompt is empty; name a mood of the world, or leave it away for the world's first."
+        )
     if not world_values(world).get("text_encoder"):
         _known("mood", prompt, prompt_names(world))
 
@@ -173,7 +303,9 @@ def _known(what: str, name: str, names: list[str]) -> None:
         near = difflib.get_close_matches(name, names, 1)
         guess = f"did you mean {near[0]!r}? There are" if near else "there are"
         name = textwrap.shorten(name, 60, placeholder=" ...")
-        raise ValueError(f"This world has no {what} {name!r}; {guess} {', '.join(names) or 'none'}.")
+        raise ValueError(
+            f"This world has no {what} {name!r}; {guess} {', '.join(names) or 'none'}."
+        )
 
 
 def prompt_names(folder: Path) -> list[str]:
@@ -184,7 +316,9 @@ def prompt_names(folder: Path) -> list[str]:
         with safe_open(folder / "prompts.safetensors", framework="numpy") as prompts:
             return sorted(prompts.keys())
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder / 'prompts.safetensors'} cannot be read ({error}); fetch the world again.") from None
+        raise ValueError(
+            f"{folder / 'prompts.safetensors'} cannot be read ({error}); fetch the world again."
+        ) from None
 
 
 def image_files(folder: Path, prompt: str | None = None) -> list[str]:
@@ -199,7 +333,9 @@ def image_files(folder: Path, prompt: str | None = None) -> list[str]:
 
 
 def world_values(folder: Path) -> dict:
-    """What a bundle's world.yaml says; empty for a faulty one, which is reported in full when the world is opened."""
+    """What a bundle's world.yaml says; empty for a faulty one, which is reported in full when the
+    world is opened.
+    """
     try:
         values = yaml.safe_load((folder / "world.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):

@@ -1,4 +1,6 @@
-"""Frames on their way from the generator thread to the window: an even rate, little waiting, honest counts."""
+"""Frames on their way from the generator thread to the window: an even rate, little waiting, honest
+counts.
+"""
 
 import threading
 from collections import deque
@@ -17,15 +19,17 @@ class Frame:
 class Pacer:
     """A short queue with a clock: each frame is due one period after the one before it.
 
-    The generator calls `put` and `wanted_at`, the window `take` and `shown`. When the generator is late the clock
-    starts again at the late frame (a pause is no debt); when the window is late the frames it missed are dropped.
-    All times are seconds of the one clock that both threads read.
+    The generator calls `put` and `wanted_at`, the window `take` and `shown`. When the generator is
+    late the clock starts again at the late frame (a pause is no debt); when the window is late the
+    frames it missed are dropped. All times are seconds of the one clock that both threads read.
     """
 
     def __init__(self, fps: float):
         self._lock = threading.Lock()
         self._frames: deque[Frame] = deque()
-        self._due: float | None = None  # when the next frame is to be seen; None: as soon as there is one
+        self._due: float | None = (
+            None  # when the next frame is to be seen; None: as soon as there is one
+        )
         self._period = 1.0 / fps
         self._latencies: deque[float] = deque(maxlen=200)
         self._seen: deque[float] = deque(maxlen=64)
@@ -33,7 +37,7 @@ class Pacer:
         self.late = 0  # chunks that arrived more than one period after they were wanted
         self.dropped = 0  # frames that were never seen
 
-    # ------------------------------------------------------------------------------------------ generator
+    # -------------------- generator
 
     def put(self, frames: list[Frame], now: float, period: float) -> None:
         """Append a chunk; from now on frames are `period` seconds apart."""
@@ -46,20 +50,27 @@ class Pacer:
             self._frames.extend(frames)
 
     def wanted_at(self, now: float) -> float:
-        """When the next chunk's first frame is to be seen: the moment at which the queue has run dry."""
+        """When the next chunk's first frame is to be seen: the moment at which the queue has run
+        dry.
+        """
         with self._lock:
             if self._due is None:
                 return now
             return max(self._due + self._period * len(self._frames), now)
 
     def restart(self) -> None:
-        """Forget what is queued and start the clock again at the next chunk (a restart, another scene)."""
+        """Forget what is queued and start the clock again at the next chunk (a restart, another
+        scene).
+        """
         with self._lock:
             self._frames.clear()
-            self._due, self._held = None, False
+            self._due = None
+            self._held = False
 
     def hold(self) -> None:
-        """Freeze the picture. What is queued waits and is seen after `release`, but no longer counts as latency."""
+        """Freeze the picture. What is queued waits and is seen after `release`, but no longer
+        counts as latency.
+        """
         with self._lock:
             self._held = True
             self._frames = deque(replace(frame, edges=()) for frame in self._frames)
@@ -70,10 +81,12 @@ class Pacer:
             self._held = False
             self._due = now if self._frames else None
 
-    # --------------------------------------------------------------------------------------------- window
+    # -------------------- window
 
     def take(self, now: float) -> Frame | None:
-        """The frame to show now, or None while the present one stays. Frames whose time has passed are dropped."""
+        """The frame to show now, or None while the present one stays. Frames whose time has passed
+        are dropped.
+        """
         with self._lock:
             if self._held or not self._frames or now < self._due:
                 return None
@@ -97,7 +110,7 @@ class Pacer:
             self._latencies.extend(now - edge for edge in frame.edges)
             self._seen.append(now)
 
-    # -------------------------------------------------------------------------------------------- figures
+    # -------------------- figures
 
     def fps(self, now: float) -> float:
         """Frames a second over the last two seconds."""
@@ -109,7 +122,9 @@ class Pacer:
         """Key-to-pixel (p50, p95) in seconds over the last 200 key edges; None before the first."""
         with self._lock:
             samples = list(self._latencies)
-        return tuple(float(value) for value in np.percentile(samples, (50, 95))) if samples else None
+        return (
+            tuple(float(value) for value in np.percentile(samples, (50, 95))) if samples else None
+        )
 
     def latency_count(self) -> int:
         """Number of key edges behind `latency`."""

@@ -1,4 +1,6 @@
-"""Ways through a world that nobody steers: a trajectory text, or a walk that shows what there is to see."""
+"""Ways through a world that nobody steers: a trajectory text, or a walk that shows what there is to
+see.
+"""
 
 import math
 import re
@@ -32,25 +34,45 @@ def written_path(text: str, envelope: Envelope) -> np.ndarray:
 
     ValueError for an unknown key, and for a key that the world has not learned.
     """
-    known = np.array([envelope.strafe, envelope.vertical, envelope.forward, envelope.yaw, envelope.pitch]) > 0
-    step = MotionStep(envelope.forward, envelope.yaw, envelope.strafe, envelope.vertical, envelope.pitch)
+    known = (
+        np.array(
+            [envelope.strafe, envelope.vertical, envelope.forward, envelope.yaw, envelope.pitch]
+        )
+        > 0
+    )
+    step = MotionStep(
+        envelope.forward, envelope.yaw, envelope.strafe, envelope.vertical, envelope.pitch
+    )
     poses = parse_trajectory(text, step, envelope.style)[1:]
     for key in re.findall(r"[a-z]+", text.lower()):
         if np.any(np.concatenate(MOTIONS[key])[~known]):
-            raise ValueError(f"Trajectory key {key!r} is locked: this world has not learned that motion; leave it out.")
+            raise ValueError(
+                "Trajectory key "
+                f"{key!r} "
+                "is locked: this "
+                "world has not "
+                "learned that "
+                "motion; leave it out."
+            )
     return poses
 
 
 def tour(envelope: Envelope) -> np.ndarray:
-    """The scripted walk, c2w [N >= 24, 4, 4]: walk, turn away and back, run, strafe, look about; locked motions left out, then standing."""
-    controls, poses, now = Controls(envelope, fps=4.0, frames_per_latent=4), [], 0.0
+    """The scripted walk, c2w [N >= 24, 4, 4]: walk, turn away and back, run, strafe, look about;
+    locked motions left out, then standing.
+    """
+    controls = Controls(envelope, fps=4.0, frames_per_latent=4)
+    poses = []
+    now = 0.0
     controls.pose_until(now)
     for motions, amount in TOUR:
         if any(motion in controls.locked for motion in motions if motion != "run"):
             continue
         turn = next((motion for motion in motions if motion.startswith(("turn", "look"))), None)
         if turn:
-            amount = math.ceil(amount / (envelope.pitch if turn.startswith("look") else envelope.yaw))
+            amount = math.ceil(
+                amount / (envelope.pitch if turn.startswith("look") else envelope.yaw)
+            )
         for motion in motions:
             controls.press(motion, now)
         for _ in range(amount):

@@ -1,4 +1,6 @@
-"""Which mood, which start picture, which seed: the player's choices, and a session for each of them."""
+"""Which mood, which start picture, which seed: the player's choices, and a session for each of
+them.
+"""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +28,9 @@ class Scene:
 
 
 def open_scenes(options: PlayOptions, tell: Callable[[str, float], None]) -> "Scenes":
-    """Import torch, open the world that was asked for; `tell` hears each stage and the progress (0..1) at its end."""
+    """Import torch, open the world that was asked for; `tell` hears each stage and the progress
+    (0..1) at its end.
+    """
     tell("Waking torch", 0.45)
     import torch
 
@@ -44,26 +48,43 @@ def open_scenes(options: PlayOptions, tell: Callable[[str, float], None]) -> "Sc
 
 
 def fastest_device() -> str:
-    """"cuda", "mps" or "cpu": the first of them that is here."""
+    """ "cuda", "mps" or "cpu": the first of them that is here."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return (
+        "cuda"
+        if torch.cuda.is_available()
+        else "mps"
+        if torch.backends.mps.is_available()
+        else "cpu"
+    )
 
 
 class Scenes:
-    """The sessions that a world can start: moods in the order of its menu, start pictures in the order of its list.
+    """The sessions that a world can start: moods in the order of its menu, start pictures in the
+    order of its list.
 
     tell: hears of what takes long, as in `open_scenes`.
     """
 
-    def __init__(self, world: "World", steps: int | None = None, tell: Callable[[str, float], None] | None = None):
+    def __init__(
+        self,
+        world: "World",
+        steps: int | None = None,
+        tell: Callable[[str, float], None] | None = None,
+    ):
         from worldmodel.autoencoder import FRAMES_PER_LATENT
 
-        self.world, self._steps, self._tell = world, steps, tell or (lambda stage, progress: None)
-        self.name, self.envelope, self.fps = world.config.name, world.config.envelope, world.config.fps
+        self.world = world
+        self._steps = steps
+        self._tell = tell or (lambda stage, progress: None)
+        self.name = world.config.name
+        self.envelope = world.config.envelope
+        self.fps = world.config.fps
         self.chunk = world.config.rollout.chunk
         self.camera = world.transformer.config.camera  # whether poses steer the dream
-        self.frames_per_latent, self.device = FRAMES_PER_LATENT, world.device
+        self.frames_per_latent = FRAMES_PER_LATENT
+        self.device = world.device
 
     @property
     def window(self) -> int:
@@ -81,7 +102,9 @@ class Scenes:
         if prompt is None:
             prompt = self._owner(scene.image) or self.world.config.prompts.default
         pictures = self._pictures(prompt)
-        return replace(scene, prompt=prompt, image=scene.image or (pictures[0] if pictures else None))
+        return replace(
+            scene, prompt=prompt, image=scene.image or (pictures[0] if pictures else None)
+        )
 
     def _owner(self, image: str | None) -> str | None:
         """The mood that a start picture belongs to."""
@@ -104,7 +127,9 @@ class Scenes:
 
         scene = self.resolve(scene)
         self._read([scene.prompt])
-        return Session(self.world, prompt=scene.prompt, image=scene.image, seed=scene.seed, steps=self._steps), scene
+        return Session(
+            self.world, prompt=scene.prompt, image=scene.image, seed=scene.seed, steps=self._steps
+        ), scene
 
     def record(self, folder: Path, session: "Session") -> "Recorder":
         """A recording of `session` in the new folder `folder`."""
@@ -113,19 +138,29 @@ class Scenes:
         return Recorder(folder, session)
 
     def replay(self, folder: Path) -> tuple[Iterator, Scene]:
-        """Dream a recording again: (FrameChunk, c2w [F, 4, 4]) chunk by chunk, and the scene it was made in."""
+        """Dream a recording again: (FrameChunk, c2w [F, 4, 4]) chunk by chunk, and the scene it was
+        made in.
+        """
         from worldmodel.recording import IMAGE, read_log, replay
 
         log = read_log(folder)
-        if log.header["fingerprint"] == self.world.fingerprint:  # `replay` has a sentence for another world
+        if (
+            log.header["fingerprint"] == self.world.fingerprint
+        ):  # `replay` has a sentence for another world
             self._read(log.prompts)
         image = str(folder / IMAGE) if log.header["image"] else None
-        return _with_poses(replay(folder, self.world), log.c2w), Scene(log.header["prompt"], image, log.header["seed"])
+        return _with_poses(replay(folder, self.world), log.c2w), Scene(
+            log.header["prompt"], image, log.header["seed"]
+        )
 
     def next_mood(self, scene: Scene) -> Scene:
         """The mood after this one, at its first start picture."""
         moods = self.moods
-        following = moods[(moods.index(scene.prompt) + 1) % len(moods)] if scene.prompt in moods else moods[0]
+        following = (
+            moods[(moods.index(scene.prompt) + 1) % len(moods)]
+            if scene.prompt in moods
+            else moods[0]
+        )
         return self.resolve(Scene(following, None, scene.seed))
 
     def new_town(self, scene: Scene) -> Scene:

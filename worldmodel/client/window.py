@@ -1,4 +1,6 @@
-"""The window: shows frames when they are due, stamps what the player does, never waits for the network."""
+"""The window: shows frames when they are due, stamps what the player does, never waits for the
+network.
+"""
 
 import math
 import os
@@ -44,7 +46,8 @@ class WindowOptions:
 def open_display() -> bool:
     """Start pygame's display; False when there is no screen to show a window on.
 
-    A driver that the user chose with SDL_VIDEODRIVER counts as a screen, SDL's own silent fall-backs do not.
+    A driver that the user chose with SDL_VIDEODRIVER counts as a screen, SDL's own silent
+    fall-backs do not.
     """
     asked = os.environ.get("SDL_VIDEODRIVER")
     if not asked and sys.platform.startswith("linux"):
@@ -63,7 +66,8 @@ def open_display() -> bool:
 def fit(picture: tuple[int, int], screen: tuple[int, int]) -> pygame.Rect:
     """Where a picture (w, h) goes on a screen (w, h): centred, undistorted, as large as possible.
 
-    A whole multiple is taken when it fills at least 85 % of that size, so that every pixel is equally large.
+    A whole multiple is taken when it fills at least 85 % of that size, so that every pixel is
+    equally large.
     """
     scale = min(screen[0] / picture[0], screen[1] / picture[1])
     if math.floor(scale) >= 0.85 * scale:
@@ -77,14 +81,19 @@ class Window:
     """One window on one Loop. `run` returns the process's exit status."""
 
     def __init__(self, loop: Loop, options: WindowOptions = WindowOptions()):
-        self.loop, self.options = loop, options
+        self.loop = loop
+        self.options = options
         self._picture: pygame.Surface | None = None
         self._held: set[str] = set()  # motions whose key is down
         self._notices: deque[tuple[str, float]] = deque(maxlen=4)  # (text, time)
-        self._quit, self._overlay, self._captured = False, False, False
+        self._quit = False
+        self._overlay = False
+        self._captured = False
         self._opened = self._running_since = self._failed_at = self._recording_since = None
         self._drawn = -math.inf
-        self._progress = 0.0  # of the start screen's bar, which creeps to where the present stage ends
+        self._progress = (
+            0.0  # of the start screen's bar, which creeps to where the present stage ends
+        )
 
     def run(self) -> int:
         """Open the window, start the loop, and go on until the player leaves."""
@@ -111,7 +120,7 @@ class Window:
             return 0
         return 2 if isinstance(self.loop.status.cause, ValueError) else 1
 
-    # --------------------------------------------------------------------------------------------- input
+    # -------------------- input
 
     def _events(self) -> list[pygame.event.Event]:
         """What happened; waits until the next frame is due, not longer."""
@@ -126,14 +135,20 @@ class Window:
         if event.type == pygame.QUIT:
             self._quit = True
         elif event.type in (pygame.KEYDOWN, pygame.KEYUP):
-            action = self.options.bindings.action(pygame.key.name(event.key), event.dict.get("scancode"))
+            action = self.options.bindings.action(
+                pygame.key.name(event.key), event.dict.get("scancode")
+            )
             if action in MOTIONS:
                 self._move(action, event.type == pygame.KEYDOWN, now)
             elif action and event.type == pygame.KEYDOWN:
                 self._act(action)
         elif event.type == pygame.MOUSEMOTION and self._captured:
             self.loop.look(*event.rel, now)
-        elif event.type == pygame.MOUSEBUTTONDOWN and event.button == 1 and self.loop.status.phase == "running":
+        elif (
+            event.type == pygame.MOUSEBUTTONDOWN
+            and event.button == 1
+            and self.loop.status.phase == "running"
+        ):
             self._capture(True)
         elif event.type == pygame.WINDOWFOCUSLOST:
             self._let_go(now)
@@ -189,7 +204,10 @@ class Window:
 
     def _screenshot(self) -> None:
         folder = self.options.screenshots
-        path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1_000_000 % 1000:03d}.png"
+        path = (
+            folder
+            / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1_000_000 % 1000:03d}.png"
+        )
         unfinished = path.with_suffix(".part.png")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -200,17 +218,20 @@ class Window:
         else:
             self._notice(f"Saved {path}")
 
-    # ------------------------------------------------------------------------------------------- drawing
+    # -------------------- drawing
 
     def _tick(self) -> None:
         """Show what is due."""
-        now, status = self.loop.clock(), self.loop.status
+        now = self.loop.clock()
+        status = self.loop.status
         self._follow(status, now)
         frame = self.loop.pacer.take(now) if self.loop.pacer else None
         if frame is not None:
             height, width = frame.picture.shape[:2]
             picture = np.ascontiguousarray(frame.picture)
-            self._picture = pygame.image.frombuffer(picture, (width, height), "RGB").convert(self._screen)
+            self._picture = pygame.image.frombuffer(picture, (width, height), "RGB").convert(
+                self._screen
+            )
         if frame is not None or now - self._drawn >= REFRESH:
             self._draw(now)
         if frame is not None:
@@ -260,9 +281,12 @@ class Window:
 
     def _draw_backdrop(self) -> None:
         """The backdrop softly over the whole window, cropped rather than stretched."""
-        picture, screen = self._backdrop.get_size(), self._screen.get_size()
+        picture = self._backdrop.get_size()
+        screen = self._screen.get_size()
         scale = max(screen[0] / picture[0], screen[1] / picture[1])
-        covering = pygame.transform.smoothscale(self._backdrop, [math.ceil(side * scale) for side in picture])
+        covering = pygame.transform.smoothscale(
+            self._backdrop, [math.ceil(side * scale) for side in picture]
+        )
         self._screen.blit(covering, covering.get_rect(center=self._screen.get_rect().center))
 
     def _draw_play(self, status, now: float) -> None:
@@ -279,13 +303,20 @@ class Window:
         if self._recording_since is not None:
             self._hud.recording(now - self._recording_since, now % 1.0)
         life = self.options.notice_seconds
-        self._hud.notices([(words, min(1.0, 2 * (life - (now - then)))) for words, then in self._notices])
+        self._hud.notices(
+            [(words, min(1.0, 2 * (life - (now - then)))) for words, then in self._notices]
+        )
 
     def _figures(self, status, now: float) -> list[Figure]:
-        pacer, latency = self.loop.pacer, self.loop.pacer.latency()
-        pose = np.eye(4) if status.pose is None else status.pose  # F1 may be pressed before there is one
-        position, ahead = pose[:3, 3], pose[:3, 2]
-        yaw, pitch = math.degrees(math.atan2(ahead[0], ahead[2])), -math.degrees(math.asin(np.clip(ahead[1], -1, 1)))
+        pacer = self.loop.pacer
+        latency = pacer.latency()
+        pose = (
+            np.eye(4) if status.pose is None else status.pose
+        )  # F1 may be pressed before there is one
+        position = pose[:3, 3]
+        ahead = pose[:3, 2]
+        yaw = math.degrees(math.atan2(ahead[0], ahead[2]))
+        pitch = -math.degrees(math.asin(np.clip(ahead[1], -1, 1)))
         parts = "  ".join(f"{name} {value:.0f}" for name, value in status.timings)
         slow = status.speed < 0.99
         prompt = textwrap.shorten(status.scene.prompt or "", 40, placeholder=" ...")
@@ -297,13 +328,34 @@ class Window:
                 "key to pixel",
                 "press a key"
                 if latency is None
-                else f"p50 {latency[0] * 1000:.0f} ms   p95 {latency[1] * 1000:.0f} ms   ({pacer.latency_count()})",
+                else (
+                    f"p50 {latency[0] * 1000:.0f} "
+                    "ms   p95 "
+                    f"{latency[1] * 1000:.0f} "
+                    "ms   "
+                    f"({pacer.latency_count()})"
+                ),
             ),
             Figure("position", "x {:+.2f}   y {:+.2f}   z {:+.2f}".format(*position)),
             Figure("looking", f"yaw {yaw:+.1f}   pitch {pitch:+.1f}"),
-            Figure("memory", f"{status.memory} of {status.window} latents, {status.latent} since the start"),
-            Figure("late / dropped", f"{pacer.late} chunks / {pacer.dropped} frames", RED if pacer.dropped else WHITE),
-            Figure("scene", f"{prompt}, {Path(status.scene.image or 'no picture').stem}, seed {status.scene.seed}"),
+            Figure(
+                "memory",
+                f"{status.memory} of {status.window} latents, {status.latent} since the start",
+            ),
+            Figure(
+                "late / dropped",
+                f"{pacer.late} chunks / {pacer.dropped} frames",
+                RED if pacer.dropped else WHITE,
+            ),
+            Figure(
+                "scene",
+                (
+                    f"{prompt}, "
+                    f"{Path(status.scene.image or 'no picture').stem}, "
+                    "seed "
+                    f"{status.scene.seed}"
+                ),
+            ),
         ]
 
     def _load_backdrop(self) -> pygame.Surface | None:
