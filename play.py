@@ -13,7 +13,7 @@ def main(arguments: list[str]) -> int:
         "OMP_WAIT_POLICY", "PASSIVE"
     )  # torch's threads must not spin while the window draws
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
-    from worldmodel.command_line import run
+    from worldmodel.cli import run
 
     return run("play.py", partial(play, arguments))
 

@@ -5,16 +5,15 @@
 import importlib
 import sys
 
-from worldmodel.command_line import Parser, run
+from worldmodel.cli import Parser, run
 
 # Each command lives in the module named here: `add_arguments(parser)` and `run(args)`. Only the
 # chosen one is imported.
 COMMANDS = {
     "collect": ("distill.data.collect", "render or record footage with exact camera poses"),
-    "import": ("distill.data.worldplay", "turn WorldPlay / minWM footage into clips"),
+    "import": ("distill.data.importers.worldplay", "turn WorldPlay / minWM footage into clips"),
     "encode": ("distill.data.encode", "turn clips into latents with an autoencoder"),
     "train": ("distill.train", "train one stage from a config"),
-    "transfer": ("distill.transfer", "add what a stage taught to weights that learned on since"),
     "export": ("distill.export", "write a bundle that play.py opens"),
     "evaluate": ("distill.evaluate.evaluate", "compare dreams with the truth"),
 }

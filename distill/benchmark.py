@@ -25,14 +25,14 @@ from distill.parallel import Processes
 from distill.stages import STAGES
 from distill.stages.stage import TransformerStage, new_transformer
 from distill.train import Batches, train_step
-from worldmodel import command_line
+from worldmodel import cli as command_line
+from worldmodel.bench.machine import PeakMemory, describe_commit, describe_machine, spread
+from worldmodel.bench.random_world import SHAPES, Shape, draw_weights
 from worldmodel.camera import MotionStep, invert, parse_trajectory
-from worldmodel.command_line import first_line
-from worldmodel.machine import PeakMemory, describe_commit, describe_machine, settle, spread
-from worldmodel.options import as_dict
-from worldmodel.random_world import SHAPES, Shape, draw_weights
-from worldmodel.transformer import CausalWanTransformer
-from worldmodel.world import open_device
+from worldmodel.config import as_dict
+from worldmodel.device import open_device, synchronize
+from worldmodel.errors import UserError, first_line
+from worldmodel.models.transformer import CausalWanTransformer
 
 TIMED = tuple(name for name in STAGES if name != "autoencoder")
 CAPTIONS = ("a meadow", "dunes", "snow", "night")
@@ -137,7 +137,7 @@ class Timed:
         processes = Processes(0, 1)
         generator = torch.Generator(self.device)
         generator.manual_seed(processes.seed(run.seed, number))
-        settle(self.device)
+        synchronize(self.device)
         begin = now = time.perf_counter()
         for name, *_ in train_step(
             self.stage,
@@ -148,7 +148,7 @@ class Timed:
             self.recipe.optimiser.grad_clip,
             processes,
         ):
-            settle(self.device)
+            synchronize(self.device)
             before = now
             now = time.perf_counter()
             spent[name] = spent.get(name, 0.0) + now - before
@@ -297,14 +297,9 @@ def run(args: argparse.Namespace) -> dict:
     if not (height.isdecimal() and width.isdecimal()) or any(
         not int(n) or int(n) % side for n, side in zip((height, width), sides)
     ):
-        raise ValueError(
-            "expected --size as "
-            "HEIGHTxWIDTH "
-            "in multiples "
-            f"of {sides[0]} and "
-            f"{sides[1]} "
-            "pixels, got "
-            f"{args.size!r}"
+        raise UserError(
+            f"expected --size as HEIGHTxWIDTH in multiples of {sides[0]} and {sides[1]} pixels, "
+            f"got {args.size!r}"
         )
     cells = int(height) // CELL, int(width) // CELL
     name = (

@@ -4,7 +4,7 @@ defaults.
 A recipe is one file with all stages of a world: `load_recipe("configs/blocks/cpu.yaml",
 ["dmd.lr=2e-5"])`. Folders are relative to the working directory. Where a stage's weights are asked
 for (`init`, `real`, `critic`), the bare name of a stage means that stage's export in the same run
-folder; anything else is read as `worldmodel.checkpoint` reads it.
+folder; anything else is read as `worldmodel.worlds.checkpoint` reads it.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ from typing import Annotated, Literal
 
 import yaml
 
-from worldmodel.options import Amount, Count, Positive, Range, Share, Whole, build
+from worldmodel.config import Amount, Count, Positive, Range, Share, Whole, build
+from worldmodel.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ class DmdConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         if not self.clamp[0] < self.clamp[1]:
-            raise ValueError(f"clamp must rise, got {list(self.clamp)}")
+            raise UserError(f"clamp must rise, got {list(self.clamp)}")
 
 
 @dataclass(frozen=True)
@@ -253,36 +254,22 @@ class Recipe:
         for name in ("teacher_forcing", "consistency", "dmd"):
             chunk = getattr(self, name).chunk
             if chunk < 1 or self.data.frames % chunk:
-                raise ValueError(
-                    "data.frames is "
-                    f"{self.data.frames}, "
-                    "not a "
-                    "multiple of "
-                    f"{name}.chunk = "
+                raise UserError(
+                    f"data.frames is {self.data.frames}, not a multiple of {name}.chunk = "
                     f"{chunk}: change one"
                 )
         if self.dmd.rollout and (
             self.dmd.rollout < self.data.frames or self.dmd.rollout % self.dmd.chunk
         ):
-            raise ValueError(
-                "dmd.rollout must "
-                "be 0, or at "
-                "least data.frames "
-                f"= {self.data.frames} and "
-                "a multiple of "
-                "dmd.chunk = "
-                f"{self.dmd.chunk}, "
-                f"got {self.dmd.rollout}: change one"
+            raise UserError(
+                f"dmd.rollout must be 0, or at least data.frames = {self.data.frames} and a "
+                f"multiple of dmd.chunk = {self.dmd.chunk}, got {self.dmd.rollout}: change one"
             )
 
         if self.dmd.judged and self.data.frames % self.dmd.judged:
-            raise ValueError(
-                "dmd.judged must be 0 "
-                "or a divisor of "
-                "data.frames = "
-                f"{self.data.frames}, "
-                f"got {self.dmd.judged}: "
-                "change one"
+            raise UserError(
+                f"dmd.judged must be 0 or a divisor of data.frames = {self.data.frames}, got "
+                f"{self.dmd.judged}: change one"
             )
 
     def export_folder(self, source: str) -> Path:
@@ -305,15 +292,15 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"no recipe at {path}: expected a YAML file such as configs/blocks/cpu.yaml"
         )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected sections such as run and data, got {values!r}")
+        raise UserError(f"{path}: expected sections such as run and data, got {values!r}")
     return make_recipe(values, overrides, str(path))
 
 
@@ -330,12 +317,12 @@ def _override(values: dict, text: str) -> None:
     keys, equals, value = text.partition("=")
     *sections, last = keys.strip().split(".")
     if not equals or not sections:
-        raise ValueError(f"expected section.key=value after --set, got {text!r}")
+        raise UserError(f"expected section.key=value after --set, got {text!r}")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise ValueError(f"--set {text}: {section} is not a section")
+            raise UserError(f"--set {text}: {section} is not a section")
     try:
         values[last] = yaml.safe_load(value) if value.strip() else ""
     except yaml.YAMLError:
-        raise ValueError(f"expected a value in YAML after --set {keys}=, got {value!r}") from None
+        raise UserError(f"expected a value in YAML after --set {keys}=, got {value!r}") from None

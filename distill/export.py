@@ -5,7 +5,6 @@ and a README.
 import argparse
 import json
 import shlex
-import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
@@ -16,33 +15,28 @@ import torch
 from tqdm import tqdm
 
 from distill.config import Recipe, StageConfig, load_recipe
+from distill.data.blocks.renderer import render
+from distill.data.blocks.town import MOODS, Town
+from distill.data.blocks.walker import Gait, Walker
 from distill.data.clips import list_clips, read_meta
 from distill.data.collect import FPS, CollectConfig
 from distill.data.footage import Footage
-from distill.data.renderer import render
-from distill.data.town import MOODS, Town
-from distill.data.walker import Gait, Walker
-from distill.evaluate.dreams import load_transformer
-from distill.evaluate.metrics import sharpness, to_unit
-from distill.evaluate.protocol import held_out_town
+from distill.evaluate.cases import held_out_town
+from distill.evaluate.generate import load_transformer
 from distill.evaluate.report import markdown, table
+from distill.metrics import sharpness, to_unit
 from distill.prompts import open_prompts
-from worldmodel.autoencoder import Autoencoder
+from worldmodel.bench.machine import describe_commit, describe_machine
+from worldmodel.config import as_dict, build
 from worldmodel.controls import Envelope
-from worldmodel.machine import describe_commit, describe_machine
-from worldmodel.options import as_dict, build
+from worldmodel.errors import UserError
+from worldmodel.files import replacing_folder
+from worldmodel.models.prompts import PromptBook
+from worldmodel.models.transformer import CausalWanTransformer
+from worldmodel.models.wan_autoencoder import Autoencoder
 from worldmodel.rollout import RolloutConfig, with_steps
-from worldmodel.text import PromptBook
-from worldmodel.transformer import CausalWanTransformer
-from worldmodel.world import (
-    SHARD_SIZE,
-    PromptConfig,
-    World,
-    WorldConfig,
-    open_autoencoder,
-    replace_folder,
-    save_world,
-)
+from worldmodel.worlds.weights import open_autoencoder
+from worldmodel.worlds.world import SHARD_SIZE, PromptConfig, World, WorldConfig, save_world
 
 START_SEED = 7001  # of the towns and places of the start images
 CANDIDATES = 4  # places of which the one with most to see becomes a start image
@@ -66,19 +60,14 @@ class ExportOptions:
 
     def __post_init__(self):
         if self.images < 1 or self.seed < 0:
-            raise ValueError(
-                "expected at "
-                "least one of "
-                "--images and a "
-                "--seed of at "
-                "least 0, got "
-                f"{self.images} and "
-                f"{self.seed}"
+            raise UserError(
+                f"expected at least one of --images and a --seed of at least 0, got {self.images} "
+                f"and {self.seed}"
             )
         for name in ("height", "width", "fps"):
             value = vars(self)[name]
             if value is not None and not value > 0:
-                raise ValueError(f"expected --{name} above 0, got {value}")
+                raise UserError(f"expected --{name} above 0, got {value}")
 
 
 @dataclass(frozen=True)
@@ -143,14 +132,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="AXIS=VALUE",
         help=(
-            "motion a latent "
-            "that the "
-            "player may "
-            "make, e.g. "
-            "vertical=0 yaw=6 "
-            "(default: what "
-            "is common in "
-            "the footage)"
+            "motion a latent that the player may make, e.g. vertical=0 yaw=6 (default: what is "
+            "common in the footage)"
         ),
     )
     parser.add_argument(
@@ -195,7 +178,7 @@ def run(args: argparse.Namespace) -> None:
         **{field.name: getattr(args, field.name) for field in fields(ExportOptions)}
     )
     if args.output.exists() and not (args.output / "world.yaml").is_file():
-        raise ValueError(
+        raise UserError(
             f"expected --output as a new name or an older bundle, {args.output} is something else"
         )
     recipe = load_recipe(args.config, args.set)
@@ -216,21 +199,13 @@ def run(args: argparse.Namespace) -> None:
     }
     size = _size((*networks, *kept.values()), pictures)
     readme = make_readme(args, recipe, config, networks, evaluation)
-    draft = args.output.with_name(f".{args.output.name}.draft")
-    try:
+    with replacing_folder(args.output) as draft:
         save_world(draft, config, *networks, prompts, pictures, readme)
         for name, network in kept.items():
             network.save_pretrained(draft / "stages" / name, max_shard_size=SHARD_SIZE)
         World.from_pretrained(draft)  # what does not open does not replace what does
-        replace_folder(draft, args.output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     print(
-        f"{args.output}: "
-        f"{size / 1e6:.1f} "
-        "MB; play it "
-        "with: python play.py "
-        "--world "
+        f"{args.output}: {size / 1e6:.1f} MB; play it with: python play.py --world "
         f"{shlex.quote(str(args.output))}"
     )
 
@@ -245,7 +220,7 @@ def open_footage(recipe: Recipe, folder: Path) -> Footage | None:
     except ValueError as error:
         if not stored.is_file() or set(PromptBook.load(stored).names) & set(MOODS):
             return None
-        raise ValueError(
+        raise UserError(
             f"{error}; export takes captions, picture size, motion and start images from them"
         ) from None
 
@@ -261,15 +236,9 @@ def open_captions(recipe: Recipe, folder: Path, footage: Footage | None) -> Prom
     prompts = PromptBook.load(stored)
     unknown = [caption for caption in footage.captions if caption not in prompts] if footage else []
     if unknown:
-        raise ValueError(
-            f"{folder} was "
-            "not trained "
-            "with the caption "
-            f"{unknown[0]!r} of "
-            "the clips in "
-            f"{footage.root}: "
-            "set data.root "
-            "to its footage"
+        raise UserError(
+            f"{folder} was not trained with the caption {unknown[0]!r} of the clips in "
+            f"{footage.root}: set data.root to its footage"
         )
     return prompts
 
@@ -330,7 +299,7 @@ def _changed(envelope: Envelope, changes: Iterable[str]) -> Envelope:
     for change in changes:
         name, equals, value = change.partition("=")
         if not equals:
-            raise ValueError(f"expected AXIS=VALUE after --envelope, got {change!r}")
+            raise UserError(f"expected AXIS=VALUE after --envelope, got {change!r}")
         values[name] = value
     return build(Envelope, values, "--envelope")
 
@@ -403,12 +372,8 @@ def make_readme(
     counts = [f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M" for network in networks]
     parts = [
         f"# {config.name}",
-        f"{config.title}. "
-        f"{config.height}x{config.width} "
-        f"pixels, {config.fps:g} "
-        "frames a "
-        "second; transformer "
-        f"{counts[0]} parameters, autoencoder {counts[1]}, {args.dtype}.",
+        f"{config.title}. {config.height}x{config.width} pixels, {config.fps:g} frames a second; "
+        f"transformer {counts[0]} parameters, autoencoder {counts[1]}, {args.dtype}.",
         f"Walk in it: `python play.py --world {shlex.quote(str(args.output))}`.",
         "## How it was made",
         f"Export: `python -m distill {shlex.join(sys.argv[1:])}`  \nCommit: {describe_commit()}  \n"
@@ -434,26 +399,16 @@ def _footage(recipe: Recipe) -> str:
     meta = read_meta(folders[0])
     if not meta["source"].startswith("blocks:"):
         return (
-            f"{len(folders)} "
-            "clips in "
-            f"`{recipe.data.root}`, "
-            "the first from "
+            f"{len(folders)} clips in `{recipe.data.root}`, the first from "
             f"{meta['source'] or 'an unnamed source'}."
         )
     seed = Town.from_source(meta["source"]).seed // 2 // 1_000_003  # as `collect` numbers its towns
     sizes = " ".join(f"--{name} {meta[name]}" for name in ("latents", "height", "width", "samples"))
     root = recipe.data.root
     return (
-        "Footage: `python "
-        "-m distill "
-        "collect blocks "
-        f"--output {root} "
-        "--clips "
-        f"{len(folders)} "
-        f"{sizes} "
-        f"--seed {seed}`, "
-        f"encoded by `python -m distill encode --clips {root} --autoencoder "
-        f"{recipe.export_folder(recipe.data.autoencoder or 'autoencoder')}`."
+        f"Footage: `python -m distill collect blocks --output {root} --clips {len(folders)} "
+        f"{sizes} --seed {seed}`, encoded by `python -m distill encode --clips {root} "
+        f"--autoencoder {recipe.export_folder(recipe.data.autoencoder or 'autoencoder')}`."
     )
 
 
@@ -492,11 +447,7 @@ def _stage_table(args: argparse.Namespace, recipe: Recipe) -> str:
         note = f"\n\nKept beside the world for comparison and further training: {names}."
     if not lines:
         return (
-            "The run folder "
-            f"`{recipe.run.folder}` "
-            "was not "
-            "there at export: no "
-            "figures of the "
+            f"The run folder `{recipe.run.folder}` was not there at export: no figures of the "
             "training."
         )
     return table(["command", "steps", "batch", "learning rate", "hours"], lines) + note
@@ -507,7 +458,7 @@ def _read_evaluation(path: Path) -> dict:
         found = json.loads(path.read_text(encoding="utf-8"))
         markdown(found)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(
+        raise UserError(
             f"expected --evaluation as the JSON that `distill evaluate` writes, got {path}"
         ) from None
     return found

@@ -9,7 +9,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from worldmodel.autoencoder import ENCODING_KEYS, MemBlock, TGrow, TinyAutoencoder, TPool
+from worldmodel.errors import UserError
+from worldmodel.models.tiny_autoencoder import (
+    ENCODING_KEYS,
+    MemBlock,
+    TGrow,
+    TinyAutoencoder,
+    TPool,
+)
 
 SHAPE_KEYS = ("latent_channels", "image_channels", "strides", "patch_size")  # what cannot grow
 
@@ -27,21 +34,17 @@ def grow_autoencoder(
     """
     for key in SHAPE_KEYS + (ENCODING_KEYS if same_encoder else ()):
         if _plain(network.config[key]) != _plain(trained.config[key]):
-            raise ValueError(
-                f"{name}: an "
-                "autoencoder "
-                f"with {key} "
-                f"{trained.config[key]}, "
-                "the recipe "
-                f"says {network.config[key]}: "
-                f"its encoder does not fit; set autoencoder.{key}, or leave autoencoder.start empty"
+            raise UserError(
+                f"{name}: an autoencoder with {key} {trained.config[key]}, the recipe says "
+                f"{network.config[key]}: its encoder does not fit; set autoencoder.{key}, or "
+                "leave autoencoder.start empty"
             )
     for key in ("encoder_widths", "encoder_blocks", "decoder_widths", "decoder_blocks"):
         if any(
             old > new for new, old in zip(network.config[key], trained.config[key], strict=True)
         ):
             sizes = f"{key} {trained.config[key]} cannot shrink to {network.config[key]}"
-            raise ValueError(f"{name}: an autoencoder with {sizes}: raise autoencoder.{key}")
+            raise UserError(f"{name}: an autoencoder with {sizes}: raise autoencoder.{key}")
     for layers, old_layers in (
         (network.encoder, trained.encoder),
         (network.decoder, trained.decoder),

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
+from worldmodel.errors import UserError
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -34,15 +36,9 @@ class Processes:
         evenly.
         """
         if batch % self.count:
-            raise ValueError(
-                f"a batch of {batch} "
-                "cannot "
-                "be shared by "
-                f"{self.count} "
-                "processes: "
-                "change "
-                "the batch or "
-                "--nproc_per_node"
+            raise UserError(
+                f"a batch of {batch} cannot be shared by {self.count} processes: change the batch "
+                "or --nproc_per_node"
             )
         return batch // self.count
 

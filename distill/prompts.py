@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import torch
 
 from distill.config import Recipe
-from worldmodel.text import PromptBook
+from worldmodel.errors import UserError
+from worldmodel.models.prompts import PromptBook
 
 
 def make_prompt_book(captions: Iterable[str], length: int, dim: int) -> PromptBook:
@@ -37,23 +38,13 @@ def open_prompts(recipe: Recipe, captions: Iterable[str]) -> PromptBook:
     book = PromptBook.load(recipe.data.prompts)
     missing = [caption for caption in captions if caption not in book]
     if missing:
-        raise ValueError(
-            f"{recipe.data.prompts} "
-            "has no "
-            f"prompt {missing[0]!r}, "
-            "but clips have: "
-            "add it, "
-            "or leave "
-            "data.prompts "
-            "empty"
+        raise UserError(
+            f"{recipe.data.prompts} has no prompt {missing[0]!r}, but clips have: add it, or "
+            "leave data.prompts empty"
         )
     if book.shape[1] != recipe.model.text_dim:
-        raise ValueError(
-            f"{recipe.data.prompts} "
-            "holds "
-            "embeddings of "
-            f"width {book.shape[1]}, but "
-            "model.text_dim is "
-            f"{recipe.model.text_dim}: set it to {book.shape[1]}"
+        raise UserError(
+            f"{recipe.data.prompts} holds embeddings of width {book.shape[1]}, but model.text_dim "
+            f"is {recipe.model.text_dim}: set it to {book.shape[1]}"
         )
     return book

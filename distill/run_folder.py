@@ -11,21 +11,19 @@ Everything is written under another name and renamed. Nothing is pickled.
 """
 
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distill.lock import alone
-from worldmodel.command_line import first_line
+from worldmodel.errors import UserError, first_line
+from worldmodel.files import exclusive, replacing_folder, write_file
+from worldmodel.images import write_png
 
 KEEP = 2  # checkpoints
 _STEP = "step-" + 8 * "[0-9]"
@@ -56,7 +54,7 @@ class RunFolder:
 
     def held(self) -> AbstractContextManager[None]:
         """Keeps other trainings out of this run; ValueError when one is in it."""
-        return alone(self.root)
+        return exclusive(self.root)
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint, or None."""
@@ -70,11 +68,9 @@ class RunFolder:
         keep.
         """
         final = self.checkpoints / f"step-{step:08d}"
-        for left in self.checkpoints.glob(
-            ".step-*.partial"
-        ):  # of a run that was killed while it wrote
+        for left in self.checkpoints.glob(".step-*.tmp"):  # of a run killed while it wrote
             shutil.rmtree(left)
-        with replacing(final) as folder:
+        with replacing_folder(final) as folder:
             for name, module in stage.modules.items():
                 save_file(_tensors(module), folder / f"{name}.safetensors")
             for name, optimizer in stage.optimizers.items():
@@ -118,16 +114,14 @@ class RunFolder:
 
     def picture(self, step: int, image: np.ndarray) -> None:
         """Keeps a sample picture, uint8 RGB [H, W, 3]."""
-        (self.root / "samples").mkdir(parents=True, exist_ok=True)
-        encoded = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1]
-        (self.root / "samples" / f"step-{step:08d}.png").write_bytes(encoded.tobytes())
+        write_png(self.root / "samples" / f"step-{step:08d}.png", image)
 
     def export(self, stage) -> Path:
         """Writes the stage's result to `export/`; the one before stays until the new one is
         complete.
         """
         final = self.root / "export"
-        with replacing(final) as folder:
+        with replacing_folder(final) as folder:
             stage.export(folder)
         return final
 
@@ -136,15 +130,9 @@ class RunFolder:
             for key, value in self.config[section].items():
                 was = saved.get(section, {}).get(key, self.defaults[section][key])
                 if was != value:
-                    raise ValueError(
-                        f"{folder} was "
-                        "trained with "
-                        f"{section}.{key} "
-                        f"= {was}, not "
-                        f"{value}: "
-                        "set it back, or "
-                        "give this run "
-                        "another run.folder"
+                    raise UserError(
+                        f"{folder} was trained with {section}.{key} = {was}, not {value}: set it "
+                        "back, or give this run another run.folder"
                     )
 
     def drop_metrics_after(self, step: int) -> None:
@@ -156,39 +144,13 @@ class RunFolder:
                 for line in path.read_text().splitlines(keepends=True)
                 if _step_of(line) <= step
             ]
-            part = path.with_suffix(".partial")
-            part.write_text("".join(lines))
-            part.replace(path)
+            write_file(path, "".join(lines))
 
 
-@contextmanager
-def replacing(final: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the name `final` once the block has ended well."""
-    part = final.with_name(f".{final.name}.partial")
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(part, ignore_errors=True)  # left over from a killed run
-    part.mkdir(parents=True)
-    try:
-        yield part
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.replace(final, old)
-    os.replace(part, final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _unreadable(folder: Path, error: Exception) -> ValueError:
-    return ValueError(
-        "the checkpoint "
-        f"{folder} "
-        "cannot be read "
-        f"({first_line(error)}): "
-        "remove that "
-        "folder to go on from "
-        "the one before"
+def _unreadable(folder: Path, error: Exception) -> UserError:
+    return UserError(
+        f"the checkpoint {folder} cannot be read ({first_line(error)}): remove that folder to go "
+        "on from the one before"
     )
 
 

@@ -26,8 +26,8 @@ from distill.parallel import Processes
 from distill.run_folder import RunFolder
 from distill.stages import STAGES, build_stage
 from distill.stages.stage import Stage
-from worldmodel.command_line import Stopped
-from worldmodel.options import as_dict
+from worldmodel.config import as_dict
+from worldmodel.errors import Stopped, UserError
 
 # What a continued run may change without becoming another run.
 FREE = {"steps", "sample_steps", "autoencoder", "root"}
@@ -74,21 +74,17 @@ def train(recipe: Recipe, name: str, *, resume: bool = False, export_only: bool 
         Path(recipe.run.folder) / name, _identity(recipe, name), _identity(Recipe(), name)
     )
     if folder.newest() and not (resume or export_only):
-        raise ValueError(
-            f"{folder.root} holds "
-            "a run already "
-            f"({folder.newest().name}): "
-            "add --resume, "
-            "or choose another "
-            "run.folder"
+        raise UserError(
+            f"{folder.root} holds a run already ({folder.newest().name}): add --resume, or choose "
+            "another run.folder"
         )
     if export_only and not folder.newest():
-        raise ValueError(f"{folder.root} has no checkpoint to export: train the stage first")
+        raise UserError(f"{folder.root} has no checkpoint to export: train the stage first")
     accelerator = Accelerator(
         cpu=recipe.run.device == "cpu", log_with=_trackers(), project_dir=folder.root
     )
     if recipe.run.device == "cuda" and accelerator.device.type != "cuda":
-        raise ValueError("run.device is cuda, but torch sees no such device: set it to auto or cpu")
+        raise UserError("run.device is cuda, but torch sees no such device: set it to auto or cpu")
     torch.manual_seed(recipe.run.seed)
     processes = Processes.of(accelerator)
     stage = build_stage(name, recipe, accelerator.device)
@@ -177,13 +173,8 @@ def _loop(
     if step == config.steps:
         return None
     sentence = (
-        "stopped at step "
-        f"{step} of "
-        f"{config.steps}, "
-        "export/ "
-        "is left as it was; "
-        "--resume goes "
-        "on from there."
+        f"stopped at step {step} of {config.steps}, export/ is left as it was; --resume goes on "
+        "from there."
     )
     return Stopped(stop.number or signal.SIGTERM, sentence if processes.is_main else "")
 
@@ -296,14 +287,9 @@ class Meter:
         means = {key: float(total) / self._counts[key] for key, total in self._sums.items()}
         for key, value in means.items():
             if key.startswith(("loss/", "grad_norm/")) and not math.isfinite(value):
-                raise ValueError(
-                    f"{key} became "
-                    f"{value} before "
-                    f"step {step}: "
-                    "lower the "
-                    "learning rate "
-                    "and train in a new "
-                    "run.folder"
+                raise UserError(
+                    f"{key} became {value} before step {step}: lower the learning rate and train "
+                    "in a new run.folder"
                 )
         seconds = time.monotonic() - self._since
         steps = step - self._step

@@ -9,12 +9,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from worldmodel.autoencoder import TinyAutoencoder, WanAutoencoder
 from worldmodel.controls import Envelope
+from worldmodel.models.prompts import PromptBook
+from worldmodel.models.tiny_autoencoder import TinyAutoencoder
+from worldmodel.models.transformer import CausalWanTransformer
+from worldmodel.models.wan_autoencoder import WanAutoencoder
 from worldmodel.rollout import RolloutConfig
-from worldmodel.text import PromptBook
-from worldmodel.transformer import CausalWanTransformer
-from worldmodel.world import PromptConfig, World, WorldConfig, save_world
+from worldmodel.worlds.world import PromptConfig, World, WorldConfig, save_world
 
 
 class Payload:

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from worldmodel import benchmark
-from worldmodel.as_published import PublishedLoop
+from worldmodel.bench import benchmark
+from worldmodel.bench.reference_loop import PublishedLoop
 from worldmodel.camera import MotionStep, invert, parse_trajectory
+from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.rollout import Rollout, RolloutConfig
-from worldmodel.transformer import CausalWanTransformer
 
 LENS = torch.tensor([[0.5, 0.75, 0.5, 0.5]], dtype=torch.float64)
 
@@ -63,11 +63,7 @@ def test_it_dreams_what_the_rollout_dreams_at_absolute_positions(config, camera)
 
 def test_the_benchmark_puts_it_first_and_tells_the_gain(capsys):
     words = (
-        "--random-weights "
-        "2x48x2 --size "
-        "32x48 --latents "
-        "8 --dtype float32 "
-        "--threads 1 "
+        "--random-weights 2x48x2 --size 32x48 --latents 8 --dtype float32 --threads 1 "
         "--as-published"
     )
     assert benchmark.main(words.split()) == 0

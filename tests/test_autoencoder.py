@@ -21,8 +21,9 @@ from distill.stages.autoencoder import (
     VideoWindows,
     detail_term,
 )
-from worldmodel.autoencoder import TinyAutoencoder, WanAutoencoder
-from worldmodel.world import open_autoencoder
+from worldmodel.models.tiny_autoencoder import TinyAutoencoder
+from worldmodel.models.wan_autoencoder import WanAutoencoder
+from worldmodel.worlds.weights import open_autoencoder
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = {

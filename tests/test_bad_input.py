@@ -23,9 +23,10 @@ from safetensors.torch import save_file
 
 from distill.__main__ import main as distill
 from distill.data.clips import write_clip, write_latents
-from worldmodel import command_line, recording
-from worldmodel.benchmark import main as benchmark
-from worldmodel.checkpoint import main as checkpoint
+from worldmodel import cli as command_line
+from worldmodel import recording
+from worldmodel.bench.benchmark import main as benchmark
+from worldmodel.worlds.checkpoint import main as checkpoint
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "blocks" / "tiny.yaml"
@@ -189,7 +190,7 @@ def test_a_picture_of_the_wrong_kind(says, tiny_bundle, tmp_path, content):
 
 
 def test_no_free_memory(says, tiny_bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr("worldmodel.world.free_memory", lambda device: 0)
+    monkeypatch.setattr("worldmodel.worlds.world.free_memory", lambda device: 0)
     says(
         "0.0 GiB are free: close other programs",
         play,

@@ -10,10 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distill import benchmark as training
 from distill.stages.consistency import ConsistencyStage
-from worldmodel import benchmark, transformer
-from worldmodel.flops import clean_flops, pass_flops
-from worldmodel.machine import PartClock, matmul_rate
-from worldmodel.random_world import Shape, random_config
+from worldmodel.bench import benchmark
+from worldmodel.bench.flops import clean_flops, pass_flops
+from worldmodel.bench.machine import PartClock, matmul_rate
+from worldmodel.bench.random_world import Shape, random_config
+from worldmodel.models import transformer
 from worldmodel.rollout import Rollout, RolloutConfig
 
 TOY = ["--random-weights", "2x48x2x80", "--latents", "8", "--dtype", "float32"]
@@ -369,7 +370,7 @@ def test_the_commands_for_a_gpu_run_at_toy_size(command, capsys, tmp_path):
         .replace("compile=on", "compile=off")
         .split()
     )
-    play = module == "worldmodel.benchmark"
+    play = module == "worldmodel.bench.benchmark"
     words = [
         {"cuda": "cpu", "wan2.1-1.3b": "1x48x2" if play else TINY, "48": "8"}.get(word, word)
         for word in words

@@ -17,8 +17,15 @@ from conftest import Payload
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from worldmodel.autoencoder import TinyAutoencoder
-from worldmodel.checkpoint import (
+from worldmodel.client.loop import UNSTEERED, Loop
+from worldmodel.client.options import PUBLISHED, find_world
+from worldmodel.client.paths import tour
+from worldmodel.client.scenes import Scenes
+from worldmodel.controls import MOTIONS
+from worldmodel.models.prompts import PromptBook
+from worldmodel.models.tiny_autoencoder import TinyAutoencoder
+from worldmodel.session import Session
+from worldmodel.worlds.checkpoint import (
     CheckpointError,
     find_weights,
     inspect,
@@ -28,16 +35,9 @@ from worldmodel.checkpoint import (
     read_state,
     to_diffusers_names,
 )
-from worldmodel.client.loop import UNSTEERED, Loop
-from worldmodel.client.options import PUBLISHED, find_world
-from worldmodel.client.paths import tour
-from worldmodel.client.scenes import Scenes
-from worldmodel.controls import MOTIONS
-from worldmodel.convert import Conversion, PublishedWorld, convert, open_vae
-from worldmodel.session import Session
-from worldmodel.sources import parse_source
-from worldmodel.text import PromptBook
-from worldmodel.world import World
+from worldmodel.worlds.convert import Conversion, PublishedWorld, convert, open_vae
+from worldmodel.worlds.hub import parse_source
+from worldmodel.worlds.world import World
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -648,8 +648,8 @@ def test_a_repository_on_the_hub(published, tmp_path, monkeypatch):
         asked.append((text, place, shape))
         return torch.full(shape, float(len(asked)))
 
-    monkeypatch.setattr("worldmodel.convert.embed_text", embed)
-    monkeypatch.setattr("worldmodel.convert.libraries", lambda *_: None)
+    monkeypatch.setattr("worldmodel.worlds.convert.embed_text", embed)
+    monkeypatch.setattr("worldmodel.worlds.convert.libraries", lambda *_: None)
     monkeypatch.setattr("worldmodel.client.options.PUBLISHED", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     text = (
@@ -724,7 +724,9 @@ def test_what_the_text_encoder_needs_is_asked_for_before_anything_is_fetched(
     for name in ("transformers", "ftfy"):
         monkeypatch.setitem(sys.modules, name, None if name == missing else sys)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-    monkeypatch.setattr("worldmodel.convert.fetch", lambda *_: pytest.fail("something was fetched"))
+    monkeypatch.setattr(
+        "worldmodel.worlds.convert.fetch", lambda *_: pytest.fail("something was fetched")
+    )
     with pytest.raises(
         ValueError,
         match=(
@@ -743,7 +745,7 @@ def test_what_the_text_encoder_needs_is_asked_for_before_anything_is_fetched(
 
 
 def test_the_worlds_of_this_repository(tmp_path, monkeypatch):
-    monkeypatch.setattr("worldmodel.convert.libraries", lambda *_: None)
+    monkeypatch.setattr("worldmodel.worlds.convert.libraries", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
@@ -782,12 +784,8 @@ def test_the_worlds_of_this_repository(tmp_path, monkeypatch):
         assert speed is None or (world.envelope.forward, world.envelope.yaw) == (speed, 3.0)
         place = parse_source(source)
         reason = re.escape(
-            f"The world {name} "
-            "could not be "
-            f"made: {place.path} "
-            f"of {place.repository} "
-            "cannot be had: "
-            "HF_HUB_OFFLINE is set"
+            f"The world {name} could not be made: {place.path} of {place.repository} cannot be "
+            "had: HF_HUB_OFFLINE is set"
         )
         with pytest.raises(ValueError, match=f"{reason}.* --output"):
             find_world(name)

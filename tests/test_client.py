@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from worldmodel import benchmark
+from worldmodel.bench import benchmark
 from worldmodel.client.bindings import Bindings
 from worldmodel.client.loop import MARGIN, UNSTEERED, Loop, LoopOptions
 from worldmodel.client.pacer import Frame, Pacer
@@ -21,7 +21,7 @@ from worldmodel.client.paths import tour, written_path
 from worldmodel.client.scenes import Scene, Scenes
 from worldmodel.controls import Envelope
 from worldmodel.session import FrameChunk
-from worldmodel.world import WorldConfig
+from worldmodel.worlds.world import WorldConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVELOPE = Envelope(forward=0.5, strafe=0.4, yaw=6.0, pitch=0.0)

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from distill.__main__ import main
+from distill.data.blocks.renderer import truth
 from distill.data.clips import (
     INDEX,
     LATENTS,
@@ -28,9 +29,8 @@ from distill.data.clips import (
     write_latents,
 )
 from distill.data.collect import CollectConfig, clip_name, collect_clip, make_missing, town_of
-from distill.data.renderer import truth
 from worldmodel.camera import invert
-from worldmodel.command_line import run
+from worldmodel.cli import run
 
 ROOT = Path(__file__).resolve().parents[1]
 LENS = (0.5, 0.8, 0.5, 0.5)
@@ -283,13 +283,8 @@ def test_a_killed_worker_is_one_sentence_and_finished_clips_stay(tmp_path, capsy
     assert run("collect", lambda: make_missing(config, one_dies, lambda config, index: {})) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == (
-        "collect: a worker "
-        "process died "
-        "(out of memory?): "
-        "run again, finished "
-        "clips are "
-        "kept; --workers "
-        "1 needs less"
+        "collect: a worker process died (out of memory?): run again, finished clips are kept; "
+        "--workers 1 needs less"
     )
     assert [folder.name for folder in list_clips(tmp_path)] == ["blocks-00000"]
 
@@ -297,8 +292,8 @@ def test_a_killed_worker_is_one_sentence_and_finished_clips_stay(tmp_path, capsy
 def test_two_collectors_do_not_share_a_folder(tmp_path, capsys):
     """The second one says so and touches nothing; a process that was killed keeps nobody out."""
     output = ["--output", str(tmp_path / "clips"), "--workers", "1", "--clips", "1"]
-    holder = "import sys, time; from pathlib import Path; from distill.lock import alone\n"
-    holder += "with alone(Path(sys.argv[1])): print('in', flush=True); time.sleep(600)"
+    holder = "import sys, time; from pathlib import Path; from worldmodel.files import exclusive\n"
+    holder += "with exclusive(Path(sys.argv[1])): print('in', flush=True); time.sleep(600)"
     with subprocess.Popen(
         [sys.executable, "-c", holder, tmp_path / "clips"],
         stdout=subprocess.PIPE,
@@ -312,13 +307,8 @@ def test_two_collectors_do_not_share_a_folder(tmp_path, capsys):
         assert main([*COLLECT, *output]) == 2
         error = capsys.readouterr().err
         assert error == (
-            "collect: another "
-            "process "
-            "is writing into "
-            f"{tmp_path / 'clips'}: "
-            "wait for its "
-            "end, or choose "
-            "another folder\n"
+            f"collect: another process is writing into {tmp_path / 'clips'}: wait for its end, or "
+            "choose another folder\n"
         )
         assert half.read_bytes() == b"half written"
         other.kill()

@@ -13,13 +13,13 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 
-from worldmodel import engine
 from worldmodel import session as session_room
-from worldmodel.autoencoder import StreamingDecoder, StreamingEncoder
 from worldmodel.camera import MotionStep, parse_trajectory
 from worldmodel.client.scenes import fastest_device
-from worldmodel.compiled import CompiledBlocks
-from worldmodel.engine import (
+from worldmodel.device import open_device
+from worldmodel.engine import engine
+from worldmodel.engine.compile import CompiledBlocks
+from worldmodel.engine.engine import (
     HISTORY,
     TIERS,
     Engine,
@@ -28,14 +28,15 @@ from worldmodel.engine import (
     choose_attention,
     demand,
     fitting,
-    quantise,
     tiers_from,
 )
-from worldmodel.kv_cache import KVCache
+from worldmodel.engine.quantize import quantize
+from worldmodel.models.kv_cache import KVCache
+from worldmodel.models.tiny_autoencoder import StreamingDecoder, StreamingEncoder
+from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.rollout import RolloutConfig
 from worldmodel.session import Session
-from worldmodel.transformer import CausalWanTransformer
-from worldmodel.world import World, open_device
+from worldmodel.worlds.world import World
 
 GIB = 2**30
 WALK = parse_trajectory("w*4,w+l*8", MotionStep(0.5, 6.0), style="walk")[1:]
@@ -83,15 +84,15 @@ def test_full_device_is_one_sentence(wan):
 
 
 def test_a_world_opens_in_what_is_free_or_asked_for(tiny_bundle, monkeypatch):
-    monkeypatch.setattr(engine, "_has_torchao", lambda: True)
+    monkeypatch.setattr(engine, "has_torchao", lambda: True)
     assert World.from_pretrained(tiny_bundle).engine.tiers == TIERS  # a CPU
     small = World.from_pretrained(tiny_bundle, engine=EngineOptions(memory="16"))
     assert small.engine.tiers == TIERS[2:] and Session(small, history=9).config.history == 1
     assert tiers_from(EngineOptions(weights="fp8"))[0] == Tier(TIERS[0].name, weights="fp8")
-    monkeypatch.setattr("worldmodel.world.free_memory", lambda device: 0)
+    monkeypatch.setattr("worldmodel.worlds.world.free_memory", lambda device: 0)
     with pytest.raises(ValueError, match="0.0 GiB are free"):
         World.from_pretrained(tiny_bundle)
-    monkeypatch.setattr("worldmodel.world.free_memory", lambda device: GIB)
+    monkeypatch.setattr("worldmodel.worlds.world.free_memory", lambda device: GIB)
     assert World.from_pretrained(tiny_bundle).engine.tier == TIERS[0]
 
 
@@ -108,11 +109,7 @@ def test_a_device_without_a_free_byte_is_not_an_unknown_one(monkeypatch, device)
     with pytest.raises(
         ValueError,
         match=(
-            "^The memory of "
-            "the device "
-            f"'{device}' is full, "
-            "not one number fits: "
-            "close other "
+            f"^The memory of the device '{device}' is full, not one number fits: close other "
             "programs"
         ),
     ):
@@ -255,14 +252,14 @@ def test_every_failure_is_a_tier_until_there_is_none(world, monkeypatch, kind, w
     assert session.frames == 2 and session.step(WALK[2]).index == 2  # somebody did
 
 
-@pytest.mark.parametrize(("place", "name"), [(KVCache, "_new_window"), (engine, "quantise")])
+@pytest.mark.parametrize(("place", "name"), [(KVCache, "_new_window"), (engine, "quantize")])
 def test_a_failure_while_going_down_is_a_tier_too(world, monkeypatch, place, name):
     world.engine.tiers = (
         TIERS[0],
         Tier("middle", "int8", window=4),
         replace(SMALL, weights="int8"),
     )
-    monkeypatch.setattr(engine, "quantise", lambda *_: None)
+    monkeypatch.setattr(engine, "quantize", lambda *_: None)
     session = Session(world)
     session.step(WALK[0])
     session.settle()
@@ -330,7 +327,7 @@ def test_eight_bits_are_close(world, weights, most):
     text = torch.randn(1, 3, 8)
     sigma = torch.tensor([0.7])
     before = world.transformer(x, sigma, text, torch.eye(4).expand(1, 2, 4, 4))
-    quantise(world.transformer, weights, torch.device("cpu"))
+    quantize(world.transformer, weights, torch.device("cpu"))
     after = world.transformer(x, sigma, text, torch.eye(4).expand(1, 2, 4, 4))
     assert 1e-4 < (after - before).norm() / before.norm() < most
     assert type(world.transformer.blocks[0].ffn.net[2].weight) is not torch.nn.Parameter
@@ -346,7 +343,7 @@ def test_eight_bits_without_torchao_are_refused(tiny_bundle, monkeypatch):
 
 
 def test_without_torchao_the_weights_stay_full(wan, world, monkeypatch):
-    monkeypatch.setattr(engine, "_has_torchao", lambda: False)
+    monkeypatch.setattr(engine, "has_torchao", lambda: False)
     world.engine.tiers = tiers_from(EngineOptions())
     session = Session(world)
     out_of_memory(monkeypatch, world.transformer, "forward", set(range(4)))
@@ -386,7 +383,7 @@ def test_weights_that_change_are_compiled_anew(tiny_bundle, monkeypatch):
     session.step(WALK[1])
     assert old.ready and threading.main_thread().name in compiled_by  # taken over
     stopped = []
-    monkeypatch.setattr(engine, "quantise", lambda *_: stopped.append(old._stopped))
+    monkeypatch.setattr(engine, "quantize", lambda *_: stopped.append(old._stopped))
     out_of_memory(monkeypatch, world.transformer, "forward", {0})
     compiled_by.clear()
     assert session.step(WALK[2]).notice == DOWN and stopped == [True]

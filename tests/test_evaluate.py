@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 import torch
 
+from distill import metrics
 from distill.__main__ import main
-from distill.data.renderer import render
-from distill.data.town import MOODS
-from distill.data.walker import FRAMES_PER_LATENT, Gait
-from distill.evaluate import metrics, protocol, scores
-from distill.evaluate.dreams import dream, load_transformer, parse_variant, reconstruct
+from distill.data.blocks.renderer import render
+from distill.data.blocks.town import MOODS
+from distill.data.blocks.walker import FRAMES_PER_LATENT, Gait
+from distill.evaluate import cases as protocol
+from distill.evaluate import scores
 from distill.evaluate.evaluate import EvaluateOptions, evaluate
+from distill.evaluate.generate import dream, load_transformer, parse_variant, reconstruct
+from worldmodel.models.prompts import PromptBook
 from worldmodel.rollout import RolloutConfig
-from worldmodel.text import PromptBook
-from worldmodel.world import World, save_world
+from worldmodel.worlds.world import World, save_world
 
 LENS = (0.5, 0.8333, 0.5, 0.5)
 EMBEDDED = Path("assets/worlds/blocks")
@@ -346,15 +348,8 @@ def test_the_command_writes_tables_and_sheets(town_bundle, tmp_path, capsys):
         "a, 1 step",
     ]
     sizes = (
-        "--cases 5 "
-        "--latents 4 "
-        "--returns 1 "
-        "--flows 1 "
-        "--drift-cases 1 "
-        "--drift-latents 6 "
-        "--batch 3 --workers "
-        "1 --windows "
-        "4 4+1 --late 20"
+        "--cases 5 --latents 4 --returns 1 --flows 1 --drift-cases 1 --drift-latents 6 --batch 3 "
+        "--workers 1 --windows 4 4+1 --late 20"
     )
     assert main(command + sizes.split()) == 0
     results = json.loads(output.read_text())

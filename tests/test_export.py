@@ -10,14 +10,14 @@ import torch
 import yaml
 
 from distill.__main__ import main
+from distill.data.blocks.town import MOODS, Town
 from distill.data.clips import write_clip
-from distill.data.town import MOODS, Town
 from distill.prompts import make_prompt_book
-from worldmodel import benchmark
-from worldmodel.autoencoder import TinyAutoencoder
+from worldmodel.bench import benchmark
+from worldmodel.models.tiny_autoencoder import TinyAutoencoder
+from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.session import Session
-from worldmodel.transformer import CausalWanTransformer
-from worldmodel.world import World
+from worldmodel.worlds.world import World
 
 BAR_NAMES = ("network", "clean", "decode", "total")
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from distill.data.renderer import render
-from distill.data.town import Town
+from distill.data.blocks.renderer import render
+from distill.data.blocks.town import Town
 from worldmodel.camera import advance
-from worldmodel.checkpoint import load_transformer
-from worldmodel.engine import EngineOptions
+from worldmodel.engine.engine import EngineOptions
 from worldmodel.graphs import CudaRecorder, Graphs
 from worldmodel.rollout import Rollout, RolloutConfig
 from worldmodel.session import Session
-from worldmodel.world import World
+from worldmodel.worlds.checkpoint import load_transformer
+from worldmodel.worlds.world import World
 
 WEIGHTS = Path(__file__).parent / "golden" / "weights_big.safetensors"
 pytestmark = [

@@ -14,12 +14,12 @@ from test_network import NoWaiting
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from worldmodel.engine import HISTORY, TIERS, EngineOptions, Tier, demand, start_engine
+from worldmodel.engine.engine import HISTORY, TIERS, EngineOptions, Tier, demand, start_engine
 from worldmodel.graphs import CudaRecorder, Graphs
+from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.rollout import Rollout, RolloutConfig
 from worldmodel.session import Session
-from worldmodel.transformer import CausalWanTransformer
-from worldmodel.world import World
+from worldmodel.worlds.world import World
 
 
 class Tape(TorchDispatchMode):
@@ -289,7 +289,7 @@ def test_a_session_plays_and_says_once_that_it_cannot(tiny_bundle):
     ],
 )
 def test_passes_are_recorded_on_cuda_for_who_asks_for_it(network, monkeypatch, choice, device, on):
-    monkeypatch.setattr("worldmodel.engine.CompiledBlocks", lambda blocks: None)
+    monkeypatch.setattr("worldmodel.engine.engine.CompiledBlocks", lambda blocks: None)
     engine = start_engine(
         EngineOptions(compile=choice, attention="torch"), TIERS, network, torch.device(device)
     )

@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from worldmodel import attention, prope, rope, schedule, session, transformer
+from worldmodel import schedule, session
 from worldmodel.camera import advance
-from worldmodel.checkpoint import load_transformer
-from worldmodel.kv_cache import Window
+from worldmodel.models import attention, prope, rope, transformer
+from worldmodel.models.kv_cache import Window
 from worldmodel.rollout import Rollout, RolloutConfig, with_steps
+from worldmodel.worlds.checkpoint import load_transformer
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -662,7 +663,9 @@ def test_no_chunk_waits_for_the_device(network, merge, positions):
 def test_no_step_of_a_session_waits_for_the_device(tiny_world, monkeypatch):
     uploads = []
     monkeypatch.setattr(
-        session, "uploaded", lambda tensor, device: uploads.append(tuple(tensor.shape)) or tensor
+        session,
+        "to_device_async",
+        lambda tensor, device: uploads.append(tuple(tensor.shape)) or tensor,
     )
     player = session.Session(tiny_world, image="grey-0")
     assert uploads == [(1, 4), (32, 48, 3), (1, 1, 4, 4)]  # lens, picture, camera
@@ -704,7 +707,7 @@ class Elsewhere(TorchDispatchMode):
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("exact", ["cpu", "meta"])  # as on MPS, and as on CUDA
 def test_exact_numbers_stay_where_there_are_such(monkeypatch, exact, merge):
-    monkeypatch.setattr(transformer, "exact_device", lambda device: torch.device(exact))
+    monkeypatch.setattr(transformer, "float64_device", lambda device: torch.device(exact))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # "meta" has none
     config = RolloutConfig(window=4, sinks=1, merge_clean=merge, context_sigma=0.005, history=4)
     model = transformer.CausalWanTransformer(
@@ -739,7 +742,7 @@ def test_exact_numbers_stay_where_there_are_such(monkeypatch, exact, merge):
 
 def test_exact_numbers_have_a_place():
     places = {
-        name: str(rope.exact_device(torch.device(name))) for name in ("cpu", "cuda:1", "mps:0")
+        name: str(rope.float64_device(torch.device(name))) for name in ("cpu", "cuda:1", "mps:0")
     }
     assert places == {"cpu": "cpu", "cuda:1": "cuda:1", "mps:0": "cpu"}
 

@@ -23,9 +23,9 @@ from distill.objectives.distribution_matching import (
 )
 from distill.objectives.flow_matching import flow_matching_loss, grid_sigma
 from distill.stages.stage import Windows, bidirectional, teacher_forced
-from worldmodel.checkpoint import load_transformer
 from worldmodel.rollout import Rollout, RolloutConfig
 from worldmodel.schedule import add_noise, sigma_grid, training_weight
+from worldmodel.worlds.checkpoint import load_transformer
 
 GOLDEN = Path(__file__).parent / "golden"
 SHIFT = 5.0

@@ -13,7 +13,7 @@ from distill.data.clips import write_clip, write_latents
 from distill.data.footage import Footage, motions
 from worldmodel.camera import MotionStep, parse_trajectory, rotation
 from worldmodel.session import Session
-from worldmodel.world import World
+from worldmodel.worlds.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
 CASTLE = "a castle at dawn"

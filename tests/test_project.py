@@ -11,36 +11,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# The rooms in the order of docs/architecture.md: a room may import only rooms named before it.
-ROOMS = [
-    "worldmodel.command_line",
-    "worldmodel.options",
-    "worldmodel.machine",
-    "worldmodel.flops",
+# The wings in the order of docs/architecture.md: a wing may import only wings named before it.
+WINGS = [
+    "worldmodel.errors",
+    "worldmodel.files",
+    "worldmodel.device",
+    "worldmodel.images",
+    "worldmodel.config",
+    "worldmodel.schedule",
     "worldmodel.camera",
     "worldmodel.controls",
-    "worldmodel.schedule",
-    "worldmodel.rope",
-    "worldmodel.prope",
-    "worldmodel.attention",
-    "worldmodel.kv_cache",
-    "worldmodel.transformer",
-    "worldmodel.autoencoder",
-    "worldmodel.text",
-    "worldmodel.sources",
-    "worldmodel.text_encoder",
-    "worldmodel.checkpoint",
+    "worldmodel.cli",
+    "worldmodel.models",
     "worldmodel.graphs",
     "worldmodel.rollout",
-    "worldmodel.compiled",
     "worldmodel.engine",
-    "worldmodel.as_published",
-    "worldmodel.world",
-    "worldmodel.convert",
+    "worldmodel.worlds",
     "worldmodel.session",
     "worldmodel.recording",
-    "worldmodel.random_world",
-    "worldmodel.benchmark",
+    "worldmodel.bench",
     "worldmodel.client",
     "play",
     "distill",
@@ -52,8 +41,8 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def room_of(module: str) -> str | None:
-    return next((room for room in ROOMS if module == room or module.startswith(room + ".")), None)
+def wing_of(module: str) -> str | None:
+    return next((room for room in WINGS if module == room or module.startswith(room + ".")), None)
 
 
 def imported(path: Path) -> set[str]:
@@ -69,15 +58,15 @@ def imported(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_upwards(path):
     name = module_name(path)
-    room = room_of(name)
+    room = wing_of(name)
     assert room is not None or name == "worldmodel", (
         f"{name} belongs to no room: name it in docs/architecture.md and here"
     )
     for other in imported(path):
-        target = room_of(other)
+        target = wing_of(other)
         if target is None or room is None or target == room:
             continue
-        allowed = ROOMS.index(target) < ROOMS.index(room)
+        allowed = WINGS.index(target) < WINGS.index(room)
         assert allowed and not (room == "distill" and target in ("worldmodel.client", "play")), (
             f"{name} must not import {other}"
         )

@@ -23,7 +23,7 @@ from worldmodel.client.loop import Loop, LoopOptions
 from worldmodel.client.scenes import Scenes
 from worldmodel.recording import Recorder, read_log, recover, replay, verify
 from worldmodel.session import Session
-from worldmodel.world import World
+from worldmodel.worlds.world import World
 
 WALK = parse_trajectory("w*6,w+l*8,s*6", MotionStep(0.5, 6.0), style="walk")[1:]
 
@@ -32,7 +32,7 @@ ENDLESS = """
 import sys, time, numpy as np, torch
 from worldmodel.recording import Recorder
 from worldmodel.session import Session
-from worldmodel.world import World
+from worldmodel.worlds.world import World
 session = Session(World.from_pretrained(sys.argv[1], dtype=torch.float32), image="grey-0")
 recorder = Recorder(sys.argv[2], session)
 while True:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from distill.data.renderer import _rays, _View, render, truth
-from distill.data.town import CELL, MOODS, Town
-from distill.data.walker import Gait, Walker, walk
+from distill.data.blocks.renderer import _rays, _View, render, truth
+from distill.data.blocks.town import CELL, MOODS, Town
+from distill.data.blocks.walker import Gait, Walker, walk
 
 LENS = (0.5, 0.5 * 160 / 96, 0.5, 0.5)
 

@@ -8,9 +8,10 @@ import torch
 from conftest import make_tiny_bundle
 
 from worldmodel.camera import MotionStep, advance, parse_trajectory
+from worldmodel.images import fit_picture
 from worldmodel.rollout import Rollout
-from worldmodel.session import Session, fit_picture
-from worldmodel.world import World
+from worldmodel.session import Session
+from worldmodel.worlds.world import World
 
 WALK = parse_trajectory("w*4,w+l*6,s*3", MotionStep(0.5, 6.0), style="walk")[1:]
 

@@ -17,14 +17,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from worldmodel.sources import (
+from worldmodel.files import world_cache
+from worldmodel.worlds.hub import (
     HubPlace,
     SourceError,
     fetch,
     parse_source,
     read_index,
     weights_among,
-    world_cache,
 )
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -302,9 +302,7 @@ def test_the_users_cache(monkeypatch, tmp_path):
 
 
 def test_the_hub_library_waits():
-    code = (
-        "import sys, worldmodel.sources as s; s.fetch('.'); print('huggingface_hub' in sys.modules)"
-    )
+    code = "import sys, worldmodel.worlds.hub as s; s.fetch('.'); print('huggingface_hub' in sys.modules)"
     root = Path(__file__).parent.parent
     assert (
         subprocess.run(

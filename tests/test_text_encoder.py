@@ -16,13 +16,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from worldmodel import text_encoder
 from worldmodel.client.scenes import Scene, Scenes
+from worldmodel.models import text_encoder
+from worldmodel.models.prompts import PromptBook
+from worldmodel.models.text_encoder import PromptEncoder, clean, embed_text, locate
 from worldmodel.recording import Recorder, replay, verify
 from worldmodel.session import Session
-from worldmodel.text import PromptBook
-from worldmodel.text_encoder import PromptEncoder, clean, embed_text, locate
-from worldmodel.world import World
+from worldmodel.worlds.world import World
 
 transformers = pytest.importorskip("transformers")
 ftfy = pytest.importorskip("ftfy")

@@ -23,12 +23,11 @@ from distill.__main__ import main
 from distill.config import StageConfig, load_recipe
 from distill.data.clips import write_clip, write_latents
 from distill.ema import MovingAverage
-from distill.lock import LOCK, alone
 from distill.prompts import make_prompt_book
 from distill.stages import STAGES, build_stage
 from distill.train import learning_rate_factor, train
-from worldmodel.checkpoint import load_transformer
-from worldmodel.transformer import CausalWanTransformer
+from worldmodel.files import LOCK, exclusive
+from worldmodel.worlds.checkpoint import load_transformer
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "blocks" / "tiny.yaml"
@@ -220,13 +219,13 @@ def test_a_run_older_than_an_option_goes_on_with_its_default(clips, tmp_path):
 def test_two_trainings_do_not_share_a_run(clips, tmp_path):
     recipe = load_recipe(TINY, overrides(clips, tmp_path))
     with (
-        alone(tmp_path / "bidirectional"),
+        exclusive(tmp_path / "bidirectional"),
         pytest.raises(ValueError, match="another process is writing into .*bidirectional"),
     ):
         train(recipe, "bidirectional", resume=True)
     assert [path.name for path in (tmp_path / "bidirectional").iterdir()] == [LOCK]
     train(recipe, "bidirectional")
-    with alone(
+    with exclusive(
         tmp_path / "bidirectional"
     ):  # the newest checkpoint of a run in progress may be exported
         train(recipe, "bidirectional", export_only=True)
@@ -513,31 +512,6 @@ def test_scores_compare_at_noise_levels_of_their_own(clips, straight):
     torch.testing.assert_close(drawn[0], drawn[5])
     torch.testing.assert_close(drawn[1].mean(), torch.tensor(0.5), atol=0.05, rtol=0)  # uniform
     assert (drawn[5] >= drawn[1]).all()
-
-
-def test_what_a_stage_taught_goes_over_to_later_weights(straight, tmp_path, capsys):
-    stages = {"to": "bidirectional", "tuned": "dmd", "origin": "consistency"}
-    folders = {name: str(straight / stage / "export") for name, stage in stages.items()}
-    words = [word for name, folder in folders.items() for word in (f"--{name}", folder)]
-    assert main(["transfer", *words, "--scale", "0.5", "--output", str(tmp_path / "new")]) == 0
-    to, tuned, origin, new = (
-        load_file(Path(f) / "diffusion_pytorch_model.safetensors")
-        for f in (*folders.values(), tmp_path / "new")
-    )
-    assert any(not torch.equal(tuned[name], origin[name]) for name in to)
-    for name in to:
-        torch.testing.assert_close(new[name], to[name] + 0.5 * (tuned[name] - origin[name]))
-    assert main(["transfer", *words, "--output", str(tmp_path / "new")]) == 2
-    assert "exists already: name a new folder" in capsys.readouterr().err
-    small = CausalWanTransformer.from_pretrained(folders["to"])
-    small = CausalWanTransformer(**{**small.config, "num_layers": 1})
-    small.save_pretrained(tmp_path / "small")
-    words[words.index("--origin") + 1] = str(tmp_path / "small")
-    assert main(["transfer", *words, "--output", str(tmp_path / "other")]) == 2
-    assert (
-        "transfer between versions of one network" in capsys.readouterr().err
-        and not (tmp_path / "other").exists()
-    )
 
 
 def test_a_compiled_step_is_the_plain_step(clips, straight):

@@ -8,8 +8,10 @@ import pytest
 import torch
 import yaml
 
-from worldmodel.text import PromptBook
-from worldmodel.world import World, WorldConfig, fast_dtype, read_image, save_world
+from worldmodel.device import fast_dtype
+from worldmodel.images import read_image
+from worldmodel.models.prompts import PromptBook
+from worldmodel.worlds.world import World, WorldConfig, save_world
 
 
 @pytest.fixture

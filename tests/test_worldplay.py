@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from distill.__main__ import main
 from distill.data.clips import LatentClips, list_clips, read_clip
-from distill.data.worldplay import (
+from distill.data.importers.worldplay import (
     ImportConfig,
     folder_suffixes,
     import_clips,

@@ -6,13 +6,15 @@ to camera. Angles are degrees at the public face; positive yaw looks right, posi
 """
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from scipy.spatial.transform import Rotation
+
+from worldmodel.errors import UserError
+from worldmodel.files import write_file
 
 # What one held key does: movement in camera axes (x, y, z) and turn (yaw, pitch), in units of a
 # MotionStep. `u`/`dn` rise and sink, `up`/`down` look: minWM's and WorldPlay's keys do not clash.
@@ -125,7 +127,7 @@ def parse_trajectory(text: str, step: MotionStep = MotionStep(), style: str = "f
     in one motion.
     """
     if style not in STYLES:
-        raise ValueError(f"style must be one of {', '.join(STYLES)}, got {style!r}.")
+        raise UserError(f"style must be one of {', '.join(STYLES)}, got {style!r}.")
     pose = np.eye(4)
     poses = [np.eye(4)]
     filled = 0.0
@@ -152,26 +154,21 @@ def _commands(text: str):
     for part in text.lower().split(","):
         match = _COMMAND.match(part.strip())
         if match is None:
-            raise ValueError(
-                "Trajectory part "
-                f"{part.strip()!r} "
-                "is not "
-                "KEY*COUNT or "
-                "KEY-COUNT; write "
-                "for example 'w*10, "
-                "w+l*8'."
+            raise UserError(
+                f"Trajectory part {part.strip()!r} is not KEY*COUNT or KEY-COUNT; write for "
+                "example 'w*10, w+l*8'."
             )
         keys = [key.strip() for key in match[1].split("+")]
         for key in keys:
             if key not in MOTIONS:
-                raise ValueError(
+                raise UserError(
                     f"Trajectory key {key!r} is unknown; the keys are {', '.join(MOTIONS)}."
                 )
         motion = np.array([[*MOTIONS[key][0], *MOTIONS[key][1]] for key in keys], np.float64).sum(0)
         commands.append((motion[:3], motion[3:], float(match[2])))
     total = sum(count for _, _, count in commands)
     if total > MOST_LATENTS:
-        raise ValueError(
+        raise UserError(
             f"Trajectory of {total:.0f} latents is longer than {MOST_LATENTS}; write a shorter one."
         )
     return commands
@@ -213,26 +210,22 @@ def check_poses(c2w, count: int | None = None, source: str = "") -> np.ndarray:
     try:
         poses = np.asarray(c2w, np.float64)
     except (TypeError, ValueError):
-        raise ValueError(f"{where}expected poses as numbers [F,4,4], got something else.") from None
+        raise UserError(f"{where}expected poses as numbers [F,4,4], got something else.") from None
     if poses.ndim == 2:
         poses = poses[None]
     if poses.ndim != 3 or poses.shape[1:] != (4, 4):
-        raise ValueError(
+        raise UserError(
             f"{where}expected poses [F,4,4], got an array of shape {list(poses.shape)}."
         )
     if len(poses) < (count or 1):
-        raise ValueError(
-            f"{where}{count or 1} "
-            "poses are needed "
-            "(one a latent "
-            "frame), only "
-            f"{len(poses)} "
-            "are there."
+        raise UserError(
+            f"{where}{count or 1} poses are needed (one a latent frame), only {len(poses)} are "
+            "there."
         )
     for index, pose in enumerate(poses):
         fault = _pose_fault(pose)
         if fault:
-            raise ValueError(
+            raise UserError(
                 f"{where}pose {index} {fault}; expected a camera-to-world matrix [R t; 0 0 0 1]."
             )
     return poses
@@ -286,15 +279,15 @@ def read_pose_json(path) -> tuple[np.ndarray, np.ndarray]:
         c2w = [entry["extrinsic"] for entry in ordered]
         matrices = np.array([entry["K"] for entry in ordered], np.float64).reshape(-1, 3, 3)
     except OSError as error:
-        raise ValueError(f"Pose file {path} cannot be read: {error.strerror}.") from None
+        raise UserError(f"Pose file {path} cannot be read: {error.strerror}.") from None
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError(
+        raise UserError(
             f"Pose file {path} is not in WorldPlay's form "
             '{"0": {"extrinsic": 4x4, "K": 3x3 pixels}, ...}.'
         ) from None
     c2w = check_poses(c2w, source=f"Pose file {path}")
     if not np.isfinite(matrices).all() or (matrices[:, [0, 1, 0, 1], [0, 1, 2, 2]] <= 0).any():
-        raise ValueError(
+        raise UserError(
             f"Pose file {path}: K must hold positive focal lengths and a positive principal point."
         )
     width = 2 * matrices[:, 0, 2]
@@ -315,17 +308,11 @@ def write_pose_json(path, c2w, intrinsics, width: int, height: int) -> None:
     c2w = check_poses(c2w)
     intrinsics = np.broadcast_to(np.asarray(intrinsics, np.float64), (len(c2w), 4))
     if np.abs(intrinsics[:, 2:] - 0.5).max() > 1e-6:
-        raise ValueError(
+        raise UserError(
             "A pose file needs the principal point in the picture's centre (cx/W = cy/H = 0.5)."
         )
     entries = {}
     for index, (pose, (fx, fy, cx, cy)) in enumerate(zip(c2w, intrinsics, strict=True)):
         matrix = [[fx * width, 0.0, cx * width], [0.0, fy * height, cy * height], [0.0, 0.0, 1.0]]
         entries[str(index)] = {"extrinsic": pose.tolist(), "K": matrix}
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(entries), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(path, json.dumps(entries))

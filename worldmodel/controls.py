@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from worldmodel.camera import STYLES, advance, check_poses
+from worldmodel.errors import UserError
 
 # motion a key is bound to -> (axis of the envelope, sign)
 MOTIONS = {
@@ -55,23 +56,17 @@ class Envelope:
             if field.name != "style" and not (
                 isinstance(value, (int, float)) and 0 <= value < math.inf
             ):
-                raise ValueError(
+                raise UserError(
                     f"Envelope: {field.name} must be a number of at least 0, got {value!r}."
                 )
         if self.style not in STYLES:
-            raise ValueError(
+            raise UserError(
                 f"Envelope: style must be one of {', '.join(STYLES)}, got {self.style!r}."
             )
         if self.run < 1 or not 0 < self.smoothing <= 1 or not 0 < self.pitch_limit <= 90:
-            raise ValueError(
-                "Envelope: run "
-                "must be at "
-                "least 1, smoothing "
-                "above 0 and at "
-                "most 1, "
-                "pitch_limit above 0 "
-                "and at most "
-                f"90; got {self.run}, {self.smoothing}, {self.pitch_limit}."
+            raise UserError(
+                "Envelope: run must be at least 1, smoothing above 0 and at most 1, pitch_limit "
+                f"above 0 and at most 90; got {self.run}, {self.smoothing}, {self.pitch_limit}."
             )
 
     @property
@@ -107,7 +102,7 @@ class Controls:
         self, envelope: Envelope, fps: float, frames_per_latent: int = 4, sensitivity: float = 0.1
     ):
         if not (fps > 0 and frames_per_latent >= 1):
-            raise ValueError(
+            raise UserError(
                 f"fps and frames_per_latent must be positive, got {fps} and {frames_per_latent}."
             )
         self.envelope = envelope
@@ -154,7 +149,7 @@ class Controls:
     def look(self, dx: float, dy: float, t: float) -> None:
         """The mouse moved by `dx` counts right and `dy` counts down at `t` seconds."""
         if not (math.isfinite(dx) and math.isfinite(dy)):
-            raise ValueError(f"Mouse motion must be finite, got {dx}, {dy}.")
+            raise UserError(f"Mouse motion must be finite, got {dx}, {dy}.")
         self._add(t, "look", (dx, dy))
 
     def reset(self, c2w=None) -> None:
@@ -197,7 +192,7 @@ class Controls:
 
     def _add(self, t: float, kind: str, value) -> None:
         if not math.isfinite(t):
-            raise ValueError(f"The time of an edge must be finite seconds, got {t}.")
+            raise UserError(f"The time of an edge must be finite seconds, got {t}.")
         with self._lock:
             self._edges.append((t, kind, value))
 
@@ -272,5 +267,5 @@ class Controls:
 
 def _known(motion: str) -> str:
     if motion not in MOTIONS:
-        raise ValueError(f"Unknown motion {motion!r}; the motions are {', '.join(MOTIONS)}.")
+        raise UserError(f"Unknown motion {motion!r}; the motions are {', '.join(MOTIONS)}.")
     return motion

@@ -14,9 +14,14 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 import torch
 from torch import Tensor
 
-from worldmodel.command_line import first_line
-from worldmodel.kv_cache import CacheView, Places
-from worldmodel.transformer import CausalWanTransformer, FramePositions, TextContext, TimeContext
+from worldmodel.errors import first_line
+from worldmodel.models.kv_cache import CacheView, Places
+from worldmodel.models.transformer import (
+    CausalWanTransformer,
+    FramePositions,
+    TextContext,
+    TimeContext,
+)
 
 Result = tuple[
     Tensor | None, dict[int, tuple[Tensor, Tensor]]
@@ -202,12 +207,8 @@ class RecordedPasses:
             self._recordings[kind] = self._recorded(inputs, projection, view, velocity=kind[0])
         except Exception as error:
             self._graphs.fault = (
-                "Passes cannot be "
-                "recorded as "
-                "CUDA graphs here "
-                f"({first_line(error)}); "
-                "they "
-                "run as they are."
+                f"Passes cannot be recorded as CUDA graphs here ({first_line(error)}); they run "
+                "as they are."
             )
             self._forget()
         return self._recordings.get(kind)

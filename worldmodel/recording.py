@@ -22,23 +22,24 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Self
 
 import av
-import cv2
 import numpy as np
 import yaml
 from safetensors import SafetensorError
 from tqdm import tqdm
 
 from worldmodel.camera import check_poses, write_pose_json
-from worldmodel.command_line import first_line
+from worldmodel.errors import UserError, first_line
+from worldmodel.files import lock, replacing_file, write_file
+from worldmodel.images import read_image, write_png
 from worldmodel.session import FrameChunk, Session, engine
-from worldmodel.world import World, read_image
+from worldmodel.worlds.world import World
 
 VIDEO = "video.mp4"
 LOG = "session.jsonl"
@@ -106,7 +107,7 @@ class Recorder:
         self._begun = time.perf_counter()
         self._queue: queue.Queue = queue.Queue(QUEUE)
         if self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir())):
-            raise ValueError(f"{self.folder} exists already; record into a new folder.")
+            raise UserError(f"{self.folder} exists already; record into a new folder.")
         middle = session.frames > (0 if session.start() is None else 1)
         self._next = session.frames if middle else 0  # index of the chunk that must come
         try:
@@ -119,9 +120,7 @@ class Recorder:
             RuntimeError,
         ) as error:  # RuntimeError: no memory for the state's copy
             shutil.rmtree(self.folder, ignore_errors=True)
-            raise ValueError(
-                f"Recording cannot begin in {self.folder}: {_reason(error)}."
-            ) from None
+            raise UserError(f"Recording cannot begin in {self.folder}: {_reason(error)}.") from None
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
         self._thread.start()
 
@@ -137,13 +136,9 @@ class Recorder:
             self.write(self._session.start(), np.eye(4))
         if self._next != chunk.index:
             self.error = (
-                "Recording ended: the "
-                "session went from "
-                f"latent {self._next} to "
-                f"{chunk.index}, "
-                "and a "
-                "recording is one "
-                f"unbroken take; what was recorded before is kept in {self.folder}."
+                f"Recording ended: the session went from latent {self._next} to {chunk.index}, "
+                "and a recording is one unbroken take; what was recorded before is kept in "
+                f"{self.folder}."
             )
             self.close()
             return False
@@ -185,11 +180,7 @@ class Recorder:
             self._files.end()
         except Exception as error:
             self.error = (
-                "Recording ended: "
-                f"{_reason(error)}; "
-                "what was "
-                "recorded before "
-                "is kept in "
+                f"Recording ended: {_reason(error)}; what was recorded before is kept in "
                 f"{self.folder}."
             )
         finally:
@@ -223,7 +214,7 @@ class _Files:
             yaml.safe_dump(meta, sort_keys=False, allow_unicode=True), encoding="utf-8"
         )
         if session.image is not None:
-            _write_picture(folder / IMAGE, session.image)
+            write_png(folder / IMAGE, session.image)
         if middle:
             session.save(folder / STATE)
         self._log = (folder / LOG).open("w", encoding="utf-8")
@@ -337,7 +328,7 @@ def read_log(folder) -> Log:
     try:
         rows = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{folder} is no recording: {LOG} cannot be read ({error.strerror})."
         ) from None
     values = []
@@ -351,7 +342,7 @@ def read_log(folder) -> Log:
             break
         values.append(value)
     if not values or values[0].get("format") != FORMAT:
-        raise ValueError(
+        raise UserError(
             f"{path} is no session log of format {FORMAT}; it cannot be replayed by this program."
         )
     lines = tuple(value for value in values[1:] if "index" in value)
@@ -360,13 +351,9 @@ def read_log(folder) -> Log:
             (name for name, kind in kinds.items() if not isinstance(row.get(name), kind)), None
         )
         if wrong:
-            raise ValueError(
-                f"{path} is damaged: "
-                f"expected {wrong!r} "
-                "of another kind than "
-                f"{row.get(wrong)!r}; "
-                "take "
-                "an unchanged copy."
+            raise UserError(
+                f"{path} is damaged: expected {wrong!r} of another kind than {row.get(wrong)!r}; "
+                "take an unchanged copy."
             )
     if lines:
         check_poses([line["c2w"] for line in lines], source=str(path))
@@ -387,17 +374,13 @@ def recover(folder) -> int:
         return len(log.lines)
     with (folder / LOG).open("a", encoding="utf-8") as file:
         if not lock(file):
-            raise ValueError(f"{folder} is still being recorded; close it first.")
+            raise UserError(f"{folder} is still being recorded; close it first.")
         frames = _count_frames(folder / VIDEO)
         latents = min(len(log.lines), (frames + 3) // 4)
         if latents == 0:
-            raise ValueError(
-                f"{folder} was cut "
-                "off before "
-                "its first latent "
-                "was on disk; "
-                "nothing can "
-                "be recovered."
+            raise UserError(
+                f"{folder} was cut off before its first latent was on disk; nothing can be "
+                "recovered."
             )
         _cut_video(
             folder / VIDEO, 4 * latents - 3
@@ -411,10 +394,7 @@ def recover(folder) -> int:
             header["height"],
         )
         kept = [header, *log.lines[:latents], {"end": True, "latents": latents, "recovered": True}]
-        _write_whole(
-            folder / LOG,
-            lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in kept)),
-        )
+        write_file(folder / LOG, "".join(json.dumps(row) + "\n" for row in kept))
     return latents
 
 
@@ -427,15 +407,10 @@ def replay(folder, world: World) -> Iterator[FrameChunk]:
     log = read_log(folder)
     header = log.header
     if header["fingerprint"] != world.fingerprint:
-        raise ValueError(
-            f"{folder} was "
-            "recorded "
-            "in the world "
-            f"{header['world']!r} "
-            f"({header['fingerprint']}), "
-            "not in "
-            f"{world.config.name!r} "
-            f"({world.fingerprint}); open the same version of the same world."
+        raise UserError(
+            f"{folder} was recorded in the world {header['world']!r} ({header['fingerprint']}), "
+            f"not in {world.config.name!r} ({world.fingerprint}); open the same version of the "
+            "same world."
         )
     for (
         prompt
@@ -548,10 +523,10 @@ def _pictures(path: Path) -> Iterator[np.ndarray]:
             for frame in container.decode(video=0):
                 yield frame.to_ndarray(format="rgb24")
     except (av.FFmpegError, IndexError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read ({error}); take an unchanged copy of the recording."
         ) from None
-    raise ValueError(f"{path} ends before {LOG} does; take an unchanged copy of the recording.")
+    raise UserError(f"{path} ends before {LOG} does; take an unchanged copy of the recording.")
 
 
 def _count_frames(path: Path) -> int:
@@ -584,35 +559,5 @@ def _cut_video(path: Path, frames: int) -> None:
                 packet.stream = stream
                 target.mux(packet)
 
-    _write_whole(path, write)
-
-
-def _write_picture(path: Path, picture: np.ndarray) -> None:
-    done, data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    if not done:
-        raise OSError(f"{path} could not be encoded")
-    path.write_bytes(data.tobytes())
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing_file(path) as temporary:
         write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def lock(file) -> bool:
-    """Marks an open file as being written; False when another one has. Where there is no flock
-    (Windows) an open file cannot be replaced anyway.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -17,10 +17,11 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
+from worldmodel.errors import UserError
 from worldmodel.graphs import Graphs, RecordedPasses
-from worldmodel.kv_cache import CacheView, KVCache
+from worldmodel.models.kv_cache import CacheView, KVCache
+from worldmodel.models.transformer import CausalWanTransformer, TextContext, TimeContext
 from worldmodel.schedule import CLOCK, add_noise, to_x0, warp_steps
-from worldmodel.transformer import CausalWanTransformer, TextContext, TimeContext
 
 
 @dataclass(frozen=True)
@@ -61,37 +62,26 @@ class RolloutConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be "
-                    f"{' or '.join(allowed)}, "
-                    f"got {getattr(self, name)!r}: "
-                    "choose one of them"
+                raise UserError(
+                    f"{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}: choose "
+                    "one of them"
                 )
         if not 0 <= self.guidance < math.inf:
-            raise ValueError(
+            raise UserError(
                 f"guidance must be at least 0, got {self.guidance}: 1 is none, 3 is usual"
             )
         if not 1 <= self.chunk <= self.window - self.sinks:
             room = self.window - self.sinks
-            raise ValueError(
-                "chunk must be 1 "
-                "to window "
-                f"- sinks = {room} "
-                "latents, got "
-                f"{self.chunk}: "
-                "change one of them"
+            raise UserError(
+                f"chunk must be 1 to window - sinks = {room} latents, got {self.chunk}: change "
+                "one of them"
             )
         for steps in (self.steps, self.first_steps):
             warp_steps(steps, self.shift)
             if self.sampler == "unipc" and steps[0] >= CLOCK:
-                raise ValueError(
-                    "unipc cannot "
-                    "start at "
-                    "pure noise, got "
-                    "steps from "
-                    f"{steps[0]}: "
-                    "begin "
-                    "at 999, as published"
+                raise UserError(
+                    f"unipc cannot start at pure noise, got steps from {steps[0]}: begin at 999, "
+                    "as published"
                 )
 
 
@@ -112,7 +102,7 @@ class Rollout:
 
     `height` and `width` count latent cells. Latents are `[B, C, F, H, W]` float32 outside the
     model; cameras come as w2c `viewmats` `[B, F, 4, 4]` (float64 keeps far-away places exact) and
-    normalised `intrinsics`, `[B, 4]` or one a frame, `[B, F, 4]`, both on the `rope.exact_device`
+    normalised `intrinsics`, `[B, 4]` or one a frame, `[B, F, 4]`, both on the `rope.float64_device`
     of `device`. With guidance the dream without prompt goes along as further rows of the batch,
     with a past of its own; its embedding is `unconditional` `[L, D]` or `[B, L, D]`. With `graphs`
     its passes are recorded (see there).
@@ -181,7 +171,7 @@ class Rollout:
             if self.guided:
                 if self._unconditional is None:
                     missing = f"guidance {self.config.guidance} needs the embedding of no prompt"
-                    raise ValueError(f"{missing}: pass unconditional, or set guidance to 1")
+                    raise UserError(f"{missing}: pass unconditional, or set guidance to 1")
                 text = torch.cat(
                     [
                         text.expand(self.batch, -1, -1),
@@ -419,7 +409,7 @@ class Rollout:
         """
         past = self.pending
         if viewmats.shape[1] != past.viewmats.shape[1]:
-            raise ValueError(
+            raise UserError(
                 "a merged clean pass needs chunks of one length: set merge_clean to false"
             )
         count = viewmats.shape[1]
@@ -452,7 +442,7 @@ def with_steps(config: RolloutConfig, steps: int) -> RolloutConfig:
     chunk.
     """
     if not 1 <= steps <= 50:
-        raise ValueError(
+        raise UserError(
             f"steps must be 1 to 50, got {steps}: 1, 2 and 4 are what few-step models are made for"
         )
     most = 999 if config.sampler == "unipc" else 1000

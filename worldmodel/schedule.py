@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from worldmodel.errors import UserError
+
 CLOCK = 1000.0  # the network's clock runs from 0 to 1000; only this room and the network know
 
 
@@ -34,19 +36,15 @@ def warp_steps(steps: list[float] | tuple[float, ...], shift: float) -> Tensor:
     float32.
     """
     if not 0 < shift < math.inf:
-        raise ValueError(f"shift must be above 0, got {shift}: 5 is usual")
+        raise UserError(f"shift must be above 0, got {shift}: 5 is usual")
     if (
         not steps
         or any(not 0 < step <= CLOCK for step in steps)
         or list(steps) != sorted(set(steps), reverse=True)
     ):
-        raise ValueError(
-            "steps must fall "
-            "from at most "
-            "1000 to above 0, "
-            f"got {list(steps)}: "
-            "write them "
-            "like [1000, 500]"
+        raise UserError(
+            f"steps must fall from at most 1000 to above 0, got {list(steps)}: write them like "
+            "[1000, 500]"
         )
     grid = torch.cat(
         [sigma_grid(1000, shift) * CLOCK, torch.zeros(1)]
@@ -110,12 +108,7 @@ def over_latents(sigma: Tensor, latents: Tensor) -> Tensor:
         return sigma[:, None, None, None, None]
     if sigma.ndim == 2 and latents.ndim == 5:
         return sigma[:, None, :, None, None]
-    raise ValueError(
-        "sigma must be "
-        "a scalar, "
-        "[B] or [B, F] for "
-        "latents [B, C, F, "
-        "H, W], got "
-        f"{tuple(sigma.shape)}: "
-        "reshape it"
+    raise UserError(
+        "sigma must be a scalar, [B] or [B, F] for latents [B, C, F, H, W], got "
+        f"{tuple(sigma.shape)}: reshape it"
     )

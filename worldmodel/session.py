@@ -3,8 +3,6 @@ exactly.
 """
 
 import copy
-import os
-import shutil
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -14,7 +12,6 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import yaml
@@ -22,15 +19,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from worldmodel.autoencoder import StreamState, to_frames, to_pixels
 from worldmodel.camera import check_poses, invert
-from worldmodel.command_line import cores
-from worldmodel.engine import HISTORY, is_out_of_memory
-from worldmodel.kv_cache import FrameMemory
-from worldmodel.options import as_dict
+from worldmodel.config import as_dict
+from worldmodel.device import cores, float64_device, is_out_of_memory, to_device_async
+from worldmodel.engine.engine import HISTORY
+from worldmodel.errors import UserError
+from worldmodel.files import replacing_folder
+from worldmodel.images import fit_picture, read_image, to_frames, to_pixels
+from worldmodel.models.kv_cache import FrameMemory
+from worldmodel.models.streaming import StreamState
 from worldmodel.rollout import Pending, Rollout, RolloutConfig, with_steps
-from worldmodel.rope import exact_device
-from worldmodel.world import World, read_image, replace_folder
+from worldmodel.worlds.world import World
 
 _FORMAT = 1
 _FILES = ("session.yaml", "session.safetensors")
@@ -82,8 +81,9 @@ class Session:
         self._aside = (
             torch.cuda.Stream(world.device, priority=-1) if world.device.type == "cuda" else None
         )
-        self._intrinsics = uploaded(
-            torch.tensor([world.config.intrinsics], dtype=torch.float64), exact_device(world.device)
+        self._intrinsics = to_device_async(
+            torch.tensor([world.config.intrinsics], dtype=torch.float64),
+            float64_device(world.device),
         )
         self.restart(seed, prompt, image)
 
@@ -93,7 +93,7 @@ class Session:
         as it was.
         """
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be a whole number from 0 to 2^63 - 1, got {seed!r}.")
+            raise UserError(f"seed must be a whole number from 0 to 2^63 - 1, got {seed!r}.")
         prompt = self.world.config.prompts.default if prompt is None else prompt
         embedding = self.world.prompt_encoder.embed(prompt)
         picture = None if image is None else _picture(self.world, image)
@@ -154,12 +154,8 @@ class Session:
         """
         poses = check_poses(c2w, self.chunk, "Session.step")
         if len(poses) != self.chunk:
-            raise ValueError(
-                "Session.step: "
-                f"{self.chunk} "
-                "poses are needed "
-                "(the world's "
-                "chunk), got "
+            raise UserError(
+                f"Session.step: {self.chunk} poses are needed (the world's chunk), got "
                 f"{len(poses)}."
             )
         self._notice = self.world.engine.news() or self._notice
@@ -193,15 +189,9 @@ class Session:
         target = self.frames - latents
         if latents < 0 or target not in self._states:
             reachable = sorted(self.frames - index for index in self._states)
-            raise ValueError(
-                "Cannot take back "
-                f"{latents} "
-                "latents: whole "
-                "chunks of "
-                f"{self.chunk}, at "
-                f"most {reachable[-1]} "
-                "latents now "
-                f"(the last {self.config.history} are kept)."
+            raise UserError(
+                f"Cannot take back {latents} latents: whole chunks of {self.chunk}, at most "
+                f"{reachable[-1]} latents now (the last {self.config.history} are kept)."
             )
         self.rollout.rewind(target)
         self._decoder.restore(self._states[target])
@@ -230,7 +220,7 @@ class Session:
         """
         path = Path(path)
         if path.exists() and not (path / _FILES[0]).is_file():
-            raise ValueError(f"{path} exists and is no saved session; choose another name.")
+            raise UserError(f"{path} exists and is no saved session; choose another name.")
         tensors, decoder = self._state_tensors()
         values = {
             "format": _FORMAT,
@@ -244,17 +234,10 @@ class Session:
             "frames": self.frames,
             "decoder": decoder,
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            save_file(tensors, temporary / _FILES[1])
-            (temporary / _FILES[0]).write_text(
-                yaml.safe_dump(values, sort_keys=False), encoding="utf-8"
-            )
-            replace_folder(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with replacing_folder(path) as folder:
+            save_file(tensors, folder / _FILES[1])
+            text = yaml.safe_dump(values, sort_keys=False)
+            (folder / _FILES[0]).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path, world: World) -> "Session":
@@ -265,23 +248,19 @@ class Session:
         try:
             values = yaml.safe_load((path / _FILES[0]).read_text(encoding="utf-8"))
             if values["format"] != _FORMAT:
-                raise ValueError(f"format {values['format']!r} instead of {_FORMAT}")
+                raise UserError(f"format {values['format']!r} instead of {_FORMAT}")
             with safe_open(
-                path / _FILES[1], framework="pt", device=str(exact_device(world.device))
+                path / _FILES[1], framework="pt", device=str(float64_device(world.device))
             ) as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except (OSError, SafetensorError, yaml.YAMLError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no complete saved session ({error}).") from None
+            raise UserError(f"{path} is no complete saved session ({error}).") from None
         for key, ours in (("fingerprint", world.fingerprint), ("dtype", str(world.dtype))):
             if values[key] != ours:
-                raise ValueError(
-                    f"{path} was saved "
-                    "in the world "
-                    f"{values['world']!r} "
-                    f"with {key} "
-                    f"{values[key]}, the "
-                    "opened world "
-                    f"{world.config.name!r} has {ours}; open the same world in the same way."
+                raise UserError(
+                    f"{path} was saved in the world {values['world']!r} with {key} {values[key]}, "
+                    f"the opened world {world.config.name!r} has {ours}; open the same world in "
+                    "the same way."
                 )
         tensors = {
             name: tensor if tensor.dtype == torch.float64 else tensor.to(world.device)
@@ -415,7 +394,7 @@ class Session:
     def _encoded(self, picture: np.ndarray) -> Tensor:
         """A picture, uint8 [H,W,3], as latent 0."""
         video = (
-            uploaded(torch.from_numpy(picture), self.world.device)
+            to_device_async(torch.from_numpy(picture), self.world.device)
             .permute(2, 0, 1)[None, :, None]
             .float()
             / 127.5
@@ -490,7 +469,9 @@ class Session:
 
     def _viewmats(self, c2w: np.ndarray) -> Tensor:
         """c2w [F,4,4] -> w2c [1,F,4,4] float64 on the device, or where that keeps its float64."""
-        return uploaded(torch.from_numpy(invert(c2w))[None], exact_device(self.world.device))
+        return to_device_async(
+            torch.from_numpy(invert(c2w))[None], float64_device(self.world.device)
+        )
 
     def _noise(self, index: int) -> tuple[Tensor, list[Tensor]]:
         """Start noise and re-noise of the chunk at latent `index`: every latent has its own
@@ -505,7 +486,7 @@ class Session:
                 >> 1
             )
             draws.append(torch.randn(shape, generator=torch.Generator().manual_seed(mixed)))
-        first, *later = uploaded(
+        first, *later = to_device_async(
             torch.stack(draws, dim=2).unsqueeze(1), self.world.device
         )  # [steps, 1, C, F, h, w]
         return first, later
@@ -531,17 +512,6 @@ def _as_here(work: Callable[[], object], threads: int) -> Callable[[], None]:
     return there
 
 
-def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the computer's memory on `device`; on CUDA through pinned memory, so that nobody
-    waits until it is there.
-    """
-    return (
-        tensor.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else tensor.to(device)
-    )
-
-
 def _to_pinned_memory(video: Tensor) -> tuple[Tensor, torch.cuda.Event]:
     """Pixels on their way to the computer's memory, and the event of their arrival."""
     pixels = to_pixels(video)
@@ -549,51 +519,6 @@ def _to_pinned_memory(video: Tensor) -> tuple[Tensor, torch.cuda.Event]:
         pixels, non_blocking=True
     )
     return copy, torch.cuda.current_stream().record_event()
-
-
-def fit_picture(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [h,w,3] of any size -> uint8 [height,width,3]: cropped around the centre to the same
-    shape, then scaled.
-
-    ValueError for anything else, and for a picture so thin or small that less than 2 pixels in a
-    direction are left of it.
-    """
-    if (
-        not isinstance(picture, np.ndarray)
-        or picture.dtype != np.uint8
-        or picture.ndim != 3
-        or picture.shape[2] != 3
-    ):
-        found = (
-            f"{picture.dtype} {list(picture.shape)}"
-            if isinstance(picture, np.ndarray)
-            else type(picture).__name__
-        )
-        raise ValueError(f"A start picture must be uint8 [H,W,3], got {found}.")
-    rows, columns = picture.shape[:2]
-    high = min(rows, round(columns * height / width))
-    wide = min(columns, round(rows * width / height))
-    if min(high, wide) < 2:
-        raise ValueError(
-            "A start picture of "
-            f"{columns}x{rows} "
-            "pixels "
-            "is too thin or "
-            "too small: "
-            f"{wide}x{high} of "
-            "it have the "
-            "shape of this "
-            "world's "
-            f"pictures ({width}x{height}); give one of about that shape."
-        )
-    top = (rows - high) // 2
-    left = (columns - wide) // 2
-    method = cv2.INTER_AREA if height < high else cv2.INTER_CUBIC
-    return cv2.resize(
-        np.ascontiguousarray(picture[top : top + high, left : left + wide]),
-        (width, height),
-        interpolation=method,
-    )
 
 
 def _picture(world: World, image) -> np.ndarray:

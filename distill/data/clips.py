@@ -10,7 +10,6 @@ frame 4k, so F latents are 4F-3 pixel frames.
 
 import json
 import math
-import os
 import shutil
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -30,7 +29,8 @@ from worldmodel.camera import (
     relative_to_first,
     write_pose_json,
 )
-from worldmodel.command_line import first_line
+from worldmodel.errors import UserError, first_line
+from worldmodel.files import replacing_file, write_file
 
 VIDEO = "video.mp4"
 POSES = "poses.json"
@@ -91,19 +91,14 @@ def write_clip(
         or frames.shape[1] % 2
         or frames.shape[2] % 2
     ):
-        raise ValueError(
-            f"{name}: expected "
-            "uint8 "
-            "frames [T, H, W, "
-            "3] with even H "
-            "and W, got "
-            f"{frames.dtype} "
+        raise UserError(
+            f"{name}: expected uint8 frames [T, H, W, 3] with even H and W, got {frames.dtype} "
             f"{list(frames.shape)}"
         )
     c2w = check_poses(c2w, source=name)
     _check_count(len(frames), len(c2w), name)
     if (root / name).exists():
-        raise ValueError(f"{root / name} exists already; remove it or choose another name")
+        raise UserError(f"{root / name} exists already; remove it or choose another name")
     partial = (
         root / f".{name}.partial"
     )  # what a killed run left there goes; whoever shares a folder holds its lock
@@ -137,17 +132,12 @@ def read_clip(folder, trim: bool = False) -> Clip:
     folder = Path(folder)
     meta = read_meta(folder)
     if not (folder / POSES).is_file():
-        raise ValueError(f"{folder}: expected {POSES} in a clip folder, found none")
+        raise UserError(f"{folder}: expected {POSES} in a clip folder, found none")
     c2w, intrinsics = read_pose_json(folder / POSES)
     if np.abs(intrinsics - intrinsics[0]).max() > 1e-6:
-        raise ValueError(
-            f"{folder / POSES}: "
-            "expected "
-            "one K for the whole "
-            "clip, got several; "
-            "split the "
-            "clip where the "
-            "zoom changes"
+        raise UserError(
+            f"{folder / POSES}: expected one K for the whole clip, got several; split the clip "
+            "where the zoom changes"
         )
     frames = _read_video(folder / VIDEO)
     if trim:
@@ -165,18 +155,16 @@ def read_meta(folder) -> dict:
     """
     path = Path(folder) / META
     if not path.is_file():
-        raise ValueError(f"{folder}: expected a clip folder with {META}, found none")
+        raise UserError(f"{folder}: expected a clip folder with {META}, found none")
     try:
         meta = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: expected YAML, got a file that does not parse ({first_line(error)})"
         ) from error
     if not isinstance(meta, dict) or not {"caption", "fps"} <= meta.keys():
-        raise ValueError(
-            f"{path}: expected "
-            "entries "
-            "caption and fps, got "
+        raise UserError(
+            f"{path}: expected entries caption and fps, got "
             f"{sorted(meta) if isinstance(meta, dict) else meta!r}"
         )
     if (
@@ -185,7 +173,7 @@ def read_meta(folder) -> dict:
         or not 0 < meta["fps"] < math.inf
     ):
         found = f"{meta['caption']!r} and {meta['fps']!r}"
-        raise ValueError(
+        raise UserError(
             f"{path}: expected the caption as a text and fps as a number above 0, got {found}"
         )
     return {"source": "", "licence": "", **meta}
@@ -204,20 +192,13 @@ def list_clips(root) -> list[Path]:
         if not entry.parent.name.startswith(".")
     )
     if not names:
-        raise ValueError(
-            f"{root}: expected "
-            "a folder "
-            "of clips (each "
-            f"with {META}), found "
-            "none; make "
-            "some with `python -m "
-            "distill collect`"
+        raise UserError(
+            f"{root}: expected a folder of clips (each with {META}), found none; make some with "
+            "`python -m distill collect`"
         )
     if sorted(_indexed(root)) != names:
         lines = [json.dumps(_index_entry(root / name)) + "\n" for name in names]
-        partial = root / f".{INDEX}.{os.getpid()}.partial"
-        partial.write_text("".join(lines), encoding="utf-8")
-        partial.replace(root / INDEX)
+        write_file(root / INDEX, "".join(lines))
     return [root / name for name in names]
 
 
@@ -226,11 +207,9 @@ def write_latents(folder, latents: torch.Tensor, metadata: dict[str, str] | None
     or none.
     """
     path = Path(folder) / LATENTS
-    partial = path.with_name(f".{LATENTS}.{os.getpid()}.partial")
-    save_file(
-        {"latents": latents.detach().to("cpu", torch.float16).contiguous()}, partial, metadata
-    )
-    partial.replace(path)
+    stored = latents.detach().to("cpu", torch.float16).contiguous()
+    with replacing_file(path) as temporary:
+        save_file({"latents": stored}, temporary, metadata)
     return path
 
 
@@ -253,26 +232,17 @@ class LatentClips(torch.utils.data.Dataset):
         clips = [_LatentClip.open(folder) for folder in list_clips(root)]
         other = next((clip for clip in clips if clip.size != clips[0].size), None)
         if other:
-            raise ValueError(
-                f"{root}: expected "
-                "latents of one "
-                f"size, {clips[0].path} is "
-                f"{clips[0].size}, "
-                f"{other.path} "
-                f"{other.size}"
+            raise UserError(
+                f"{root}: expected latents of one size, {clips[0].path} is {clips[0].size}, "
+                f"{other.path} {other.size}"
             )
         self.channels = clips[0].size[0]
         self.clips = [clip for clip in clips if len(clip.c2w) >= frames]
         if not self.clips:
             longest = max(len(clip.c2w) for clip in clips)
-            raise ValueError(
-                f"{root}: expected "
-                "clips of "
-                f"at least {frames} "
-                "latents, the "
-                "longest has "
-                f"{longest}; ask for "
-                "fewer frames"
+            raise UserError(
+                f"{root}: expected clips of at least {frames} latents, the longest has {longest}; "
+                "ask for fewer frames"
             )
 
     def __len__(self) -> int:
@@ -316,36 +286,23 @@ class _LatentClip:
     def open(cls, folder: Path) -> "_LatentClip":
         path = folder / LATENTS
         if not path.is_file():
-            raise ValueError(
-                f"{folder}: expected "
-                f"{LATENTS} "
-                "beside the "
-                "video, found none; "
-                "run `python "
-                "-m distill "
-                "encode` first"
+            raise UserError(
+                f"{folder}: expected {LATENTS} beside the video, found none; run `python -m "
+                "distill encode` first"
             )
         try:
             with safe_open(path, framework="pt") as file:
                 channels, count, *cells = file.get_slice("latents").get_shape()
         except Exception as error:  # safetensors raises its own, undocumented type
-            raise ValueError(
-                f"{path}: expected a "
-                "safetensors "
-                "file with "
-                "a tensor `latents` "
-                "[C, F, h, "
-                f"w], got {error}"
+            raise UserError(
+                f"{path}: expected a safetensors file with a tensor `latents` [C, F, h, w], got "
+                f"{error}"
             ) from error
         c2w, intrinsics = read_pose_json(folder / POSES)
         if count > len(c2w):
-            raise ValueError(
-                f"{folder}: expected "
-                "a pose "
-                f"for each of {count} "
-                "latents, got "
-                f"{len(c2w)}; "
-                "encode the clip again"
+            raise UserError(
+                f"{folder}: expected a pose for each of {count} latents, got {len(c2w)}; encode "
+                "the clip again"
             )
         return cls(
             path, (channels, *cells), c2w[:count], intrinsics[0], read_meta(folder)["caption"]
@@ -354,14 +311,9 @@ class _LatentClip:
 
 def _check_count(frames: int, latents: int, name: str) -> None:
     if frames != frames_of(latents):
-        raise ValueError(
-            f"{name}: expected "
-            f"{frames_of(latents)} "
-            "video "
-            "frames for "
-            f"{latents} "
-            "poses (4F "
-            f"- 3), got {frames}"
+        raise UserError(
+            f"{name}: expected {frames_of(latents)} video frames for {latents} poses (4F - 3), "
+            f"got {frames}"
         )
 
 
@@ -391,16 +343,16 @@ def _write_video(path: Path, frames: np.ndarray, fps: float) -> None:
 def _read_video(path: Path) -> np.ndarray:
     """All frames, uint8 [T, H, W, 3]."""
     if not path.is_file():
-        raise ValueError(f"{path.parent}: expected {path.name} in a clip folder, found none")
+        raise UserError(f"{path.parent}: expected {path.name} in a clip folder, found none")
     try:
         with av.open(str(path)) as container:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     except (av.FFmpegError, IndexError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: expected a video, got a file that does not decode ({error})"
         ) from error
     if not frames:
-        raise ValueError(f"{path}: expected a video with at least one frame, got none")
+        raise UserError(f"{path}: expected a video with at least one frame, got none")
     return np.stack(frames)
 
 

@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from distill.data.blocks.renderer import render
+from distill.data.blocks.town import MOODS, Town
+from distill.data.blocks.walker import FRAMES_PER_LATENT, walk
 from distill.data.clips import frames_of, read_meta, write_clip
-from distill.data.renderer import render
-from distill.data.town import MOODS, Town
-from distill.data.walker import FRAMES_PER_LATENT, walk
-from distill.lock import alone
+from worldmodel.errors import UserError
+from worldmodel.files import exclusive
 
 FPS = 16
 SPLITS = ("train", "heldout")
@@ -53,19 +54,15 @@ class CollectConfig:
             ("samples", 1),
         ):
             if not least <= vars(self)[name] < 2**31:
-                raise ValueError(f"expected --{name} of at least {least}, got {vars(self)[name]}")
+                raise UserError(f"expected --{name} of at least {least}, got {vars(self)[name]}")
         for name in ("height", "width"):
             if vars(self)[name] < 8 or vars(self)[name] % 8:
-                raise ValueError(
-                    f"expected --{name} "
-                    "to be "
-                    "a multiple of "
-                    "8 (one latent "
-                    "cell), got "
+                raise UserError(
+                    f"expected --{name} to be a multiple of 8 (one latent cell), got "
                     f"{vars(self)[name]}"
                 )
         if self.split not in SPLITS:
-            raise ValueError(f"expected --split {' or '.join(SPLITS)}, got {self.split!r}")
+            raise UserError(f"expected --split {' or '.join(SPLITS)}, got {self.split!r}")
 
     @property
     def intrinsics(self) -> tuple[float, float, float, float]:
@@ -169,7 +166,7 @@ def make_missing(
     identity: what the meta.yaml of clip `index` must say. Raises ValueError when the folder already
     holds footage of other settings, or another process writes into it.
     """
-    with alone(config.output):
+    with exclusive(config.output):
         todo = [
             index
             for index in range(config.clips)
@@ -215,13 +212,8 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
             yield pool
         except BrokenProcessPool:
             raise ChildProcessError(
-                "a worker process "
-                "died "
-                "(out of memory?): "
-                "run again, finished "
-                "clips are "
-                "kept; --workers "
-                "1 needs less"
+                "a worker process died (out of memory?): run again, finished clips are kept; "
+                "--workers 1 needs less"
             ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -250,14 +242,6 @@ def collect_clip(config: CollectConfig, index: int) -> Path:
     )
 
 
-def town_of(config: CollectConfig, index: int) -> Town:
-    """The town of clip `index`: every clip has its own, train towns have even seeds, held-out towns
-    odd ones.
-    """
-    seed = 2 * (config.seed * 1_000_003 + index) + SPLITS.index(config.split)
-    return Town(config.moods[index % len(config.moods)], seed)
-
-
 def clip_name(config: CollectConfig, index: int) -> str:
     return f"{config.source}-{index:05d}"
 
@@ -280,7 +264,7 @@ def _finished(folder: Path, identity: dict) -> bool:
     meta = read_meta(folder)
     for key, value in identity.items():
         if meta.get(key) != value:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: expected a clip with {key} {value}, found {meta.get(key)}; "
                 "choose another --output, or the settings this folder was begun with"
             )
@@ -291,7 +275,15 @@ def _moods(text: str) -> tuple[str, ...]:
     names = tuple(MOODS) if text == "all" else tuple(name for name in text.split(",") if name)
     for name in names:
         if name not in MOODS:
-            raise ValueError(f"expected --moods all or some of {', '.join(MOODS)}, got {name!r}")
+            raise UserError(f"expected --moods all or some of {', '.join(MOODS)}, got {name!r}")
     if not names:
-        raise ValueError("expected at least one mood, got none; leave --moods out for all of them")
+        raise UserError("expected at least one mood, got none; leave --moods out for all of them")
     return names
+
+
+def town_of(config: CollectConfig, index: int) -> Town:
+    """The town of clip `index`: every clip has its own, train towns have even seeds, held-out towns
+    odd ones.
+    """
+    seed = 2 * (config.seed * 1_000_003 + index) + SPLITS.index(config.split)
+    return Town(config.moods[index % len(config.moods)], seed)

@@ -12,9 +12,12 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from distill.data.clips import LATENTS, list_clips, read_clip, write_latents
-from worldmodel.autoencoder import FRAMES_PER_LATENT, Autoencoder
+from worldmodel.device import open_device
+from worldmodel.errors import UserError
+from worldmodel.models.streaming import FRAMES_PER_LATENT
+from worldmodel.models.wan_autoencoder import Autoencoder
 from worldmodel.recording import recover
-from worldmodel.world import open_autoencoder, open_device
+from worldmodel.worlds.weights import open_autoencoder
 
 RECORDING = "session.jsonl"  # marks a recording made by play
 
@@ -50,12 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Encodes what is missing or was made by another encoder."""
     if not 0 <= args.worker < args.workers:
-        raise ValueError(
-            "expected --worker "
-            "between 0 and "
-            f"{args.workers - 1} "
-            "(--workers "
-            f"{args.workers}), got "
+        raise UserError(
+            f"expected --worker between 0 and {args.workers - 1} (--workers {args.workers}), got "
             f"{args.worker}"
         )
     autoencoder = open_autoencoder(args.autoencoder, open_device(args.device))
@@ -65,13 +64,8 @@ def run(args: argparse.Namespace) -> None:
     ):
         made = encode_clips(folders[args.worker :: args.workers], autoencoder)
     print(
-        f"{made} of "
-        f"{len(folders)} "
-        "clips encoded, the "
-        "others had latents "
-        "already or "
-        "belong to other "
-        "workers"
+        f"{made} of {len(folders)} clips encoded, the others had latents already or belong to "
+        "other workers"
     )
 
 
@@ -95,16 +89,9 @@ def encode_clips(folders: list[Path], autoencoder: Autoencoder) -> int:
             faults.append(str(error).rstrip("."))
             tqdm.write(faults[-1])
     if faults:
-        raise ValueError(
-            f"{faults[0]}; "
-            f"{len(faults)} "
-            f"of {len(folders)} "
-            "clips could not "
-            "be encoded, "
-            "the others are: "
-            "remove them, "
-            "or encode again "
-            "when they are whole"
+        raise UserError(
+            f"{faults[0]}; {len(faults)} of {len(folders)} clips could not be encoded, the others "
+            "are: remove them, or encode again when they are whole"
         )
     return made
 
@@ -120,7 +107,7 @@ def _encode_clip(folder: Path, autoencoder: Autoencoder, encoder: str) -> bool:
     try:
         latents = encode_frames(autoencoder, torch.from_numpy(frames))
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+        raise UserError(f"{folder}: {error}") from None
     write_latents(folder, latents, {"encoder": encoder})
     return True
 

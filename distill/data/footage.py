@@ -10,11 +10,12 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from distill.data.clips import LATENTS, POSES, VIDEO, list_clips, read_meta
-from distill.data.worldplay import read_frames
-from distill.evaluate.metrics import sharpness, to_unit
+from distill.data.importers.worldplay import read_frames
+from distill.metrics import sharpness, to_unit
 from worldmodel.camera import read_pose_json, relative_to_first, rotation
 from worldmodel.controls import AXES, Envelope
-from worldmodel.session import fit_picture
+from worldmodel.errors import UserError
+from worldmodel.images import fit_picture
 
 CANDIDATES = 4  # first frames looked at for one start image; the sharpest shows most
 MOST_CAPTIONS = 12  # that get start images, the most frequent ones
@@ -34,7 +35,7 @@ class Footage:
     def __init__(self, root):
         self.folders = [folder for folder in list_clips(root) if (folder / POSES).is_file()]
         if not self.folders:
-            raise ValueError(f"{root}: expected clips with {POSES}, found none")
+            raise UserError(f"{root}: expected clips with {POSES}, found none")
         self.root = root
         self._metas = [read_meta(folder) for folder in self.folders]
 
@@ -69,15 +70,9 @@ class Footage:
         """Video frames a second; ValueError where clips differ."""
         rates = sorted({float(meta["fps"]) for meta in self._metas})
         if len(rates) > 1:
-            raise ValueError(
-                f"{self.root}: "
-                "expected "
-                "clips of one frame "
-                "rate, got "
-                f"{rates[0]:g} to "
-                f"{rates[-1]:g}; "
-                "choose "
-                "one with --fps"
+            raise UserError(
+                f"{self.root}: expected clips of one frame rate, got {rates[0]:g} to "
+                f"{rates[-1]:g}; choose one with --fps"
             )
         return rates[0]
 
@@ -106,7 +101,7 @@ class Footage:
             with safe_open(folder / LATENTS, framework="pt") as file:
                 rows, columns = file.get_slice("latents").get_shape()[2:]
         except (OSError, SafetensorError, ValueError):
-            raise ValueError(
+            raise UserError(
                 f"{folder}: expected {VIDEO} or {LATENTS}, which say how large a picture is"
             ) from None
         return rows * factor, columns * factor

@@ -25,6 +25,7 @@ import numpy as np
 from distill.data.clips import frames_of, write_clip
 from distill.data.collect import CollectConfig, clip_name, make_missing
 from worldmodel.camera import rotation
+from worldmodel.errors import UserError
 
 UNITS_PER_MAP_UNIT = (
     1 / 512
@@ -123,15 +124,11 @@ def levels_of(config: CollectConfig) -> tuple[str, ...]:
     )
     for level in levels:
         if level not in LEVELS and not _EPISODE_LEVEL.fullmatch(level):
-            raise ValueError(f"expected levels MAP01 to MAP32 or E1M1 to E4M9, got {level!r}")
+            raise UserError(f"expected levels MAP01 to MAP32 or E1M1 to E4M9, got {level!r}")
         if (int(level[-1]) % 5 == 0) != held_out:
-            raise ValueError(
-                f"level {level} "
-                "does not "
-                "belong to --split "
-                f"{config.split}: "
-                "maps 5, 10, "
-                "... are held out"
+            raise UserError(
+                f"level {level} does not belong to --split {config.split}: maps 5, 10, ... are "
+                "held out"
             )
     return levels
 
@@ -193,13 +190,9 @@ class Lens:
             (pitch for pitch in np.arange(MOST_PITCH, -0.5, -1.0) if self._fits(pitch)), None
         )
         if self.most_pitch is None:
-            raise ValueError(
-                "expected a clip "
-                "that is "
-                "wider than tall (at "
-                "most 1 : 1), got "
-                f"{height} x "
-                f"{width} pixels"
+            raise UserError(
+                f"expected a clip that is wider than tall (at most 1 : 1), got {height} x {width} "
+                "pixels"
             )
 
     def straighten(self, picture: np.ndarray, pitch: float) -> np.ndarray:
@@ -255,7 +248,7 @@ def load_engine():
     try:
         return importlib.import_module("vizdoom")
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             "this source needs ViZDoom, which is not installed: run `python -m pip install vizdoom`"
         ) from error
 
@@ -467,7 +460,7 @@ def record(level: str, count: int, seed, lens: Lens) -> tuple[np.ndarray, np.nda
             if clip is not None:
                 return clip
             game.restart()
-    raise ValueError(
+    raise UserError(
         f"level {level} gave no way to walk after {_MOST_TRIES} starts: choose other --levels"
     )
 

@@ -14,13 +14,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from distill.data.walker import FRAMES_PER_LATENT
-from distill.evaluate import protocol, scores
-from distill.evaluate.dreams import Variant, dream, load_transformer, parse_variant, reconstruct
-from distill.evaluate.report import contact_sheet, markdown, write_file, write_picture
-from worldmodel.machine import describe_commit, describe_machine
-from worldmodel.options import as_dict
-from worldmodel.world import World, check_fit
+from distill.data.blocks.walker import FRAMES_PER_LATENT
+from distill.evaluate import cases as protocol
+from distill.evaluate import scores
+from distill.evaluate.generate import Variant, dream, load_transformer, parse_variant, reconstruct
+from distill.evaluate.report import contact_sheet, markdown
+from worldmodel.bench.machine import describe_commit, describe_machine
+from worldmodel.config import as_dict
+from worldmodel.errors import UserError
+from worldmodel.files import write_file
+from worldmodel.images import write_png
+from worldmodel.worlds.world import World, check_fit
 
 FROZEN = "first frame frozen"
 CEILING = "autoencoder of the true frame"
@@ -60,7 +64,7 @@ class EvaluateOptions:
         for name, value in asdict(self).items():
             least = {"drift_latents": 0, "seed": 0, "late": 20}.get(name, 1)
             if value < least:
-                raise ValueError(f"expected {name} of at least {least}, got {value}")
+                raise UserError(f"expected {name} of at least {least}, got {value}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Evaluates and writes; everything is checked before the first dream."""
     if args.output.suffix != ".json":
-        raise ValueError(f"expected --output as a file ending in .json, got {args.output}")
+        raise UserError(f"expected --output as a file ending in .json, got {args.output}")
     options = EvaluateOptions(**{name: getattr(args, name) for name in HELP})
     world = World.from_pretrained(args.world, args.device, getattr(torch, args.dtype))
     texts = args.transformer or [f"{world.config.name}={args.world / 'transformer'}"]
@@ -142,16 +146,16 @@ def run(args: argparse.Namespace) -> None:
     page = markdown(results)
     print(page)
     for name, sheet in sheets.items():
-        write_picture(args.output.with_name(f"{args.output.stem}-{name}.png"), sheet)
-    write_file(args.output.with_suffix(".md"), page.encode())
-    write_file(args.output, (json.dumps(results, indent=1) + "\n").encode())
+        write_png(args.output.with_name(f"{args.output.stem}-{name}.png"), sheet)
+    write_file(args.output.with_suffix(".md"), page)
+    write_file(args.output, json.dumps(results, indent=1) + "\n")
 
 
 def parse_window(text: str, variant: Variant) -> Variant:
     """`WINDOW[+SINKS]` -> the variant under that window, named by the text."""
     window, _, sinks = text.partition("+")
     if not window.isdecimal() or not (sinks or "0").isdecimal():
-        raise ValueError(
+        raise UserError(
             f"expected --windows like 12 or 12+1 (latents, sinks among them), got {text!r}"
         )
     return replace(
@@ -177,11 +181,11 @@ def evaluate(
     protocol.check_prompts(world.prompts.names)
     names = [variant.name for variant in variants]
     if len(set(names)) < len(names):
-        raise ValueError(
+        raise UserError(
             f"expected different names for the rows, got {', '.join(names)}: write NAME=FOLDER"
         )
     if reference is not None and reference not in names:
-        raise ValueError(f"expected --reference to be one of {', '.join(names)}, got {reference!r}")
+        raise UserError(f"expected --reference to be one of {', '.join(names)}, got {reference!r}")
     started = time.monotonic()
     results = {"about": _about(world, variants, options)}
     with protocol.renderers(options.workers) as spread:

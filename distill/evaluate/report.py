@@ -1,8 +1,5 @@
 """Results for people: Markdown tables and contact sheets."""
 
-import os
-from pathlib import Path
-
 import cv2
 import numpy as np
 
@@ -15,17 +12,9 @@ def markdown(results: dict) -> str:
     about = results["about"]
     parts = [
         f"`{about['command']}`",
-        f"commit {about['commit']}; "
-        f"{about['hardware']['gpu'] or about['hardware']['processor']}, "
-        f"{about['dtype']}, "
-        f"{about['seconds']:.0f} "
-        "s; seed "
-        f"{about['seed']}, "
-        f"{about['cases']} "
-        "cases of "
-        f"{about['latents']} "
-        "latents in "
-        "held-out towns",
+        f"commit {about['commit']}; {about['hardware']['gpu'] or about['hardware']['processor']}, "
+        f"{about['dtype']}, {about['seconds']:.0f} s; seed {about['seed']}, {about['cases']} "
+        f"cases of {about['latents']} latents in held-out towns",
         fidelity_table(results["rows"]),
         returns_table(results["returns"]),
         flow_table(results["flow"]),
@@ -71,13 +60,8 @@ def fidelity_table(rows: list[dict]) -> str:
                 ]
             )
     return (
-        "Against the truth "
-        "(sharpness: "
-        "Laplacian energy, "
-        "dream / truth; "
-        "retrieval among "
-        "the clip's true "
-        "frames)\n\n"
+        "Against the truth (sharpness: Laplacian energy, dream / truth; retrieval among the "
+        "clip's true frames)\n\n"
     ) + table(head, lines)
 
 
@@ -130,13 +114,8 @@ def drift_table(rows: list[dict]) -> str:
                 [row["name"], measure, *(f"{dream:.2f} / {true:.2f}" for dream, true in pairs)]
             )
     return (
-        "Drift over a long "
-        "walk (mean "
-        "of the span that "
-        "ends there, relative "
-        "to the first "
-        "frame: dream / "
-        "truth)\n\n"
+        "Drift over a long walk (mean of the span that ends there, relative to the first frame: "
+        "dream / truth)\n\n"
     ) + table(head, lines)
 
 
@@ -184,31 +163,6 @@ def contact_sheet(rows: list[tuple[str, np.ndarray]], columns: list[str]) -> np.
             left = LABEL_WIDTH + place * (width + GAP)
             picture[top : top + height, left : left + width] = frame
     return picture
-
-
-def write_picture(path: Path, picture: np.ndarray) -> None:
-    """uint8 [H, W, 3] RGB -> PNG, whole or not at all."""
-    done, data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    if not done:
-        raise ValueError(
-            f"{path}: the "
-            "picture of "
-            f"{picture.shape[1]}x{picture.shape[0]} "
-            "pixels cannot "
-            "be written as PNG"
-        )
-    write_file(path, data.tobytes())
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes to a temporary name, then renames: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write(picture: np.ndarray, text: str, place: tuple[int, int]) -> None:

@@ -5,7 +5,8 @@ out.
 import numpy as np
 import torch
 
-from distill.evaluate.metrics import (
+from distill.evaluate.cases import Case
+from distill.metrics import (
     correlation,
     correlation_table,
     distinct_poses,
@@ -18,7 +19,6 @@ from distill.evaluate.metrics import (
     ssim,
     to_unit,
 )
-from distill.evaluate.protocol import Case
 
 SAME_VIEW = (
     0.02,

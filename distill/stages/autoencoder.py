@@ -16,11 +16,14 @@ from tqdm import tqdm
 from distill.config import AutoencoderConfig
 from distill.data.clips import list_clips, read_clip
 from distill.ema import MovingAverage
-from distill.evaluate.metrics import luma, second_differences, sharpness
 from distill.growth import grow_autoencoder
+from distill.metrics import luma, second_differences, sharpness
 from distill.stages.stage import Loss, Stage
-from worldmodel.autoencoder import FRAMES_PER_LATENT, TinyAutoencoder
-from worldmodel.world import load_network
+from worldmodel.errors import UserError
+from worldmodel.images import to_uint8, to_unit_range
+from worldmodel.models.streaming import FRAMES_PER_LATENT
+from worldmodel.models.tiny_autoencoder import TinyAutoencoder
+from worldmodel.worlds.weights import load_network
 
 
 class VideoWindows(Dataset):
@@ -47,21 +50,16 @@ class VideoWindows(Dataset):
         ]
         if short or not folders:
             what = f"{short[0]} is shorter" if short else f"{root} holds none"
-            raise ValueError(
+            raise UserError(
                 f"expected clips of at least {self.frames} frames, but {what}: collect longer clips"
             )
         height, width = (min(clip.shape[axis] for clip in self.clips) for axis in (1, 2))
         if self.crop and (
             len(self.crop) != 2 or not (0 < self.crop[0] <= height and 0 < self.crop[1] <= width)
         ):
-            raise ValueError(
-                "expected crop "
-                "[height, "
-                "width] of at most "
-                f"{height}x{width} "
-                "pixels (the "
-                "smallest clip), got "
-                f"{list(self.crop)}"
+            raise UserError(
+                f"expected crop [height, width] of at most {height}x{width} pixels (the smallest "
+                f"clip), got {list(self.crop)}"
             )
         self._ends = np.cumsum([len(clip) - self.frames + 1 for clip in self.clips])
 
@@ -169,14 +167,7 @@ class AutoencoderStage(Stage):
         decoded = self.average.decode(self.average.encode(video)).float()
         rows = [torch.cat([clip[:, :, 0], clip[:, :, -1]]) for clip in (video, decoded)]
         picture = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
-        return (
-            ((picture.permute(1, 2, 0) + 1) * 127.5)
-            .round()
-            .clamp(0, 255)
-            .to(torch.uint8)
-            .cpu()
-            .numpy()
-        )
+        return to_uint8(picture.permute(1, 2, 0)).cpu().numpy()
 
     def export(self, folder: Path) -> None:
         """Measures the latents' mean and std over the footage and writes the averaged autoencoder
@@ -194,13 +185,9 @@ def build_autoencoder(config: AutoencoderConfig) -> TinyAutoencoder:
     may be smaller (see `distill.growth`).
     """
     if config.freeze_encoder and not config.start:
-        raise ValueError(
-            "expected `start` "
-            "with "
-            "freeze_encoder: an "
-            "untrained encoder "
-            "cannot be kept; "
-            "name a trained folder"
+        raise UserError(
+            "expected `start` with freeze_encoder: an untrained encoder cannot be kept; name a "
+            "trained folder"
         )
     names = (
         "latent_channels",
@@ -216,11 +203,6 @@ def build_autoencoder(config: AutoencoderConfig) -> TinyAutoencoder:
         trained = load_network(TinyAutoencoder, config.start)
         grow_autoencoder(network, trained, config.start, same_encoder=config.freeze_encoder)
     return network
-
-
-def to_unit_range(video: Tensor) -> Tensor:
-    """uint8 [0, 255] -> float32 [-1, 1]."""
-    return video.float() / 127.5 - 1
 
 
 def reconstruction_terms(decoded: Tensor, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from distill.config import Recipe
 from distill.objectives.consistency import consistency_loss, draw_pair, teacher_step
 from distill.stages.stage import Loss, TransformerStage, teacher_forced
+from worldmodel.errors import UserError
 from worldmodel.rollout import RolloutConfig, with_steps
 from worldmodel.schedule import add_noise
 
@@ -20,13 +21,8 @@ class ConsistencyStage(TransformerStage):
 
     def __init__(self, recipe: Recipe, device: torch.device):
         if not recipe.consistency.init:
-            raise ValueError(
-                "consistency.init is "
-                "empty: name "
-                "the export of "
-                "the stage "
-                "teacher_forcing, "
-                "which "
+            raise UserError(
+                "consistency.init is empty: name the export of the stage teacher_forcing, which "
                 "is the teacher"
             )
         super().__init__(recipe, recipe.consistency, device)

@@ -20,10 +20,11 @@ from distill.objectives.distribution_matching import (
     truth_loss,
 )
 from distill.objectives.flow_matching import GRID, draw_index
-from distill.optimiser import make_optimizer
+from distill.optimizer import make_optimizer
 from distill.stages.stage import Loss, TransformerStage, Windows, bidirectional
+from worldmodel.errors import UserError
+from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.rollout import Rollout, RolloutConfig
-from worldmodel.transformer import CausalWanTransformer
 
 
 class Dream(NamedTuple):
@@ -49,14 +50,9 @@ class DmdStage(TransformerStage):
     def __init__(self, recipe: Recipe, device: torch.device):
         config = recipe.dmd
         if not config.init or not config.real:
-            raise ValueError(
-                "dmd.init and "
-                "dmd.real must "
-                "name exports: "
-                "the student's "
-                "start and the "
-                "network that scores "
-                "real data"
+            raise UserError(
+                "dmd.init and dmd.real must name exports: the student's start and the network "
+                "that scores real data"
             )
         super().__init__(recipe, config, device, config.rollout)
         self.real = self.load_frozen(config.real)

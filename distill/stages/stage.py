@@ -19,15 +19,16 @@ from distill.config import Recipe, TransformerConfig
 from distill.data.clips import LatentClips
 from distill.ema import MovingAverage
 from distill.objectives.flow_matching import Predict
-from distill.optimiser import Joint, make_optimizer
+from distill.optimizer import Joint, make_optimizer
 from distill.prompts import open_prompts
-from worldmodel.autoencoder import Autoencoder
-from worldmodel.checkpoint import inspect, load_transformer
-from worldmodel.command_line import tell
-from worldmodel.prope import projection
+from worldmodel.cli import tell
+from worldmodel.errors import UserError
+from worldmodel.models.prope import projection
+from worldmodel.models.transformer import CausalWanTransformer
+from worldmodel.models.wan_autoencoder import Autoencoder
 from worldmodel.rollout import Rollout, RolloutConfig, with_steps
-from worldmodel.transformer import CausalWanTransformer
-from worldmodel.world import open_autoencoder
+from worldmodel.worlds.checkpoint import inspect, load_transformer
+from worldmodel.worlds.weights import open_autoencoder
 
 Loss = tuple[str, Tensor, dict[str, float | Tensor]]  # optimiser name, scalar loss, metrics
 
@@ -162,14 +163,9 @@ class TransformerStage(Stage):
             return self._checked(new_transformer(self.recipe).to(self.device), "model")
         folder = self.recipe.export_folder(source)
         if folder != Path(source) and not (folder / "config.json").is_file():
-            raise ValueError(
-                "no exported "
-                "transformer in "
-                f"{folder}: train "
-                "the stage that "
-                "makes it "
-                "first, or name "
-                "another folder"
+            raise UserError(
+                f"no exported transformer in {folder}: train the stage that makes it first, or "
+                "name another folder"
             )
         place = source if folder == Path(source) else folder
         camera = inspect(place).camera
@@ -185,21 +181,10 @@ class TransformerStage(Stage):
         reads = (network.config.in_channels, network.config.text_dim)
         given = (self._clips.channels, self.prompts.shape[1])
         if reads != given:
-            raise ValueError(
-                f"{name}: a network "
-                "for latents "
-                f"of {reads[0]} "
-                "channels and "
-                "prompts of "
-                f"width {reads[1]}, "
-                "the clips in "
-                f"{self.recipe.data.root} "
-                f"have {given[0]} "
-                "and the prompts "
-                f"{given[1]}: "
-                "choose another "
-                "network, or "
-                "change model or data"
+            raise UserError(
+                f"{name}: a network for latents of {reads[0]} channels and prompts of width "
+                f"{reads[1]}, the clips in {self.recipe.data.root} have {given[0]} and the "
+                f"prompts {given[1]}: choose another network, or change model or data"
             )
         return network
 
@@ -218,13 +203,8 @@ class TransformerStage(Stage):
             return None
         folder = self.recipe.export_folder(self.recipe.data.autoencoder)
         if not (folder / "config.json").is_file():
-            raise ValueError(
-                "no exported "
-                "autoencoder "
-                f"in {folder}: "
-                "train it first, "
-                "or leave "
-                "data.autoencoder "
+            raise UserError(
+                f"no exported autoencoder in {folder}: train it first, or leave data.autoencoder "
                 "empty"
             )
         return open_autoencoder(folder, self.device).requires_grad_(False)

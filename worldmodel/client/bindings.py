@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from worldmodel.controls import MOTIONS
+from worldmodel.errors import UserError
 
 COMMANDS = (
     "restart",
@@ -70,7 +71,7 @@ class Bindings:
         for key, action in (*self.keys.items(), *self.places.items(), *self.foreign.items()):
             if action not in (*MOTIONS, *COMMANDS):
                 known = ", ".join((*MOTIONS, *COMMANDS))
-                raise ValueError(
+                raise UserError(
                     f"Key {key!r} is bound to the unknown action {action!r}; use one of {known}."
                 )
 

@@ -124,11 +124,7 @@ def verify_recording(options: PlayOptions) -> int:
     )
     print(
         (
-            "play.py: from latent "
-            f"{result['first_difference']} "
-            "on the dream "
-            "is not the "
-            "recorded "
+            f"play.py: from latent {result['first_difference']} on the dream is not the recorded "
             f"one{changed}."
         ),
         file=sys.stderr,
@@ -176,7 +172,7 @@ def _report(
     scenes: Scenes, options: PlayOptions, output: Path, latents: int, spent: np.ndarray, timings
 ) -> dict:
     """The measured figures of a walk, and the machine they were measured on."""
-    from worldmodel.machine import describe_machine
+    from worldmodel.bench.machine import describe_machine
 
     p50, p95 = np.percentile(spent, (50, 95)) if len(spent) else (0.0, 0.0)
     fps = scenes.frames_per_latent * 1000 / p50 if p50 else 0.0

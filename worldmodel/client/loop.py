@@ -17,6 +17,7 @@ import numpy as np
 from worldmodel.client.pacer import Frame, Pacer
 from worldmodel.client.scenes import Scene, Scenes
 from worldmodel.controls import Controls, Envelope
+from worldmodel.errors import UserError
 
 MARGIN = 0.006  # seconds between a chunk being ready and being due: the wake-up of a thread
 UNSTEERED = "This world has no camera weights: it dreams by itself, keys do nothing"
@@ -325,7 +326,7 @@ class Loop:
             scene = self._scenes.new_town(scene)
             self._again(scene, f"A new town: seed {scene.seed}")
         else:
-            raise ValueError(f"The generator knows no command {command!r}.")
+            raise UserError(f"The generator knows no command {command!r}.")
 
     def _change_mood(self) -> None:
         """Another prompt for what is dreamed from here on; the place, and what is remembered of it,

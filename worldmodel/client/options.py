@@ -10,7 +10,9 @@ from pathlib import Path
 import yaml
 
 from worldmodel.camera import parse_trajectory
-from worldmodel.command_line import Parser, cores, positive, threads
+from worldmodel.cli import Parser, positive, threads
+from worldmodel.device import cores
+from worldmodel.errors import UserError
 
 WORLDS = Path(__file__).resolve().parents[2] / "assets" / "worlds"
 PUBLISHED = (
@@ -20,21 +22,9 @@ TINY = (
     "-tiny"  # after a published world's name: with the tiny autoencoder, for GPUs of 16 GB and less
 )
 KEYS_HELP = (
-    "keys: W A S D move, "
-    "arrows and "
-    "mouse look (a click "
-    "captures the mouse), "
-    "Shift run, "
-    "R restart, N "
-    "next mood, "
-    "T new town, "
-    "M another mood in "
-    "this place, "
-    "P pause, F9 record, "
-    "F12 screenshot, F1 "
-    "figures, Esc "
-    "releases the mouse, "
-    "then quits"
+    "keys: W A S D move, arrows and mouse look (a click captures the mouse), Shift run, R "
+    "restart, N next mood, T new town, M another mood in this place, P pause, F9 record, F12 "
+    "screenshot, F1 figures, Esc releases the mouse, then quits"
 )
 
 
@@ -47,7 +37,7 @@ class PlayOptions:
     image: str | None = None  # name of a start image of the world, or a picture file
     seed: int = 0
     steps: int | None = None  # denoising steps a chunk
-    memory: str = "auto"  # this and the next three: worldmodel.engine.EngineOptions
+    memory: str = "auto"  # this and the next three: worldmodel.engine.engine.EngineOptions
     weights: str = "auto"
     compile: str = "auto"
     attention: str = "auto"
@@ -152,44 +142,37 @@ def usual_threads() -> int:
 
 def _check_together(options: PlayOptions) -> None:
     if options.verify and options.replay is None:
-        raise ValueError("--verify compares a recording; name its folder with --replay DIR.")
+        raise UserError("--verify compares a recording; name its folder with --replay DIR.")
     if options.output and not options.headless:
-        raise ValueError(
-            "--output is the "
-            "film of "
-            "a walk without a "
-            "window; add "
-            "--headless (in a "
-            "window, F9 records)."
+        raise UserError(
+            "--output is the film of a walk without a window; add --headless (in a window, F9 "
+            "records)."
         )
     if options.output and options.output.is_dir():
-        raise ValueError(
-            "--output must be a "
-            "file such as "
-            f"{options.output / 'walk.mp4'}, "
-            "got the "
-            f"folder {options.output}."
+        raise UserError(
+            f"--output must be a file such as {options.output / 'walk.mp4'}, got the folder "
+            f"{options.output}."
         )
     if options.replay and (
         options.trajectory or options.prompt or options.image or options.steps or options.seed
     ):
-        raise ValueError(
+        raise UserError(
             "--replay brings its own path, mood, picture, seed and steps; leave those options away."
         )
     if options.replay and options.record:
-        raise ValueError(
+        raise UserError(
             "--replay is not recorded again; copy the folder instead of adding --record."
         )
     if options.verify and (options.output or options.headless):
-        raise ValueError("--replay DIR --verify only compares; leave --headless and --output away.")
+        raise UserError("--replay DIR --verify only compares; leave --headless and --output away.")
     if options.seed < 0:
-        raise ValueError(f"--seed must be 0 or more, got {options.seed}.")
+        raise UserError(f"--seed must be 0 or more, got {options.seed}.")
     if (
         options.record
         and options.record.exists()
         and any(options.record.iterdir() if options.record.is_dir() else [1])
     ):
-        raise ValueError(
+        raise UserError(
             f"{options.record} exists and is not empty; name a new folder for the recording."
         )
 
@@ -215,22 +198,15 @@ def find_world(name: str) -> Path:
     published = sorted(path.stem for path in PUBLISHED.glob("*.yaml"))
     if published:
         listed += (
-            "; those of published "
-            "weights, "
-            "fetched on first "
-            "use, are "
-            f"{', '.join(published)} "
-            f"(NAME{TINY}: for "
-            "less memory)"
+            f"; those of published weights, fetched on first use, are {', '.join(published)} "
+            f"(NAME{TINY}: for less memory)"
         )
-    raise ValueError(
-        f"There is no world {name!r} (a name or a folder with a world.yaml); {listed}."
-    )
+    raise UserError(f"There is no world {name!r} (a name or a folder with a world.yaml); {listed}.")
 
 
 def _published_world(name: str, recipe: Path, tiny: bool) -> Path:
     """The world in the user's cache, made there first where it is not there yet."""
-    from worldmodel.sources import world_cache
+    from worldmodel.files import world_cache
 
     folder = world_cache(name)
     if (folder / "world.yaml").is_file():
@@ -239,7 +215,7 @@ def _published_world(name: str, recipe: Path, tiny: bool) -> Path:
         f"{name} is played for the first time: its weights are fetched and made into {folder}",
         file=sys.stderr,
     )
-    from worldmodel.convert import (
+    from worldmodel.worlds.convert import (
         Conversion,
         PublishedWorld,
         convert,
@@ -251,16 +227,10 @@ def _published_world(name: str, recipe: Path, tiny: bool) -> Path:
             published, folder, Conversion(autoencoder=published.tiny_autoencoder if tiny else "")
         )
     except ValueError as error:
-        raise ValueError(
-            f"The world {name} "
-            "could not "
-            f"be made: {error} "
-            "With weights of "
-            "your own: "
-            "python -m "
-            "worldmodel.checkpoint "
-            "convert SOURCE "
-            f"--world {recipe} --output {folder}{' --autoencoder SOURCE' if tiny else ''}"
+        raise UserError(
+            f"The world {name} could not be made: {error} With weights of your own: python -m "
+            f"worldmodel convert SOURCE --world {recipe} --output "
+            f"{folder}{' --autoencoder SOURCE' if tiny else ''}"
         ) from None
     return folder
 
@@ -271,7 +241,7 @@ def recorded_world(folder: Path) -> str:
         with (folder / "session.jsonl").open(encoding="utf-8") as lines:
             return str(json.loads(lines.readline())["world"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(
+        raise UserError(
             f"{folder} is no recording (session.jsonl cannot be read); name a folder F9 made."
         ) from None
 
@@ -291,7 +261,7 @@ def _check_scene(options: PlayOptions) -> None:
 def _check_prompt(prompt: str, world: Path) -> None:
     """A mood of the world, or any text in one with a text encoder."""
     if not prompt.strip():
-        raise ValueError(
+        raise UserError(
             "--prompt is empty; name a mood of the world, or leave it away for the world's first."
         )
     if not world_values(world).get("text_encoder"):
@@ -303,9 +273,7 @@ def _known(what: str, name: str, names: list[str]) -> None:
         near = difflib.get_close_matches(name, names, 1)
         guess = f"did you mean {near[0]!r}? There are" if near else "there are"
         name = textwrap.shorten(name, 60, placeholder=" ...")
-        raise ValueError(
-            f"This world has no {what} {name!r}; {guess} {', '.join(names) or 'none'}."
-        )
+        raise UserError(f"This world has no {what} {name!r}; {guess} {', '.join(names) or 'none'}.")
 
 
 def prompt_names(folder: Path) -> list[str]:
@@ -316,7 +284,7 @@ def prompt_names(folder: Path) -> list[str]:
         with safe_open(folder / "prompts.safetensors", framework="numpy") as prompts:
             return sorted(prompts.keys())
     except (OSError, SafetensorError) as error:
-        raise ValueError(
+        raise UserError(
             f"{folder / 'prompts.safetensors'} cannot be read ({error}); fetch the world again."
         ) from None
 

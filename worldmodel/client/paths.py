@@ -9,6 +9,7 @@ import numpy as np
 
 from worldmodel.camera import MOTIONS, MotionStep, parse_trajectory
 from worldmodel.controls import Controls, Envelope
+from worldmodel.errors import UserError
 
 # (motions held together, latents; a turn counts degrees instead)
 TOUR = (
@@ -46,13 +47,9 @@ def written_path(text: str, envelope: Envelope) -> np.ndarray:
     poses = parse_trajectory(text, step, envelope.style)[1:]
     for key in re.findall(r"[a-z]+", text.lower()):
         if np.any(np.concatenate(MOTIONS[key])[~known]):
-            raise ValueError(
-                "Trajectory key "
-                f"{key!r} "
-                "is locked: this "
-                "world has not "
-                "learned that "
-                "motion; leave it out."
+            raise UserError(
+                f"Trajectory key {key!r} is locked: this world has not learned that motion; leave "
+                "it out."
             )
     return poses
 

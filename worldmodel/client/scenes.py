@@ -15,7 +15,7 @@ from worldmodel.client.options import PlayOptions
 if TYPE_CHECKING:  # torch is imported by the generator's thread, long after the window is there
     from worldmodel.recording import Recorder
     from worldmodel.session import Session
-    from worldmodel.world import World
+    from worldmodel.worlds.world import World
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ def open_scenes(options: PlayOptions, tell: Callable[[str, float], None]) -> "Sc
     torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision("medium")  # twice as fast on CPUs that compute in float32
     tell("Opening the world", 0.8)
-    from worldmodel.engine import EngineOptions
-    from worldmodel.world import World
+    from worldmodel.engine.engine import EngineOptions
+    from worldmodel.worlds.world import World
 
     engine = EngineOptions(options.memory, options.weights, options.compile, options.attention)
     world = World.from_pretrained(options.world, device=fastest_device(), engine=engine)
@@ -73,7 +73,7 @@ class Scenes:
         steps: int | None = None,
         tell: Callable[[str, float], None] | None = None,
     ):
-        from worldmodel.autoencoder import FRAMES_PER_LATENT
+        from worldmodel.models.streaming import FRAMES_PER_LATENT
 
         self.world = world
         self._steps = steps

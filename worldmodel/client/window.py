@@ -329,10 +329,7 @@ class Window:
                 "press a key"
                 if latency is None
                 else (
-                    f"p50 {latency[0] * 1000:.0f} "
-                    "ms   p95 "
-                    f"{latency[1] * 1000:.0f} "
-                    "ms   "
+                    f"p50 {latency[0] * 1000:.0f} ms   p95 {latency[1] * 1000:.0f} ms   "
                     f"({pacer.latency_count()})"
                 ),
             ),
@@ -350,9 +347,7 @@ class Window:
             Figure(
                 "scene",
                 (
-                    f"{prompt}, "
-                    f"{Path(status.scene.image or 'no picture').stem}, "
-                    "seed "
+                    f"{prompt}, {Path(status.scene.image or 'no picture').stem}, seed "
                     f"{status.scene.seed}"
                 ),
             ),

@@ -1,0 +1,175 @@
+"""Dreams to be judged: transformers, each with its steps and sampler, run over a batch of given
+camera paths.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from worldmodel.camera import invert, relative_to_first
+from worldmodel.errors import UserError
+from worldmodel.images import to_frames
+from worldmodel.models.streaming import FRAMES_PER_LATENT
+from worldmodel.models.transformer import CausalWanTransformer
+from worldmodel.models.wan_autoencoder import Autoencoder
+from worldmodel.rollout import Rollout, RolloutConfig, with_steps
+from worldmodel.worlds.weights import load_network
+from worldmodel.worlds.world import World
+
+_STEPS = re.compile(r"^(\d+)(e?)$")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table: one transformer and one way to sample it."""
+
+    name: str
+    transformer: Path
+    rollout: RolloutConfig
+
+
+def parse_variant(text: str, rollout: RolloutConfig) -> list[Variant]:
+    """`[NAME=]FOLDER[@STEPS,...]` -> one variant for each count of steps, `e` behind a count for
+    the Euler solver.
+
+    Without STEPS the world's own list is used. Example: `stage 1=runs/stage1/export@16e,2`.
+    Few-step models re-noise between steps (no letter), diffusion models follow the velocity (`e`).
+    """
+    name, equals, rest = text.partition("=")
+    rest = rest if equals else text
+    folder, at, counts = rest.rpartition("@") if "@" in rest else (rest, "", "")
+    name = name if equals else folder
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(
+            f"expected a transformer folder with a config.json in {text!r}, got {folder!r}: name "
+            "an export"
+        )
+    if not at:
+        return [Variant(f"{name}, {_describe(rollout)}", Path(folder), rollout)]
+    variants = []
+    for part in counts.split(","):
+        match = _STEPS.match(part.strip())
+        if match is None:
+            raise UserError(
+                f"expected counts of steps like @4,2,1 or @16e in {text!r}, got {part!r}"
+            )
+        config = replace(
+            with_steps(rollout, int(match[1])), sampler="euler" if match[2] else "renoise"
+        )
+        variants.append(Variant(f"{name}, {_describe(config)}", Path(folder), config))
+    return variants
+
+
+def _describe(config: RolloutConfig) -> str:
+    count = len(config.steps)
+    return f"{count} step{'s' if count > 1 else ''}" + (
+        " (Euler)" if config.sampler == "euler" else ""
+    )
+
+
+def load_transformer(
+    folder: Path, device: torch.device, dtype: torch.dtype
+) -> CausalWanTransformer:
+    """The transformer of an export folder, to answer only; ValueError when it cannot be read."""
+    return load_network(CausalWanTransformer, folder, device, dtype).requires_grad_(False)
+
+
+@torch.inference_mode()
+def dream(
+    world: World,
+    config: RolloutConfig,
+    first: np.ndarray,
+    c2w: np.ndarray,
+    prompts: list[str],
+    seed: int,
+    label: str = "dream",
+) -> Iterator[np.ndarray]:
+    """Dreams on from true first frames along given cameras; yields the frames of one latent after
+    the other.
+
+    Args:
+        first: uint8 [B, H, W, 3], the true first frames; they become latent 0.
+        c2w: [B, F, 4, 4] one camera a latent, in any world.
+        prompts: B names.
+        seed: of all noise; equal seeds and batches give every variant the same first noise.
+        label: of the progress bar.
+    Yields:
+        uint8 [B, n, H, W, 3], n = 1 for latent 0 and 4 after it.
+    """
+    device = world.device
+    batch = len(first)
+    (height, width) = world.latent_size
+    viewmats = torch.from_numpy(np.stack([invert(relative_to_first(path)) for path in c2w])).to(
+        device
+    )
+    lens = torch.tensor(world.config.intrinsics, dtype=torch.float64, device=device).expand(
+        batch, 4
+    )
+    generator = torch.Generator("cpu").manual_seed(seed)
+    text = torch.stack([world.prompts[name] for name in prompts])
+    rollout = Rollout(
+        world.transformer,
+        text,
+        config,
+        batch=batch,
+        height=height,
+        width=width,
+        device=device,
+        unconditional=world.prompts.unconditional,
+    )
+    decoder = world.autoencoder.streaming_decoder()
+    latents = world.autoencoder.encode(to_video(first[:, None], world.autoencoder)).float()
+    rollout.commit(latents, viewmats[:, :1], lens)
+    yield to_frames(decoder.step(latents))
+    count = viewmats.shape[1]
+    chunk = config.chunk
+    padded = torch.cat(
+        [viewmats, viewmats[:, -1:].expand(-1, chunk - 1, -1, -1)], 1
+    )  # a last chunk may be part-filled
+    with tqdm(total=count - 1, desc=label, unit="latent", leave=False) as bar:
+        for start in range(1, count, chunk):
+            latents = rollout.step(padded[:, start : start + chunk], lens, generator=generator)
+            for latent in latents[:, :, : count - start].split(1, 2):
+                bar.update()
+                yield to_frames(decoder.step(latent))
+
+
+@torch.inference_mode()
+def reconstruct(autoencoder: Autoencoder, frames: np.ndarray, batch: int = 8) -> np.ndarray:
+    """True frames uint8 [B, 4F-3, H, W, 3] through the autoencoder -> the last frame of every
+    latent [B, F, H, W, 3].
+
+    This is the best that any dream through this autoencoder can be.
+    """
+    clips = []
+    for part in tqdm(
+        np.array_split(frames, -(-len(frames) // batch)), "autoencoder", unit="batch", leave=False
+    ):
+        encoder = autoencoder.streaming_encoder()
+        decoder = autoencoder.streaming_decoder()
+        pieces = [
+            part[:, :1],
+            *np.split(part[:, 1:], (frames.shape[1] - 1) // FRAMES_PER_LATENT, 1),
+        ]
+        clips.append(
+            np.stack(
+                [
+                    to_frames(decoder.step(encoder.step(to_video(p, autoencoder))))[:, -1]
+                    for p in pieces
+                ],
+                1,
+            )
+        )
+    return np.concatenate(clips)
+
+
+def to_video(frames: np.ndarray, autoencoder: Autoencoder) -> Tensor:
+    """uint8 [B, T, H, W, 3] -> [B, 3, T, H, W] in [-1, 1], of the autoencoder's type and device."""
+    video = torch.from_numpy(np.ascontiguousarray(frames)).to(autoencoder.device)
+    return video.permute(0, 4, 1, 2, 3).to(autoencoder.dtype) / 127.5 - 1

@@ -1,0 +1,117 @@
+"""Files and folders that appear whole or not at all, locks, and the user's folders."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from worldmodel.errors import UserError
+
+LOCK = ".lock"  # stays behind; who holds it counts, and a killed process holds nothing
+
+
+@contextmanager
+def replacing_file(path: str | Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; the file takes the name `path` when the block
+    ends well, and is removed when it does not.
+
+    The folder of `path` is made if it is absent. A reader sees the whole file or none. A symlink is
+    followed, so that the file it names is replaced. Raises UserError where `path` is a folder, a
+    device or a FIFO.
+    """
+    path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file: name another file to write to.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # the suffix stays last: writers choose the format by it
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_file(path: str | Path, data: bytes | str) -> None:
+    """Writes a whole file (text as UTF-8), see `replacing_file`."""
+    with replacing_file(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def replacing_folder(folder: str | Path) -> Iterator[Path]:
+    """An empty folder beside `folder` to write into, which takes the name `folder` when the block
+    ends well and is removed when it does not.
+
+    The old folder is kept until the new one is complete.
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # left over from a killed run
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        _replace_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_folder(new: Path, folder: Path) -> None:
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if folder.exists():
+        os.replace(folder, old)
+    try:
+        os.replace(new, folder)
+    except OSError:
+        if old.exists():
+            os.replace(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def lock(file: IO) -> bool:
+    """Locks an open file for writing; False when another process holds the lock.
+
+    Where there is no flock (Windows) an open file cannot be replaced anyway.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Makes `folder` and keeps other processes out of this block.
+
+    Raises UserError when another process is in it. Locks nothing on Windows.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a") as file:
+        if not lock(file):
+            raise UserError(
+                f"another process is writing into {folder}: wait for its end, or choose another "
+                "folder"
+            )
+        yield
+
+
+def user_cache() -> Path:
+    """This program's folder in the user's cache: `~/.cache/worldmodel` on Linux."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))  # XDG: a relative path is to be ignored
+    root = given if given.is_absolute() else Path(os.path.expanduser("~/.cache"))
+    return root / "worldmodel"
+
+
+def world_cache(name: str) -> Path:
+    """Where the world `name`, made from published weights, is kept."""
+    return user_cache() / "worlds" / name

@@ -1,0 +1,368 @@
+"""A world: a folder with two networks, prompts, start images and `world.yaml`, opened and checked
+as one thing.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from worldmodel.config import as_dict, build
+from worldmodel.controls import Envelope
+from worldmodel.device import fast_dtype, free_memory, open_device
+from worldmodel.engine.engine import (
+    HISTORY,
+    Demand,
+    Engine,
+    EngineOptions,
+    demand,
+    fitting,
+    start_engine,
+    tiers_from,
+)
+from worldmodel.engine.quantize import quantize
+from worldmodel.errors import UserError, first_line
+from worldmodel.files import replacing_folder
+from worldmodel.images import read_image, write_png
+from worldmodel.models.prompts import PromptBook
+from worldmodel.models.text_encoder import PromptEncoder
+from worldmodel.models.transformer import CausalWanTransformer
+from worldmodel.models.wan_autoencoder import Autoencoder
+from worldmodel.rollout import RolloutConfig
+from worldmodel.worlds.weights import load_network, open_autoencoder
+
+FORMAT = 1
+_MOST_PIXELS = 4096
+_MOST_FPS = 240
+# numbers a pixel that a decoder has in hand at its widest (Wan2.1's: 4 frames of 96 channels, four
+# times)
+_DECODER_WORK = 1500
+SHARD_SIZE = "16MB"  # of a small world, whose files live in a repository
+_EVERYTHING = (
+    "world.yaml",
+    "transformer/config.json",
+    "autoencoder/config.json",
+    "prompts.safetensors",
+)
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """Which prompt a session starts with when none is asked for."""
+
+    default: str
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """`world.yaml`. Unknown keys and wrong types are errors."""
+
+    name: str
+    title: str  # one line for menus
+    height: int  # pixels
+    width: int  # pixels
+    fps: float  # pixel frames a second
+    intrinsics: tuple[float, ...]  # fx/W, fy/H, cx/W, cy/H
+    envelope: Envelope
+    rollout: RolloutConfig
+    prompts: PromptConfig
+    images: dict[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # prompt -> files in images/, the first is usual
+    # folder or hub id (diffusers' layout) of the encoder that made the prompts; empty: stored
+    # prompts only
+    text_encoder: str = ""
+    licence: str = "unknown"  # of weights and pictures, copied into recordings
+    format: int = FORMAT
+
+    def __post_init__(self):
+        fx, fy, *centre = self.intrinsics if len(self.intrinsics) == 4 else (0, 0, 0)
+        if min(fx, fy) <= 0 or max(abs(c - 0.5) for c in centre) > 1e-6:
+            raise UserError(
+                "intrinsics must be [fx/W, fy/H, 0.5, 0.5] with positive focal lengths, got "
+                f"{list(self.intrinsics)} (recordings cannot hold another principal point)."
+            )
+        for name, most in (("height", _MOST_PIXELS), ("width", _MOST_PIXELS), ("fps", _MOST_FPS)):
+            if not 1 <= getattr(self, name) <= most:
+                raise UserError(f"{name} must be 1 to {most}, got {getattr(self, name)}.")
+
+    @classmethod
+    def read(cls, path) -> "WorldConfig":
+        """Reads world.yaml; ValueError with one sentence for a foreign, newer or faulty one."""
+        path = Path(path)
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(
+                f"{path} cannot be read as YAML ({first_line(error)}); fetch the world again."
+            ) from None
+        found = values.get("format") if isinstance(values, dict) else None
+        if found != FORMAT:
+            newer = isinstance(found, int) and found > FORMAT
+            todo = "update this program" if newer else "it is not one of this program's worlds"
+            raise UserError(f"{path} has format {found!r}, format {FORMAT} is expected; {todo}.")
+        return build(cls, values, str(path))
+
+    def text(self) -> str:
+        """The YAML that `read` reads."""
+        plain = as_dict(self)
+        return yaml.safe_dump(
+            {"format": plain.pop("format"), **plain}, sort_keys=False, allow_unicode=True
+        )
+
+
+@dataclass(frozen=True)
+class World:
+    """An opened bundle. The networks are in evaluation mode, without gradients, on one device and
+    of one type.
+    """
+
+    folder: Path
+    config: WorldConfig
+    transformer: CausalWanTransformer
+    autoencoder: Autoencoder
+    prompts: PromptBook
+    device: torch.device
+    dtype: torch.dtype
+    engine: Engine = field(default_factory=Engine)  # its tier may go down while the world is played
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder,
+        device="cpu",
+        dtype: torch.dtype | None = None,
+        engine: EngineOptions = EngineOptions(),
+    ) -> "World":
+        """Opens `assets/worlds/<name>`.
+
+        device: where to compute. dtype: type of the networks; None = `fast_dtype(device)`. engine:
+        see `worldmodel/engine.py`.
+        Errors: ValueError with one sentence for anything that is absent, cut off, foreign or does
+        not fit together.
+        """
+        folder = Path(folder)
+        config = _check_bundle(folder)
+        device = open_device(device)
+        dtype = fast_dtype(device) if dtype is None else dtype
+        transformer = load_network(
+            CausalWanTransformer, folder / "transformer", dtype=dtype
+        ).requires_grad_(False)
+        autoencoder = open_autoencoder(folder / "autoencoder", dtype=dtype).requires_grad_(False)
+        world = cls(
+            folder,
+            config,
+            transformer,
+            autoencoder,
+            PromptBook.load(folder / "prompts.safetensors"),
+            device,
+            dtype,
+        )
+        check_fit(world)
+        return world.fitted(engine)
+
+    def fitted(self, options: EngineOptions) -> "World":
+        """The same world, its networks stored and running as `options` and the device allow;
+        ValueError when they cannot.
+        """
+        tiers = tiers_from(options)
+        free = free_memory(self.device)
+        if options.memory == "auto" and free is not None:
+            free += sum(
+                p.nbytes for p in self.transformer.parameters() if p.device.type == self.device.type
+            )  # it is there already
+            tiers = fitting(
+                tiers, self.demand(options.records(self.device)), self.config.rollout, HISTORY, free
+            )
+        quantize(self.transformer, tiers[0].weights, self.device)
+        transformer = self.transformer.to(self.device)
+        autoencoder = self.autoencoder.to(self.device)
+        engine = start_engine(options, tiers, transformer, self.device)
+        return replace(self, transformer=transformer, autoencoder=autoencoder, engine=engine)
+
+    def demand(self, recorded: bool = False) -> Demand:
+        """The memory that a dream of this world needs, passes `recorded` or not; to be asked before
+        the networks are on their device.
+        """
+        rows, columns = self.latent_size
+        weights = sum(p.numel() * p.dtype.itemsize for p in self.autoencoder.parameters())
+        pixels = rows * columns * self.autoencoder.spatial_factor**2
+        with torch.no_grad():
+            decoder = self.autoencoder.streaming_decoder()
+            decoder.step(torch.zeros(1, self.autoencoder.latent_channels, 2, 2, 2))
+        rewound = (
+            sum(m.nbytes for m in decoder.state().memories if m is not None) * rows * columns // 4
+        )
+        work = pixels * _DECODER_WORK * self.dtype.itemsize
+        rest = weights + 2 * rewound + work
+        prompt = self.prompts.shape[0] if recorded else 0
+        return demand(
+            self.transformer, rows, columns, self.config.rollout.chunk, rest, rewound, prompt
+        )
+
+    @cached_property
+    def prompt_encoder(self) -> PromptEncoder:
+        """Embeds stored prompts and, where world.yaml names a text encoder, any text."""
+        return PromptEncoder(
+            self.prompts, self.config.text_encoder, self.folder, self.device, self.dtype
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of what decides a dream (weights, prompts, picture, rollout): where it is equal,
+        recordings can be replayed.
+        """
+        values = yaml.safe_load((self.folder / "world.yaml").read_text(encoding="utf-8"))
+        deciding = {
+            key: values.get(key) for key in ("height", "width", "intrinsics", "rollout")
+        }  # a title decides nothing
+        digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode())
+        for path in sorted(self.folder.rglob("*")):
+            if path.suffix in (".safetensors", ".json"):
+                digest.update(str(path.relative_to(self.folder)).encode())
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()[:16]
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Rows and columns of a latent frame."""
+        factor = self.autoencoder.spatial_factor
+        return self.config.height // factor, self.config.width // factor
+
+    def images(self, prompt: str) -> tuple[str, ...]:
+        """Names of the start images of a prompt (none for a prompt without)."""
+        self.prompts[prompt]
+        return tuple(Path(file).stem for file in self.config.images.get(prompt, ()))
+
+    def image(self, name: str) -> np.ndarray:
+        """Start image `name` (with or without its file extension) -> uint8 [H,W,3] RGB."""
+        files = [file for group in self.config.images.values() for file in group]
+        for file in files:
+            if name in (file, Path(file).stem):
+                return read_image(self.folder / "images" / file)
+        near = difflib.get_close_matches(name, [Path(file).stem for file in files], 1, 0)
+        hint = f"did you mean {near[0]!r}?" if near else "it has no start images."
+        raise UserError(f"World {self.config.name!r} has no start image {name!r}; {hint}")
+
+
+# -------------------- reading
+
+
+def _check_bundle(folder: Path) -> WorldConfig:
+    """Everything that can be known without loading a weight."""
+    if not folder.is_dir():
+        worlds = sorted(path.parent.name for path in folder.parent.glob("*/world.yaml"))
+        raise UserError(
+            f"There is no world at {folder}; "
+            f"{'there are ' + ', '.join(worlds) if worlds else 'none is'} there."
+        )
+    absent = [name for name in _EVERYTHING if not (folder / name).is_file()]
+    if absent:
+        raise UserError(f"{folder} is not a complete world: {absent[0]} is missing.")
+    config = WorldConfig.read(folder / "world.yaml")
+    for name in (file for group in config.images.values() for file in group):
+        if not (folder / "images" / name).is_file():
+            raise UserError(f"{folder} is not a complete world: images/{name} is missing.")
+    return config
+
+
+def check_fit(world: World) -> None:
+    """ValueError when transformer, autoencoder, prompts and picture size do not belong together."""
+    config = world.config
+    latent = world.autoencoder.latent_channels
+    factor = world.autoencoder.spatial_factor
+    patch = world.transformer.config.patch_size
+    faults = {
+        (
+            f"prompts have {world.prompts.shape[1]} features, the transformer reads "
+            f"{world.transformer.config.text_dim}"
+        ): (world.prompts.shape[1] != world.transformer.config.text_dim),
+        (
+            f"the autoencoder makes {latent} channels, the transformer reads "
+            f"{world.transformer.config.in_channels}"
+        ): (latent != world.transformer.config.in_channels),
+        (
+            f"{config.height}x{config.width} pixels do not divide into tokens of "
+            f"{factor * patch[1]}x{factor * patch[2]}"
+        ): (config.height % (factor * patch[1]) != 0 or config.width % (factor * patch[2]) != 0),
+    }
+    for sentence, wrong in faults.items():
+        if wrong:
+            raise UserError(f"{world.folder} does not fit together: {sentence}; export it again.")
+    for prompt in [config.prompts.default, *config.images]:
+        try:
+            world.prompts[prompt]
+        except ValueError as error:
+            raise UserError(f"{world.folder / 'world.yaml'}: {error}") from None
+
+
+# -------------------- writing
+
+
+def save_world(
+    folder,
+    config: WorldConfig,
+    transformer: CausalWanTransformer,
+    autoencoder: Autoencoder,
+    prompts: PromptBook,
+    images: Mapping[str, list[np.ndarray]],
+    readme: str = "",
+    shard_size: str = SHARD_SIZE,
+) -> None:
+    """Writes a bundle that `World.from_pretrained` opens; an older one of that name is replaced
+    only by a complete one.
+
+    images: prompt -> uint8 [H,W,3] start images, stored as images/<prompt>-<n>.png (they replace
+    `config.images`); of a prompt that is no file name, its letters and digits.
+    readme: README.md of the bundle. The networks are stored in the type they have, in files of at
+    most `shard_size`.
+    """
+    folder = Path(folder)
+    stems = _file_stems(images)
+    names = {
+        prompt: tuple(f"{stems[prompt]}-{n}.png" for n in range(len(group)))
+        for prompt, group in images.items()
+    }
+    config = replace(config, images=names)
+    for prompt in [config.prompts.default, *images]:
+        prompts[prompt]
+    with replacing_folder(folder) as temporary:
+        (temporary / "images").mkdir()
+        for name, network in (("transformer", transformer), ("autoencoder", autoencoder)):
+            network.save_pretrained(
+                temporary / name, safe_serialization=True, max_shard_size=shard_size
+            )
+        prompts.save(temporary / "prompts.safetensors")
+        for prompt, group in images.items():
+            for file, picture in zip(names[prompt], group, strict=True):
+                _check_picture(file, picture, config)
+                write_png(temporary / "images" / file, picture)
+        (temporary / "README.md").write_text(readme, encoding="utf-8")
+        (temporary / "world.yaml").write_text(config.text(), encoding="utf-8")
+        _check_bundle(temporary)
+
+
+def _file_stems(prompts: Iterable[str]) -> dict[str, str]:
+    """A short file name for every prompt, each another."""
+    stems: dict[str, str] = {}
+    for prompt in prompts:
+        stem = re.sub(r"[^\w-]+", "-", prompt)[:40].strip("-") or "prompt"
+        stems[prompt] = f"{stem}-{len(stems)}" if stem in stems.values() else stem
+    return stems
+
+
+def _check_picture(name: str, picture: np.ndarray, config: WorldConfig) -> None:
+    if picture.dtype != np.uint8 or picture.shape != (config.height, config.width, 3):
+        raise UserError(
+            f"Start image {name} must be uint8 [{config.height},{config.width},3], got "
+            f"{picture.dtype} {list(picture.shape)}."
+        )
