@@ -90,6 +90,14 @@ def tiny_world(tiny_bundle):
     return World.from_pretrained(tiny_bundle, dtype=torch.float32)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_log(tmp_path_factory):
+    """Tracebacks of planted bugs stay out of the user's log."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def own_torch():
     """What a test sets torch to (`--threads`, play.py's precision) is its own: dreams are equal to

@@ -6,11 +6,12 @@ import argparse
 import errno
 import json
 import sys
+import traceback
 from collections.abc import Callable
 
 from safetensors import SafetensorError
 
-from worldmodel.errors import Stopped, UserError
+from worldmodel.errors import Stopped, UserError, first_line, log_bug
 from worldmodel.files import write_file
 
 MOST_THREADS = 256
@@ -51,42 +52,59 @@ def threads(text: str) -> int:
 
 
 def run(program: str, work: Callable[[], int | None]) -> int:
-    """Runs `work` and returns the exit status: its own (None = 0), or what went wrong, after one
-    sentence on stderr.
+    """Run `work` and return the exit status: its own (None = 0), or what went wrong.
 
-    ValueError: 2. OSError, SafetensorError (its writer's OSError), no memory: 1. Ctrl-C: 130.
-    Stopped: 128 and its signal's number. Anything else is a fault of this program and passes
-    through.
+    An error that `explain` knows becomes one sentence on stderr. Anything else is a bug of this
+    program: its traceback goes to stderr and into the log, and the status is 1.
     """
     try:
         return work() or 0
-    except KeyboardInterrupt:
-        status = INTERRUPTED
-        sentence = "stopped before the end."
-    except Stopped as stop:
-        status = 128 + stop.number
-        sentence = str(stop)
-    except OSError as error:
-        status = FAILED
-        sentence = _of_the_system(error)
-    except ValueError as error:
-        status = BAD_INPUT
-        sentence = str(error)
-    except SafetensorError as error:
-        status = FAILED
-        sentence = f"{error}; see to the disk and start again."
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _NO_MEMORY):
-            raise
-        status = FAILED
-        sentence = (
-            f"there is not enough memory ({str(error).partition('.')[0]}); ask for less at a time."
-        )
+    except (Exception, KeyboardInterrupt) as error:
+        known = explain(error)
+        if known is None:
+            _report_bug(program, error)
+            return FAILED
     # Here the traceback is gone, and with it the progress bars it kept open: the sentence gets a
     # line of its own.
+    status, sentence = known
     if sentence:
-        print(f"{program}: {' '.join(sentence.split())}", file=sys.stderr)
+        print(f"{program}: {sentence}", file=sys.stderr)
     return status
+
+
+def explain(error: BaseException) -> tuple[int, str] | None:
+    """(exit status, one sentence) of an error that is not a bug of this program; None for a bug.
+
+    UserError: 2. OSError, SafetensorError (its writer's OSError), out of memory: 1. Ctrl-C: 130.
+    Stopped: 128 and its signal's number, with "" where another process says the sentence.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "stopped before the end."
+    if isinstance(error, Stopped):
+        return 128 + error.number, " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return BAD_INPUT, " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return FAILED, " ".join(_of_the_system(error).split())
+    if isinstance(error, SafetensorError):
+        return FAILED, f"{first_line(error)}; see to the disk and start again."
+    if _is_out_of_memory(error):
+        what = first_line(error).partition(". ")[0]
+        return FAILED, f"there is not enough memory ({what}); ask for less at a time."
+    return None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in _NO_MEMORY)
+    return isinstance(error, MemoryError)
+
+
+def _report_bug(program: str, error: BaseException) -> None:
+    traceback.print_exception(error)
+    log = log_bug(error)
+    where = f" Its log is {log}." if log else ""
+    print(f"{program}: this is a bug of the program, not of your input.{where}", file=sys.stderr)
 
 
 def report(
