@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from worldmodel.bench import benchmark
 from worldmodel.client.bindings import Bindings
-from worldmodel.client.loop import MARGIN, UNSTEERED, Loop, LoopOptions
+from worldmodel.client.loop import UNSTEERED, Loop, LoopOptions
 from worldmodel.client.pacer import Frame, Pacer
 from worldmodel.client.paths import tour, written_path
 from worldmodel.client.scenes import Scene, Scenes
 from worldmodel.controls import Envelope
+from worldmodel.pacing import MARGIN
 from worldmodel.session import FrameChunk
 from worldmodel.worlds.world import WorldConfig
 
@@ -307,10 +307,6 @@ def test_a_frame_is_never_ahead_of_its_figures(monkeypatch, pictures):
         (False, -1),
         (False, 0),
     }  # 0: the frame that is there early
-
-
-def test_the_benchmark_simulates_this_client():
-    assert MARGIN * 1e3 == benchmark.MARGIN
 
 
 def test_what_a_chunk_has_to_say_reaches_the_player():

@@ -16,6 +16,7 @@ from distill.prompts import make_prompt_book
 from worldmodel.bench import benchmark
 from worldmodel.models.tiny_autoencoder import TinyAutoencoder
 from worldmodel.models.transformer import CausalWanTransformer
+from worldmodel.pacing import PRESSES, key_to_pixel
 from worldmodel.session import Session
 from worldmodel.worlds.world import World
 
@@ -258,14 +259,10 @@ def test_key_to_pixel_of_a_steady_machine():
     """100 ms a chunk, 250 ms of frames: read 106 ms before it is due, a press waits 0 to 250 ms for
     that.
     """
-    delays = benchmark.key_to_pixel(np.full(40, 100.0), np.full(40, 130.0), 250.0)[
-        20 * benchmark.PRESSES :
-    ]
+    delays = key_to_pixel(np.full(40, 100.0), np.full(40, 130.0), 250.0)[20 * PRESSES :]
     assert delays.min() == pytest.approx(106, abs=8) and delays.max() == pytest.approx(356, abs=8)
     assert delays.mean() == pytest.approx(231, abs=1)
-    slow = benchmark.key_to_pixel(np.full(40, 400.0), np.full(40, 400.0), 250.0)[
-        20 * benchmark.PRESSES :
-    ]
+    slow = key_to_pixel(np.full(40, 400.0), np.full(40, 400.0), 250.0)[20 * PRESSES :]
     assert slow.mean() == pytest.approx(
         600, abs=1
     )  # always dreaming: half a chunk of waiting, one of dreaming

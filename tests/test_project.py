@@ -21,6 +21,7 @@ WINGS = [
     "worldmodel.schedule",
     "worldmodel.camera",
     "worldmodel.controls",
+    "worldmodel.pacing",
     "worldmodel.cli",
     "worldmodel.models",
     "worldmodel.graphs",

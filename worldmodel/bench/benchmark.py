@@ -40,14 +40,13 @@ from worldmodel.device import fast_dtype, open_device, synchronize
 from worldmodel.engine.engine import EngineOptions
 from worldmodel.errors import UserError, first_line
 from worldmodel.models.streaming import FRAMES_PER_LATENT
+from worldmodel.pacing import key_to_pixel
 from worldmodel.rollout import RolloutConfig, with_steps
 from worldmodel.session import Session
 from worldmodel.worlds.world import World
 
 ROUNDS = 8  # turns that each variant gets
-PRESSES = 32  # simulated key presses a chunk, evenly spread
 MOST_PUBLISHED = 900  # latents: the public rotary tables end at 1,024
-MARGIN = 6.0  # ms between a chunk being ready and being due, as the client keeps it
 PARTS = ("network", "clean", "decode")
 WORLD = Path("assets/worlds/blocks")
 ENGINE_KEYS = (
@@ -296,36 +295,6 @@ class Walk:
             "tflop_per_second": {name: round(value, 6) for name, value in rates.items()},
             "share_of_matmul_rate": {name: round(value / rate, 3) for name, value in rates.items()},
         }
-
-
-def key_to_pixel(durations: np.ndarray, busy: np.ndarray, period: float) -> np.ndarray:
-    """Simulated time from a key press to the first frame that shows it, ms, for presses spread
-    evenly over the run.
-
-    The client's rule: a chunk starts its usual duration (the second longest of the last twelve) and
-    `MARGIN` before its first frame is due, at most one period early, and reads the input at that
-    moment; a late chunk moves the clock.
-
-    Args:
-        durations: [n] ms from the start of a chunk until its first frames were ready, n >= 2.
-        busy: [n] ms from the start of a chunk until the next can start (its clean pass comes after
-        its frames).
-        period: ms for which the frames of one chunk are on the screen.
-    """
-    free = 0.0  # of the chunk before: when all was done, when it was shown
-    due = 0.0
-    before = 0.0
-    delays = []
-    for index, duration in enumerate(durations):
-        recent = sorted(durations[max(0, index - 12) : index])
-        lead = min((recent[-2:][0] if recent else period) + MARGIN, period)
-        sampled = max(free, due + period - lead)
-        free = sampled + busy[index]
-        due = max(sampled + duration, due + period)
-        presses = before + (np.arange(PRESSES) + 0.5) / PRESSES * (sampled - before)
-        delays.append(due - presses)
-        before = sampled
-    return np.concatenate(delays[1:])
 
 
 def take_turns(walks: list[Walk], latents: int) -> None:

@@ -18,8 +18,8 @@ from worldmodel.client.pacer import Frame, Pacer
 from worldmodel.client.scenes import Scene, Scenes
 from worldmodel.controls import Controls, Envelope
 from worldmodel.errors import UserError
+from worldmodel.pacing import MARGIN, RECENT, expected_duration
 
-MARGIN = 0.006  # seconds between a chunk being ready and being due: the wake-up of a thread
 UNSTEERED = "This world has no camera weights: it dreams by itself, keys do nothing"
 
 
@@ -90,10 +90,10 @@ class Loop:
         self._edges: deque[tuple[float, str]] = deque()  # (seconds, motion), for the latency figure
         self._controls: Controls | None = None
         self._durations: deque[float] = deque(
-            maxlen=12
+            maxlen=RECENT
         )  # seconds from the start of a chunk until its frames were there
         self._busy: deque[float] = deque(
-            maxlen=12
+            maxlen=RECENT
         )  # seconds a chunk, with what is done after its frames are out
         self._stopping = False
         self._thread = None
@@ -199,8 +199,8 @@ class Loop:
         """When to start the next chunk: as late as its frames are still in time, and at most one
         chunk ahead.
         """
-        usual = sorted(self._durations)[-2:][0] if self._durations else self._chunk_seconds
-        ahead = min(usual + MARGIN, self._period() * self._chunk_frames)
+        expected = expected_duration(self._durations, self._chunk_seconds)
+        ahead = min(expected + MARGIN, self._period() * self._chunk_frames)
         return self.pacer.wanted_at(self.clock()) - ahead
 
     def _period(self) -> float:
