@@ -35,8 +35,9 @@ from worldmodel.models.prompts import PromptBook
 from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.models.wan_autoencoder import Autoencoder
 from worldmodel.rollout import RolloutConfig, with_steps
+from worldmodel.worlds.config import PromptConfig, WorldConfig
 from worldmodel.worlds.weights import open_autoencoder
-from worldmodel.worlds.world import SHARD_SIZE, PromptConfig, World, WorldConfig, save_world
+from worldmodel.worlds.world import SHARD_SIZE, World, save_world
 
 START_SEED = 7001  # of the towns and places of the start images
 CANDIDATES = 4  # places of which the one with most to see becomes a start image

@@ -15,7 +15,8 @@ from worldmodel.models.tiny_autoencoder import TinyAutoencoder
 from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.models.wan_autoencoder import WanAutoencoder
 from worldmodel.rollout import RolloutConfig
-from worldmodel.worlds.world import PromptConfig, World, WorldConfig, save_world
+from worldmodel.worlds.config import PromptConfig, WorldConfig
+from worldmodel.worlds.world import World, save_world
 
 
 class Payload:

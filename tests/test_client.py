@@ -21,7 +21,7 @@ from worldmodel.client.scenes import Scene, Scenes
 from worldmodel.controls import Envelope
 from worldmodel.pacing import MARGIN
 from worldmodel.session import FrameChunk
-from worldmodel.worlds.world import WorldConfig
+from worldmodel.worlds.config import WorldConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVELOPE = Envelope(forward=0.5, strafe=0.4, yaw=6.0, pitch=0.0)

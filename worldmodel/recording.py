@@ -406,7 +406,7 @@ def replay(folder, world: World) -> Iterator[FrameChunk]:
     recover(folder)
     log = read_log(folder)
     header = log.header
-    if header["fingerprint"] != world.fingerprint:
+    if header["fingerprint"] not in world.fingerprints:
         raise UserError(
             f"{folder} was recorded in the world {header['world']!r} ({header['fingerprint']}), "
             f"not in {world.config.name!r} ({world.fingerprint}); open the same version of the "

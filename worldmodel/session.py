@@ -255,11 +255,11 @@ class Session:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except (OSError, SafetensorError, yaml.YAMLError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is no complete saved session ({error}).") from None
-        for key, ours in (("fingerprint", world.fingerprint), ("dtype", str(world.dtype))):
-            if values[key] != ours:
+        for key, ours in (("fingerprint", world.fingerprints), ("dtype", (str(world.dtype),))):
+            if values[key] not in ours:
                 raise UserError(
                     f"{path} was saved in the world {values['world']!r} with {key} {values[key]}, "
-                    f"the opened world {world.config.name!r} has {ours}; open the same world in "
+                    f"the opened world {world.config.name!r} has {ours[0]}; open the same world in "
                     "the same way."
                 )
         tensors = {

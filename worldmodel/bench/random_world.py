@@ -18,8 +18,9 @@ from worldmodel.models.tiny_autoencoder import TinyAutoencoder
 from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.models.wan_autoencoder import Autoencoder, WanAutoencoder
 from worldmodel.rollout import RolloutConfig
+from worldmodel.worlds.config import PromptConfig, WorldConfig
 from worldmodel.worlds.convert import PublishedWorld
-from worldmodel.worlds.world import PromptConfig, World, WorldConfig
+from worldmodel.worlds.world import World
 
 AUTOENCODERS = ("tiny", "wan", "none")
 _WORLDS = Path(__file__).resolve().parents[1] / "configs" / "worlds"  # NAME.yaml

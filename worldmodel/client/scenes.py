@@ -145,7 +145,7 @@ class Scenes:
 
         log = read_log(folder)
         if (
-            log.header["fingerprint"] == self.world.fingerprint
+            log.header["fingerprint"] in self.world.fingerprints
         ):  # `replay` has a sentence for another world
             self._read(log.prompts)
         image = str(folder / IMAGE) if log.header["image"] else None

@@ -39,9 +39,10 @@ from worldmodel.worlds.checkpoint import (
     load_transformer,
     read_state,
 )
+from worldmodel.worlds.config import PromptConfig, WorldConfig, warn_ignored, without_retired
 from worldmodel.worlds.hub import fetch, parse_source, weights_among
 from worldmodel.worlds.weights import open_autoencoder
-from worldmodel.worlds.world import PromptConfig, World, WorldConfig, check_fit, save_world
+from worldmodel.worlds.world import World, check_fit, save_world
 
 DTYPES = ("bfloat16", "float16", "float32")
 PROMPT = "default"  # name of the prompt that a world starts with
@@ -80,7 +81,10 @@ class PublishedWorld:
 
     @classmethod
     def read(cls, path: str | Path) -> "PublishedWorld":
-        """Reads a YAML file; ValueError with one sentence for one that is absent or faulty."""
+        """Read a YAML file; UserError with one sentence for one that is absent or faulty.
+
+        Rollout options that format 1 of world.yaml had are ignored, as `WorldConfig.read` does.
+        """
         path = Path(path)
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -90,6 +94,9 @@ class PublishedWorld:
                 f"{path} cannot be read as a published world ({reason}); name a file of "
                 "configs/worlds."
             ) from None
+        if isinstance(values, dict) and "rollout" in values:
+            values["rollout"], ignored = without_retired(values["rollout"])
+            warn_ignored(path, ignored)
         return build(cls, values, str(path))
 
 

@@ -3,8 +3,6 @@ as one thing.
 """
 
 import difflib
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,10 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 
-from worldmodel.config import as_dict, build
-from worldmodel.controls import Envelope
 from worldmodel.device import fast_dtype, free_memory, open_device
 from worldmodel.engine.engine import (
     HISTORY,
@@ -29,94 +24,27 @@ from worldmodel.engine.engine import (
     tiers_from,
 )
 from worldmodel.engine.quantize import quantize
-from worldmodel.errors import UserError, first_line
+from worldmodel.errors import UserError
 from worldmodel.files import replacing_folder
 from worldmodel.images import read_image, write_png
 from worldmodel.models.prompts import PromptBook
 from worldmodel.models.text_encoder import PromptEncoder
 from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.models.wan_autoencoder import Autoencoder
-from worldmodel.rollout import RolloutConfig
+from worldmodel.worlds.config import WORLD_YAML, WorldConfig
+from worldmodel.worlds.fingerprint import fingerprint, first_edition_fingerprint
 from worldmodel.worlds.weights import load_network, open_autoencoder
 
-FORMAT = 1
-_MOST_PIXELS = 4096
-_MOST_FPS = 240
 # numbers a pixel that a decoder has in hand at its widest (Wan2.1's: 4 frames of 96 channels, four
 # times)
 _DECODER_WORK = 1500
 SHARD_SIZE = "16MB"  # of a small world, whose files live in a repository
 _EVERYTHING = (
-    "world.yaml",
+    WORLD_YAML,
     "transformer/config.json",
     "autoencoder/config.json",
     "prompts.safetensors",
 )
-
-
-@dataclass(frozen=True)
-class PromptConfig:
-    """Which prompt a session starts with when none is asked for."""
-
-    default: str
-
-
-@dataclass(frozen=True)
-class WorldConfig:
-    """`world.yaml`. Unknown keys and wrong types are errors."""
-
-    name: str
-    title: str  # one line for menus
-    height: int  # pixels
-    width: int  # pixels
-    fps: float  # pixel frames a second
-    intrinsics: tuple[float, ...]  # fx/W, fy/H, cx/W, cy/H
-    envelope: Envelope
-    rollout: RolloutConfig
-    prompts: PromptConfig
-    images: dict[str, tuple[str, ...]] = field(
-        default_factory=dict
-    )  # prompt -> files in images/, the first is usual
-    # folder or hub id (diffusers' layout) of the encoder that made the prompts; empty: stored
-    # prompts only
-    text_encoder: str = ""
-    licence: str = "unknown"  # of weights and pictures, copied into recordings
-    format: int = FORMAT
-
-    def __post_init__(self):
-        fx, fy, *centre = self.intrinsics if len(self.intrinsics) == 4 else (0, 0, 0)
-        if min(fx, fy) <= 0 or max(abs(c - 0.5) for c in centre) > 1e-6:
-            raise UserError(
-                "intrinsics must be [fx/W, fy/H, 0.5, 0.5] with positive focal lengths, got "
-                f"{list(self.intrinsics)} (recordings cannot hold another principal point)."
-            )
-        for name, most in (("height", _MOST_PIXELS), ("width", _MOST_PIXELS), ("fps", _MOST_FPS)):
-            if not 1 <= getattr(self, name) <= most:
-                raise UserError(f"{name} must be 1 to {most}, got {getattr(self, name)}.")
-
-    @classmethod
-    def read(cls, path) -> "WorldConfig":
-        """Reads world.yaml; ValueError with one sentence for a foreign, newer or faulty one."""
-        path = Path(path)
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(
-                f"{path} cannot be read as YAML ({first_line(error)}); fetch the world again."
-            ) from None
-        found = values.get("format") if isinstance(values, dict) else None
-        if found != FORMAT:
-            newer = isinstance(found, int) and found > FORMAT
-            todo = "update this program" if newer else "it is not one of this program's worlds"
-            raise UserError(f"{path} has format {found!r}, format {FORMAT} is expected; {todo}.")
-        return build(cls, values, str(path))
-
-    def text(self) -> str:
-        """The YAML that `read` reads."""
-        plain = as_dict(self)
-        return yaml.safe_dump(
-            {"format": plain.pop("format"), **plain}, sort_keys=False, allow_unicode=True
-        )
 
 
 @dataclass(frozen=True)
@@ -217,20 +145,15 @@ class World:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of what decides a dream (weights, prompts, picture, rollout): where it is equal,
-        recordings can be replayed.
-        """
-        values = yaml.safe_load((self.folder / "world.yaml").read_text(encoding="utf-8"))
-        deciding = {
-            key: values.get(key) for key in ("height", "width", "intrinsics", "rollout")
-        }  # a title decides nothing
-        digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode())
-        for path in sorted(self.folder.rglob("*")):
-            if path.suffix in (".safetensors", ".json"):
-                digest.update(str(path.relative_to(self.folder)).encode())
-                with path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()[:16]
+        """Hash of what decides the pixels, see `worlds/fingerprint.py`."""
+        return fingerprint(self.folder, self.config)
+
+    @cached_property
+    def fingerprints(self) -> tuple[str, ...]:
+        """All fingerprints that this world answers to: its own, then those of older versions."""
+        first = first_edition_fingerprint(self.folder)
+        earlier = self.config.earlier_fingerprints + ((first,) if first else ())
+        return self.fingerprint, *earlier
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -268,7 +191,7 @@ def _check_bundle(folder: Path) -> WorldConfig:
     absent = [name for name in _EVERYTHING if not (folder / name).is_file()]
     if absent:
         raise UserError(f"{folder} is not a complete world: {absent[0]} is missing.")
-    config = WorldConfig.read(folder / "world.yaml")
+    config = WorldConfig.read(folder / WORLD_YAML)
     for name in (file for group in config.images.values() for file in group):
         if not (folder / "images" / name).is_file():
             raise UserError(f"{folder} is not a complete world: images/{name} is missing.")
@@ -302,7 +225,7 @@ def check_fit(world: World) -> None:
         try:
             world.prompts[prompt]
         except ValueError as error:
-            raise UserError(f"{world.folder / 'world.yaml'}: {error}") from None
+            raise UserError(f"{world.folder / WORLD_YAML}: {error}") from None
 
 
 # -------------------- writing
@@ -347,7 +270,7 @@ def save_world(
                 _check_picture(file, picture, config)
                 write_png(temporary / "images" / file, picture)
         (temporary / "README.md").write_text(readme, encoding="utf-8")
-        (temporary / "world.yaml").write_text(config.text(), encoding="utf-8")
+        (temporary / WORLD_YAML).write_text(config.text(), encoding="utf-8")
         _check_bundle(temporary)
 
 
