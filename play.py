@@ -20,6 +20,7 @@ def main(arguments: list[str]) -> int:
 
 def play(arguments: list[str]) -> int:
     """In a window where there is a display, else into a film."""
+    from worldmodel.cli import print_progress
     from worldmodel.client.options import parse_options
 
     options = parse_options(arguments)
@@ -29,9 +30,8 @@ def play(arguments: list[str]) -> int:
 
     if open_display():
         return in_window(options)
-    print(
-        "There is no display here, so nobody can steer: walking a scripted path into a film.",
-        file=sys.stderr,
+    print_progress(
+        "There is no display here, so nobody can steer: walking a scripted path into a film."
     )
     return without_window(options)
 

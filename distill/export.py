@@ -27,6 +27,7 @@ from distill.evaluate.report import markdown, table
 from distill.metrics import sharpness, to_unit
 from distill.prompts import open_prompts
 from worldmodel.bench.machine import describe_commit, describe_machine
+from worldmodel.cli import print_line
 from worldmodel.config import as_dict, build
 from worldmodel.controls import Envelope
 from worldmodel.errors import UserError
@@ -205,7 +206,7 @@ def run(args: argparse.Namespace) -> None:
         for name, network in kept.items():
             network.save_pretrained(draft / "stages" / name, max_shard_size=SHARD_SIZE)
         World.from_pretrained(draft)  # what does not open does not replace what does
-    print(
+    print_line(
         f"{args.output}: {size / 1e6:.1f} MB; play it with: python play.py --world "
         f"{shlex.quote(str(args.output))}"
     )

@@ -26,6 +26,7 @@ from distill.data.clips import write_clip, write_latents
 from worldmodel import cli as command_line
 from worldmodel import recording
 from worldmodel.bench.benchmark import main as benchmark
+from worldmodel.errors import Stopped, UserError, user_log
 from worldmodel.worlds.checkpoint import main as checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -710,13 +711,13 @@ def test_commands(says, factory, tiny_bundle, tmp_path, monkeypatch, main, words
     ("error", "status", "sentence"),
     [
         (KeyboardInterrupt(), 130, "game: stopped before the end."),
-        (command_line.Stopped(15, "Halfway; go on."), 143, "game: Halfway; go on.\n"),
+        (Stopped(15, "Halfway; go on."), 143, "game: Halfway; go on.\n"),
         (
             OSError(errno.ENOSPC, "No space left on device", "a/b"),
             1,
             "game: a/b: No space left on device; make room and start again.",
         ),
-        (ValueError("two\n  lines"), 2, "game: two lines"),
+        (UserError("two\n  lines"), 2, "game: two lines\n"),
         (
             RuntimeError("CUDA out of memory. Tried to allocate 9 GiB"),
             1,
@@ -732,11 +733,24 @@ def test_what_stops_a_command(capsys, error, status, sentence):
     assert capsys.readouterr().err.startswith(sentence)
 
 
-def test_a_fault_of_our_own_is_not_hidden():
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        command_line.run(
-            "game",
-            lambda: (_ for _ in ()).throw(
-                RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-            ),
-        )
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("zip() argument 2 is shorter than argument 1"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        KeyError("frames"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_bug_keeps_its_traceback(capsys, error):
+    def work():
+        raise error
+
+    assert command_line.run("game", work) == command_line.FAILED
+    shown = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in shown and "in work" in shown
+    assert f"{type(error).__name__}: {error}" in shown
+    assert shown.splitlines()[-1] == (
+        f"game: this is a bug of the program, not of your input. Its log is {user_log()}."
+    )
+    assert str(error) in user_log().read_text()

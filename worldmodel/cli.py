@@ -1,13 +1,16 @@
-"""What every command line of this project does alike: a mistake is one sentence on stderr and an
-exit status.
+"""What all command lines of this project share: errors as one sentence and an exit status, log
+messages on stderr, and output that any encoding can print.
 """
 
 import argparse
 import errno
 import json
+import logging
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
 
 from safetensors import SafetensorError
 
@@ -18,21 +21,53 @@ MOST_THREADS = 256
 BAD_INPUT = 2
 FAILED = 1
 INTERRUPTED = 130
-_NO_MEMORY = (
-    "out of memory",
-    "allocate memory",
-)  # in torch's RuntimeErrors, which on the CPU have no type of their own
+# in torch's RuntimeErrors, which on the CPU have no type of their own
+_NO_MEMORY = ("out of memory", "allocate memory")
+_LOGGERS = [logging.getLogger(name) for name in ("worldmodel", "distill")]
+_LEVEL = "log_level"  # where argparse keeps the level until it is set
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are a ValueError of one sentence, not a page and an exit; its
-    sub-parsers too.
+    """argparse whose errors are a UserError of one sentence, not a page and an exit.
+
+    It has the options -v and --debug, and so do its sub-parsers: they set the level of the log that
+    `run` shows, and do not appear among the parsed arguments.
     """
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.add_argument(
+            "-v",
+            "--verbose",
+            dest=_LEVEL,
+            action="store_const",
+            const=logging.INFO,
+            default=argparse.SUPPRESS,  # a sub-parser's default would overwrite the parser's value
+            help="print what is being done",
+        )
+        self.add_argument(
+            "--debug",
+            dest=_LEVEL,
+            action="store_const",
+            const=logging.DEBUG,
+            default=argparse.SUPPRESS,
+            help="print all log messages with their module, and the traceback of every error",
+        )
+
+    def parse_args(self, args=None, namespace=None):
+        parsed = super().parse_args(args, namespace)
+        if hasattr(parsed, _LEVEL):
+            _set_level(getattr(parsed, _LEVEL))
+            delattr(parsed, _LEVEL)
+        return parsed
 
     def error(self, message: str):
         raise UserError(
             f"{message[:1].upper()}{message[1:]}; {self.prog} --help lists the options."
         )
+
+    def _print_message(self, message: str, file: TextIO | None = None):
+        print_line(message.removesuffix("\n"), file)
 
 
 def positive(text: str) -> int:
@@ -55,8 +90,14 @@ def run(program: str, work: Callable[[], int | None]) -> int:
     """Run `work` and return the exit status: its own (None = 0), or what went wrong.
 
     An error that `explain` knows becomes one sentence on stderr. Anything else is a bug of this
-    program: its traceback goes to stderr and into the log, and the status is 1.
+    program: its traceback goes to stderr and into the log file, and the status is 1. Meanwhile the
+    log messages of this project appear on stderr, warnings only unless -v or --debug is given.
     """
+    with _log_on_stderr(program):
+        return _run(program, work)
+
+
+def _run(program: str, work: Callable[[], int | None]) -> int:
     try:
         return work() or 0
     except (Exception, KeyboardInterrupt) as error:
@@ -64,6 +105,8 @@ def run(program: str, work: Callable[[], int | None]) -> int:
         if known is None:
             _report_bug(program, error)
             return FAILED
+        if _LOGGERS[0].level == logging.DEBUG:
+            traceback.print_exception(error)
     # Here the traceback is gone, and with it the progress bars it kept open: the sentence gets a
     # line of its own.
     status, sentence = known
@@ -120,16 +163,69 @@ def report(
     def work() -> None:
         args = parser.parse_args(argv)
         text = json.dumps(measure(args), indent=1)
-        print(text)
+        print_line(text)
         if args.output:
             write_file(args.output, text + "\n")
 
     return run(program, work)
 
 
-def tell(sentence: str) -> None:
-    """Says on stderr what is being done, for who waits."""
-    print(sentence, file=sys.stderr)
+def print_line(text: str, file: TextIO | None = None) -> None:
+    """Print text to `file` (default: stdout) at once; escape what its encoding cannot write."""
+    file = file or sys.stdout
+    try:
+        print(text, file=file, flush=True)
+    except UnicodeEncodeError:
+        text = text.encode(file.encoding, "backslashreplace").decode(file.encoding)
+        print(text, file=file, flush=True)
+
+
+def print_progress(sentence: str) -> None:
+    """Print a progress message to stderr."""
+    print_line(sentence, sys.stderr)
+
+
+@contextmanager
+def _log_on_stderr(program: str) -> Iterator[None]:
+    """Show this project's log messages on stderr while the block runs."""
+    handler = _StderrHandler(program)
+    before = [(logger, logger.level) for logger in _LOGGERS]
+    for logger in _LOGGERS:
+        logger.addHandler(handler)
+    _set_level(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in before:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+
+
+def _set_level(level: int) -> None:
+    for logger in _LOGGERS:
+        logger.setLevel(level)
+
+
+class _StderrHandler(logging.Handler):
+    """Writes `program: warning: sentence`; information has no label, and --debug adds the module.
+
+    Progress bars stay whole: the lines appear above them.
+    """
+
+    def __init__(self, program: str):
+        super().__init__()
+        self._program = program
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        parts = [self._program]
+        if record.levelno != logging.INFO:
+            parts.append(record.levelname.lower())
+        if _LOGGERS[0].level == logging.DEBUG:
+            parts.append(record.name)
+        parts.append(self.format(record))
+        tqdm.write(": ".join(parts), file=sys.stderr)
 
 
 def _of_the_system(error: OSError) -> str:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from distill.data.clips import LATENTS, list_clips, read_clip, write_latents
+from worldmodel.cli import print_line
 from worldmodel.device import open_device
 from worldmodel.errors import UserError
 from worldmodel.models.streaming import FRAMES_PER_LATENT
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         autoencoder.device.type, torch.bfloat16, enabled=args.precision == "bfloat16"
     ):
         made = encode_clips(folders[args.worker :: args.workers], autoencoder)
-    print(
+    print_line(
         f"{made} of {len(folders)} clips encoded, the others had latents already or belong to "
         "other workers"
     )

@@ -20,6 +20,7 @@ from distill.evaluate import scores
 from distill.evaluate.generate import Variant, dream, load_transformer, parse_variant, reconstruct
 from distill.evaluate.report import contact_sheet, markdown
 from worldmodel.bench.machine import describe_commit, describe_machine
+from worldmodel.cli import print_line
 from worldmodel.config import as_dict
 from worldmodel.errors import UserError
 from worldmodel.files import write_file
@@ -144,7 +145,7 @@ def run(args: argparse.Namespace) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     results, sheets = evaluate(world, variants, options, args.reference, windows)
     page = markdown(results)
-    print(page)
+    print_line(page)
     for name, sheet in sheets.items():
         write_png(args.output.with_name(f"{args.output.stem}-{name}.png"), sheet)
     write_file(args.output.with_suffix(".md"), page)

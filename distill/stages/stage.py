@@ -4,6 +4,7 @@ share.
 
 import copy
 import functools
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +22,6 @@ from distill.ema import MovingAverage
 from distill.objectives.flow_matching import Predict
 from distill.optimizer import Joint, make_optimizer
 from distill.prompts import open_prompts
-from worldmodel.cli import tell
 from worldmodel.errors import UserError
 from worldmodel.models.prope import projection
 from worldmodel.models.transformer import CausalWanTransformer
@@ -29,6 +29,8 @@ from worldmodel.models.wan_autoencoder import Autoencoder
 from worldmodel.rollout import Rollout, RolloutConfig, with_steps
 from worldmodel.worlds.checkpoint import inspect, load_transformer
 from worldmodel.worlds.weights import open_autoencoder
+
+logger = logging.getLogger(__name__)
 
 Loss = tuple[str, Tensor, dict[str, float | Tensor]]  # optimiser name, scalar loss, metrics
 
@@ -170,7 +172,7 @@ class TransformerStage(Stage):
         place = source if folder == Path(source) else folder
         camera = inspect(place).camera
         if self.recipe.model.camera and not camera:
-            tell(f"{place} has no camera weights: they begin as zeros")
+            logger.warning(f"{place} has no camera weights: they begin as zeros")
         network = load_transformer(
             place, dtype=torch.float32, camera=camera or self.recipe.model.camera
         )

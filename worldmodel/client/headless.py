@@ -14,6 +14,7 @@ import av
 import numpy as np
 from tqdm import tqdm
 
+from worldmodel.cli import print_line, print_progress
 from worldmodel.client.options import PlayOptions
 from worldmodel.client.paths import tour, written_path
 from worldmodel.client.scenes import Scene, Scenes, open_scenes
@@ -101,7 +102,7 @@ def walk(options: PlayOptions) -> int:
                 begun = time.perf_counter()
     except av.FFmpegError as error:
         raise OSError(f"The film {output} could not be written: {error.strerror}.") from None
-    print(json.dumps(_report(scenes, options, output, latents, np.array(spent), timings)))
+    print_line(json.dumps(_report(scenes, options, output, latents, np.array(spent), timings)))
     if recorder and recorder.error:
         raise OSError(recorder.error)
     return 0
@@ -114,7 +115,7 @@ def verify_recording(options: PlayOptions) -> int:
     from worldmodel.recording import verify
 
     result = verify(options.replay, _open(options).world)
-    print(json.dumps(result))
+    print_line(json.dumps(result))
     if result["exact"]:
         return 0
     changed = (
@@ -122,21 +123,15 @@ def verify_recording(options: PlayOptions) -> int:
         if result["engine_differs"]
         else ""
     )
-    print(
-        (
-            f"play.py: from latent {result['first_difference']} on the dream is not the recorded "
-            f"one{changed}."
-        ),
-        file=sys.stderr,
+    print_progress(
+        f"play.py: from latent {result['first_difference']} on the dream is not the recorded "
+        f"one{changed}."
     )
     return 1
 
 
 def _open(options: PlayOptions) -> Scenes:
-    def tell(stage: str, _: float) -> None:
-        print(f"{stage} ...", file=sys.stderr)
-
-    return open_scenes(options, tell)
+    return open_scenes(options, lambda stage, _: print_progress(f"{stage} ..."))
 
 
 def _replayed(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, None, None]:

@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from worldmodel.camera import parse_trajectory
-from worldmodel.cli import Parser, positive, threads
+from worldmodel.cli import Parser, positive, print_progress, threads
 from worldmodel.device import cores
 from worldmodel.errors import UserError
 
@@ -211,9 +210,8 @@ def _published_world(name: str, recipe: Path, tiny: bool) -> Path:
     folder = world_cache(name)
     if (folder / "world.yaml").is_file():
         return folder
-    print(
-        f"{name} is played for the first time: its weights are fetched and made into {folder}",
-        file=sys.stderr,
+    print_progress(
+        f"{name} is played for the first time: its weights are fetched and made into {folder}"
     )
     from worldmodel.worlds.convert import (
         Conversion,
@@ -223,10 +221,9 @@ def _published_world(name: str, recipe: Path, tiny: bool) -> Path:
 
     try:
         published = PublishedWorld.read(recipe)
-        convert(
-            published, folder, Conversion(autoencoder=published.tiny_autoencoder if tiny else "")
-        )
-    except ValueError as error:
+        asked = Conversion(autoencoder=published.tiny_autoencoder if tiny else "")
+        convert(published, folder, asked, print_progress)
+    except UserError as error:
         raise UserError(
             f"The world {name} could not be made: {error} With weights of your own: python -m "
             f"worldmodel convert SOURCE --world {recipe} --output "

@@ -2,7 +2,6 @@
 them.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from worldmodel.cli import print_progress
 from worldmodel.client.options import PlayOptions
 
 if TYPE_CHECKING:  # torch is imported by the generator's thread, long after the window is there
@@ -43,7 +43,7 @@ def open_scenes(options: PlayOptions, tell: Callable[[str, float], None]) -> "Sc
     engine = EngineOptions(options.memory, options.weights, options.compile, options.attention)
     world = World.from_pretrained(options.world, device=fastest_device(), engine=engine)
     if world.device.type != "cpu":
-        print(world.engine.describe(world.config.rollout), file=sys.stderr)
+        print_progress(world.engine.describe(world.config.rollout))
     return Scenes(world, options.steps, tell)
 
 

@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import pygame
 
+from worldmodel.cli import print_line
 from worldmodel.client.bindings import Bindings
 from worldmodel.client.hud import ACCENT, GREEN, LOOKS, NIGHT, RED, WHITE, Figure, Hud
 from worldmodel.client.loop import Loop
 from worldmodel.controls import MOTIONS
+from worldmodel.errors import UserError
 
 REFRESH = 1 / 25  # seconds between redraws while no frame arrives (screens, fades, receipts)
 LOCKED = "{} is locked: this world has not learned it"
@@ -115,10 +117,10 @@ class Window:
             pygame.display.quit()
             self.loop.stop()
             for words in self.loop.notices:  # such as where the recording is
-                print(words)
+                print_line(words)
         if self.loop.status.phase != "failed":
             return 0
-        return 2 if isinstance(self.loop.status.cause, ValueError) else 1
+        return 2 if isinstance(self.loop.status.cause, UserError) else 1
 
     # -------------------- input
 

@@ -8,9 +8,9 @@ import gc
 import hashlib
 import html
 import json
+import logging
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,10 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from worldmodel.cli import tell
 from worldmodel.errors import UserError, first_line
 from worldmodel.files import replacing_file, user_cache
 from worldmodel.models.prompts import PromptBook
+
+logger = logging.getLogger(__name__)
 
 ENCODER = "text_encoder"  # sub-folders of diffusers' layout
 TOKENIZER = "tokenizer"
@@ -54,7 +55,7 @@ class PromptEncoder:
         """Whether `embed` answers at once."""
         return prompt in self._book or prompt in self._embedded
 
-    def embed(self, prompt: str, tell: Callable[[str], object] = tell) -> Tensor:
+    def embed(self, prompt: str, progress: Callable[[str], object] = logger.info) -> Tensor:
         """A stored name, or any text as `embed_text` does -> [L, D] float32 on the CPU.
 
         Errors: also ValueError for an unknown name in a world without a text encoder.
@@ -64,7 +65,7 @@ class PromptEncoder:
         if prompt not in self._embedded:
             place = locate(self._source, self._home)
             self._embedded[prompt] = embed_text(
-                prompt, place, self._book.shape, self._device, self._dtype, tell
+                prompt, place, self._book.shape, self._device, self._dtype, progress
             )
         return self._embedded[prompt]
 
@@ -75,14 +76,14 @@ def embed_text(
     shape: tuple[int, int],
     device: torch.device,
     dtype: torch.dtype,
-    tell: Callable[[str], object] = tell,
+    progress: Callable[[str], object] = logger.info,
 ) -> Tensor:
     """Any text -> [L, D] = `shape` float32 on the CPU: from the cache, or from the encoder at
     `place` and then into the cache.
 
-    device, dtype: where the encoder computes, and in what. tell: hears what is being waited for
-    (default: stderr). A text that is too long loses its end, which stderr is told. Errors:
-    ValueError for an empty text, and for an encoder that is absent, damaged or of another width.
+    device, dtype: where the encoder computes, and in what. progress: is called with a
+    sentence before each long step. A text that is too long loses its end, with a warning. Errors:
+    UserError for an empty text, and for an encoder that is absent, damaged or of another width.
     """
     text = clean(prompt)
     (length, width) = shape
@@ -98,7 +99,7 @@ def embed_text(
     )
     kept = _read(path, key, _version(place))
     if kept is None:
-        kept = encode(place, text, length, width, device, dtype, tell)
+        kept = encode(place, text, length, width, device, dtype, progress)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -106,21 +107,15 @@ def embed_text(
             _write(path, key, _version(place), *kept)
         except (OSError, SafetensorError) as error:
             reason = first_line(error)
-            print(
-                (
-                    f"The prompt's embedding cannot be kept in {path.parent} ({reason}); it is "
-                    "made anew next time."
-                ),
-                file=sys.stderr,
+            logger.warning(
+                f"The prompt's embedding cannot be kept in {path.parent} ({reason}); it is "
+                "computed again next time."
             )
     rows, tokens = kept
     if tokens > length:
-        print(
-            (
-                f"The prompt has {tokens} tokens and this world reads {length}; the rest of it "
-                "was left out."
-            ),
-            file=sys.stderr,
+        logger.warning(
+            f"The prompt has {tokens} tokens and this world reads {length}; the rest of it was "
+            "left out."
         )
     return torch.cat([rows, rows.new_zeros(length - len(rows), width)])
 
@@ -171,7 +166,7 @@ def encode(
     width: int,
     device: torch.device,
     dtype: torch.dtype,
-    tell: Callable[[str], object],
+    progress: Callable[[str], object],
 ) -> tuple[Tensor, int]:
     """Cleaned text -> its rows [n, width] float32 on the CPU with n <= length, and how many tokens
     it has uncut.
@@ -180,7 +175,7 @@ def encode(
     up with zeros to `length`. A graphics card without room for the encoder leaves the work to the
     CPU. Errors: ValueError as in `embed_text`.
     """
-    tell("Loading the text encoder")
+    progress("Loading the text encoder")
     transformers, _ = libraries()
     if (
         isinstance(place, Path) and not (place / ENCODER / "config.json").is_file()
@@ -189,13 +184,15 @@ def encode(
             f"The text encoder is not in {place} (expected {ENCODER}/config.json and {TOKENIZER} "
             "there); put it there, or name its place as text_encoder in world.yaml."
         )
-    config = _load(transformers.UMT5Config, place, ENCODER, tell)
+    config = _load(transformers.UMT5Config, place, ENCODER, progress)
     if config.d_model != width:
         raise UserError(
             f"The text encoder {place} makes embeddings of width {config.d_model}, {width} is "
             "expected; name another one."
         )
-    tokenizer = _load(transformers.AutoTokenizer, place, TOKENIZER, tell, trust_remote_code=False)
+    tokenizer = _load(
+        transformers.AutoTokenizer, place, TOKENIZER, progress, trust_remote_code=False
+    )
     tokens = len(tokenizer(text, verbose=False).input_ids)
     batch = tokenizer(
         [text],
@@ -215,7 +212,7 @@ def encode(
         transformers.UMT5EncoderModel,
         place,
         ENCODER,
-        tell,
+        progress,
         config=config,
         dtype=dtype,
         use_safetensors=True,
@@ -226,7 +223,7 @@ def encode(
             f"The text encoder {place} lacks the weight {sorted(report['missing_keys'])[0]}; "
             "fetch it again."
         )
-    tell("Reading the prompt")
+    progress("Reading the prompt")
     try:
         rows = _run(network.eval(), batch, device)
     except torch.OutOfMemoryError:
@@ -241,7 +238,7 @@ def _run(network: torch.nn.Module, batch, device: torch.device) -> Tensor:
     ).last_hidden_state[0]
 
 
-def _load(kind, place: Place, part: str, tell: Callable[[str], object], **options):
+def _load(kind, place: Place, part: str, progress: Callable[[str], object], **options):
     """`kind.from_pretrained`, which runs no code of the files': first from this machine, then, for
     a hub id, from the hub.
     """
@@ -254,7 +251,7 @@ def _load(kind, place: Place, part: str, tell: Callable[[str], object], **option
         except Exception:  # for want of a file, each kind has its own
             if here:
                 raise
-            tell(f"Fetching the {part.replace('_', ' ')}")
+            progress(f"Fetching the {part.replace('_', ' ')}")
             return kind.from_pretrained(place, subfolder=part, **options)
     except (MemoryError, torch.OutOfMemoryError):
         raise

@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from worldmodel.errors import first_line
+from worldmodel.errors import UserError, first_line
 from worldmodel.worlds.hub import fetch, read_index, weights_among
 
 State = Mapping[str, torch.Tensor]
@@ -93,7 +93,7 @@ _FAMILY_MARKS = {
 }
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A weights file that cannot be used; the message is one sentence for the user."""
 
 
@@ -469,7 +469,7 @@ def _holds_transformer(path: Path) -> bool:
         state = read_state(path)
         parts = [state, *(value for value in state.values() if isinstance(value, Mapping))]
         return any(_is_transformer(part) for part in parts)
-    except (ValueError, AttributeError):
+    except (UserError, AttributeError):
         return False
 
 

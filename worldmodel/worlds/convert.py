@@ -10,8 +10,10 @@ is a YAML file of configs/worlds:
 
 import argparse
 import json
+import logging
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +22,7 @@ import yaml
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan
 
-from worldmodel.cli import Parser, positive, run, tell
+from worldmodel.cli import Parser, positive, print_line, print_progress, run
 from worldmodel.config import Count, Positive, build
 from worldmodel.controls import Envelope
 from worldmodel.device import open_device
@@ -43,6 +45,8 @@ from worldmodel.worlds.config import PromptConfig, WorldConfig, warn_ignored, wi
 from worldmodel.worlds.hub import fetch, parse_source, weights_among
 from worldmodel.worlds.weights import open_autoencoder
 from worldmodel.worlds.world import World, check_fit, save_world
+
+logger = logging.getLogger(__name__)
 
 DTYPES = ("bfloat16", "float16", "float32")
 PROMPT = "default"  # name of the prompt that a world starts with
@@ -118,11 +122,17 @@ class Conversion:
     dtype: str = "bfloat16"  # of the stored weights, one of DTYPES
 
 
-def convert(published: PublishedWorld, output: Path, asked: Conversion = Conversion()) -> World:
+def convert(
+    published: PublishedWorld,
+    output: Path,
+    asked: Conversion = Conversion(),
+    progress: Callable[[str], object] = logger.info,
+) -> World:
     """Writes the bundle `output` (its name is the world's) and returns the world as it was put
     together.
 
-    An older bundle there is replaced only by a complete one. Errors: ValueError with one sentence
+    An older bundle there is replaced only by a complete one. progress: is called with a sentence
+    before each long step. Errors: UserError with one sentence
     for anything that cannot be had, is damaged, or does not fit together; nothing is written then.
     """
     source = asked.source or published.source
@@ -136,17 +146,17 @@ def convert(published: PublishedWorld, output: Path, asked: Conversion = Convers
     prompts = asked.prompts and PromptBook.load(asked.prompts)
     if prompts is None:
         _check_encoder(published)
-    path = fetch(source)
-    codec_path = fetch(codec, "vae")
+    path = fetch(source, progress=progress)
+    codec_path = fetch(codec, "vae", progress)
     dtype = getattr(torch, asked.dtype)
-    tell(f"reading the transformer from {source}")
+    progress(f"reading the transformer from {source}")
     overrides = {} if asked.head_dim is None else {"attention_head_dim": asked.head_dim}
     transformer = load_transformer(
         path, part=asked.part or published.part or None, dtype=dtype, **overrides
     )
     transformer.requires_grad_(False)
-    prompts = prompts or _embedded(published, output, transformer.config.text_dim)
-    tell(f"reading the autoencoder from {codec}")
+    prompts = prompts or _embedded(published, output, transformer.config.text_dim, progress)
+    progress(f"reading the autoencoder from {codec}")
     autoencoder = open_vae(codec_path, dtype).requires_grad_(False)
     config = _world_config(
         output.name, published, f"{source}, autoencoder {codec}", transformer, prompts
@@ -158,7 +168,7 @@ def convert(published: PublishedWorld, output: Path, asked: Conversion = Convers
         for part in (transformer, autoencoder)
         for t in part.state_dict().values()
     )
-    tell(f"writing {output} ({size / 1e6:,.1f} MB)")
+    progress(f"writing {output} ({size / 1e6:,.1f} MB)")
     output.parent.mkdir(parents=True, exist_ok=True)
     readme = _readme(config, source, codec, published, asked)
     save_world(output, config, transformer, autoencoder, prompts, {}, readme, shard_size="4GB")
@@ -191,7 +201,7 @@ def open_vae(path: Path, dtype: torch.dtype = torch.float32) -> Autoencoder:
         check_tensors(
             state, {name: tuple(tensor.shape) for name, tensor in tiny.state_dict().items()}
         )
-    except ValueError as error:
+    except UserError as error:
         raise UserError(
             f"{path} is no tiny autoencoder in taew2_1's layout, {error} For Wan2.1's own give "
             "vae/ of a diffusers repository."
@@ -229,7 +239,9 @@ def _check_encoder(published: PublishedWorld) -> None:
     )
 
 
-def _embedded(published: PublishedWorld, output: Path, width: int) -> PromptBook:
+def _embedded(
+    published: PublishedWorld, output: Path, width: int, progress: Callable[[str], object]
+) -> PromptBook:
     """A book with the world's own sentence, which its text encoder embeds."""
     place = locate(published.text_encoder, output)
     device = open_device("cuda" if torch.cuda.is_available() else "cpu")
@@ -239,7 +251,7 @@ def _embedded(published: PublishedWorld, output: Path, width: int) -> PromptBook
         **({"": published.negative} if published.negative else {}),
     }
     embeddings = {
-        name: embed_text(sentence, place, shape, device, torch.bfloat16)
+        name: embed_text(sentence, place, shape, device, torch.bfloat16, progress)
         for name, sentence in sentences.items()
     }
     return PromptBook(embeddings, {PROMPT: published.prompt})
@@ -321,7 +333,7 @@ def main(argv: list[str]) -> int:
 def _work(argv: list[str]) -> None:
     args = _parser().parse_args(argv)
     if args.command == "inspect":
-        print(describe(inspect(args.source, args.part)))
+        print_line(describe(inspect(args.source, args.part)))
         return
     published = PublishedWorld.read(args.world)
     asked = Conversion(
@@ -332,8 +344,8 @@ def _work(argv: list[str]) -> None:
         args.head_dim,
         args.dtype,
     )
-    convert(published, args.output, asked)
-    print(
+    convert(published, args.output, asked, print_progress)
+    print_line(
         f"{args.output} is ready; play it with: python play.py --world "
         f"{shlex.quote(str(args.output))}"
     )

@@ -11,14 +11,16 @@ connection, the cache answers alone. The hub library is imported when it is need
 """
 
 import json
+import logging
 import os
 import re
-import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from worldmodel.errors import UserError, first_line
+
+logger = logging.getLogger(__name__)
 
 INDEX = ".safetensors.index.json"
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -68,13 +70,17 @@ def parse_source(source: str | Path) -> Path | HubPlace:
     return HubPlace(match["repository"], match["path"] or "", match["revision"])
 
 
-def fetch(source: str | Path, part: str = "transformer") -> Path:
+def fetch(
+    source: str | Path,
+    part: str = "transformer",
+    progress: Callable[[str], object] = logger.info,
+) -> Path:
     """The file or folder that a source names, on this machine; of a repository or a folder in one,
     the weights file (or its index).
 
     part: sub-folder that is looked into first, as diffusers' repositories have them ("transformer",
     "vae"). A weights file of the hub comes with the `config.json` beside it, an index with the
-    files it names.
+    files it names. progress: is called with a sentence before a download begins.
     Errors: SourceError naming the file and the repository that cannot be had, or the files among
     which to choose.
     """
@@ -85,10 +91,11 @@ def fetch(source: str | Path, part: str = "transformer") -> Path:
     name = place.path if place.path in sizes else _chosen(place, sizes, part, reason)
     config = str(PurePosixPath(name).with_name("config.json"))
     told = [beside for beside in (config,) if beside in sizes and beside != name]
-    path = _download(place, [name, *told], sizes, reason)
+    path = _download(place, [name, *told], sizes, reason, progress)
     if name.endswith(".index.json"):
         folder = PurePosixPath(name).parent
-        _download(place, [str(folder / shard) for shard in shards_of(path)], sizes, reason)
+        shards = [str(folder / shard) for shard in shards_of(path)]
+        _download(place, shards, sizes, reason, progress)
     return path
 
 
@@ -226,7 +233,13 @@ def _chosen(place: HubPlace, sizes: dict[str, int], part: str, reason: str) -> s
     )
 
 
-def _download(place: HubPlace, names: list[str], sizes: dict[str, int], reason: str) -> Path:
+def _download(
+    place: HubPlace,
+    names: list[str],
+    sizes: dict[str, int],
+    reason: str,
+    progress: Callable[[str], object],
+) -> Path:
     """Brings files of a repository into the cache, the hub library shows how far it is; returns the
     path of the first.
     """
@@ -242,10 +255,7 @@ def _download(place: HubPlace, names: list[str], sizes: dict[str, int], reason: 
     if absent and not reason:
         size = sum(sizes.get(name, 0) for name in absent) / 1e6
         what = absent[0] if len(absent) == 1 else f"{len(absent)} files"
-        print(
-            f"fetching {what} of {place.repository} ({size:,.1f} MB) into {_cache_folder()}",
-            file=sys.stderr,
-        )
+        progress(f"fetching {what} of {place.repository} ({size:,.1f} MB) into {_cache_folder()}")
     paths = []
     for name in names:
         try:

@@ -36,6 +36,7 @@ from worldmodel.camera import (
     vectors_to_poses,
     write_pose_json,
 )
+from worldmodel.cli import print_line
 from worldmodel.errors import UserError
 from worldmodel.files import exclusive
 
@@ -93,7 +94,7 @@ class Entry:
     exact: bool = False  # the text was guessed from the name and must fit the video to the frame
 
 
-class NoVideo(ValueError):
+class NoVideo(UserError):
     """An entry whose video does not exist: reported, not an error."""
 
 
@@ -174,7 +175,9 @@ def _import(config: ImportConfig, jobs: list[tuple[str, str, Callable]]) -> int:
             f"{config.input}: expected footage, found no entry with a video; say where with "
             "--videos"
         )
-    print(f"{made} clips imported, {kept} were there, {len(jobs) - made - kept} without a video")
+    print_line(
+        f"{made} clips imported, {kept} were there, {len(jobs) - made - kept} without a video"
+    )
     return made
 
 
