@@ -16,11 +16,12 @@ from distill import metrics
 from distill.__main__ import main
 from distill.data.blocks.renderer import render
 from distill.data.blocks.town import MOODS
-from distill.data.blocks.walker import FRAMES_PER_LATENT, Gait
+from distill.data.blocks.walker import Gait
 from distill.evaluate import cases as protocol
 from distill.evaluate import scores
 from distill.evaluate.evaluate import EvaluateOptions, evaluate
 from distill.evaluate.generate import dream, load_transformer, parse_variant, reconstruct
+from worldmodel.camera import FRAMES_PER_LATENT
 from worldmodel.models.prompts import PromptBook
 from worldmodel.rollout import RolloutConfig
 from worldmodel.worlds.world import World, save_world

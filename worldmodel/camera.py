@@ -16,6 +16,10 @@ from scipy.spatial.transform import Rotation
 from worldmodel.errors import UserError
 from worldmodel.files import write_file
 
+# Video frames of one latent frame. Latent 0 is video frame 0 alone; latent k covers frames 4k-3..4k
+# and its pose is that of frame 4k, so F latents are 4F - 3 video frames.
+FRAMES_PER_LATENT = 4
+
 # What one held key does: movement in camera axes (x, y, z) and turn (yaw, pitch), in units of a
 # MotionStep. `u`/`dn` rise and sink, `up`/`down` look: minWM's and WorldPlay's keys do not clash.
 MOTIONS = {

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from worldmodel.camera import (
+    FRAMES_PER_LATENT,
     check_poses,
     invert,
     read_pose_json,
@@ -55,7 +56,7 @@ class Clip:
 
 def frames_of(latents: int) -> int:
     """Video frames of a clip of so many latent frames."""
-    return 4 * latents - 3
+    return FRAMES_PER_LATENT * (latents - 1) + 1
 
 
 def write_clip(

@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from distill.data.blocks.renderer import render
 from distill.data.blocks.town import MOODS, Town
-from distill.data.blocks.walker import FRAMES_PER_LATENT, walk
+from distill.data.blocks.walker import walk
 from distill.data.clips import frames_of, read_meta, write_clip
+from worldmodel.camera import FRAMES_PER_LATENT
 from worldmodel.errors import UserError
 from worldmodel.files import exclusive
 

@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from distill.data.clips import LATENTS, list_clips, read_clip, write_latents
+from worldmodel.camera import FRAMES_PER_LATENT
 from worldmodel.cli import print_line
 from worldmodel.device import open_device
 from worldmodel.errors import UserError
-from worldmodel.models.streaming import FRAMES_PER_LATENT
 from worldmodel.models.wan_autoencoder import Autoencoder
 from worldmodel.recording import recover
 from worldmodel.worlds.weights import open_autoencoder

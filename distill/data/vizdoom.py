@@ -24,7 +24,7 @@ import numpy as np
 
 from distill.data.clips import frames_of, write_clip
 from distill.data.collect import CollectConfig, clip_name, make_missing
-from worldmodel.camera import rotation
+from worldmodel.camera import FRAMES_PER_LATENT, rotation
 from worldmodel.errors import UserError
 
 UNITS_PER_MAP_UNIT = (
@@ -32,7 +32,6 @@ UNITS_PER_MAP_UNIT = (
 )  # world units; a walking player makes 66 map units a latent, so 0.13 units
 TICS_PER_FRAME = 2
 FPS = 35 / TICS_PER_FRAME  # 17.5
-FRAMES_PER_LATENT = 4
 LICENCE = "BSD-3-Clause (Freedoom)"
 
 RENDER_FOV = 120.0  # degrees across, of the engine's picture; the clip's 90 are cut out of it

@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from distill.data.blocks.renderer import render
 from distill.data.blocks.town import CELL, MOODS, Town
-from distill.data.blocks.walker import FRAMES_PER_LATENT, Gait, Order, Walker, walk
+from distill.data.blocks.walker import Gait, Order, Walker, walk
 from distill.data.clips import frames_of
 from distill.data.collect import CollectConfig, town_of, worker_pool
-from worldmodel.camera import advance
+from worldmodel.camera import FRAMES_PER_LATENT, advance
 from worldmodel.errors import UserError
 
 KINDS = ("walk", "forward", "turn", "strafe", "mix")

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from distill.data.blocks.walker import FRAMES_PER_LATENT
 from distill.evaluate import cases as protocol
 from distill.evaluate import scores
 from distill.evaluate.generate import Variant, dream, load_transformer, parse_variant, reconstruct
 from distill.evaluate.report import contact_sheet, markdown
 from worldmodel.bench.machine import describe_commit, describe_machine
+from worldmodel.camera import FRAMES_PER_LATENT
 from worldmodel.cli import print_line
 from worldmodel.config import as_dict
 from worldmodel.errors import UserError

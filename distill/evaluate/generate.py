@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from worldmodel.camera import invert, relative_to_first
+from worldmodel.camera import FRAMES_PER_LATENT, invert, relative_to_first
 from worldmodel.errors import UserError
 from worldmodel.images import to_frames
-from worldmodel.models.streaming import FRAMES_PER_LATENT
 from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.models.wan_autoencoder import Autoencoder
 from worldmodel.rollout import Rollout, RolloutConfig, with_steps

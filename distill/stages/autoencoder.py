@@ -19,9 +19,9 @@ from distill.ema import MovingAverage
 from distill.growth import grow_autoencoder
 from distill.metrics import luma, second_differences, sharpness
 from distill.stages.stage import Loss, Stage
+from worldmodel.camera import FRAMES_PER_LATENT
 from worldmodel.errors import UserError
 from worldmodel.images import to_uint8, to_unit_range
-from worldmodel.models.streaming import FRAMES_PER_LATENT
 from worldmodel.models.tiny_autoencoder import TinyAutoencoder
 from worldmodel.worlds.weights import load_network
 

@@ -34,12 +34,11 @@ from worldmodel.bench.machine import (
 )
 from worldmodel.bench.random_world import AUTOENCODERS, SHAPES, Shape, random_config, random_world
 from worldmodel.bench.reference_loop import PublishedLoop
-from worldmodel.camera import MotionStep, parse_trajectory
+from worldmodel.camera import FRAMES_PER_LATENT, MotionStep, parse_trajectory
 from worldmodel.config import as_dict, build
 from worldmodel.device import fast_dtype, open_device, synchronize
 from worldmodel.engine.engine import EngineOptions
 from worldmodel.errors import UserError, first_line
-from worldmodel.models.streaming import FRAMES_PER_LATENT
 from worldmodel.pacing import key_to_pixel
 from worldmodel.rollout import RolloutConfig, with_steps
 from worldmodel.session import Session

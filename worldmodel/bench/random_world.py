@@ -10,10 +10,11 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
+from worldmodel.camera import FRAMES_PER_LATENT
 from worldmodel.controls import Envelope
 from worldmodel.errors import UserError
 from worldmodel.models.prompts import PromptBook
-from worldmodel.models.streaming import FRAMES_PER_LATENT, Stream, StreamState
+from worldmodel.models.streaming import Stream, StreamState
 from worldmodel.models.tiny_autoencoder import TinyAutoencoder
 from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.models.wan_autoencoder import Autoencoder, WanAutoencoder

@@ -73,7 +73,7 @@ class Scenes:
         steps: int | None = None,
         tell: Callable[[str, float], None] | None = None,
     ):
-        from worldmodel.models.streaming import FRAMES_PER_LATENT
+        from worldmodel.camera import FRAMES_PER_LATENT
 
         self.world = world
         self._steps = steps

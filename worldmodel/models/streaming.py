@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from worldmodel.camera import FRAMES_PER_LATENT
 from worldmodel.errors import UserError
 
 
@@ -47,9 +48,6 @@ class Stream:
                 f"expected the batch size of the steps before, got {batch}: reset() before a new "
                 "batch"
             )
-
-
-FRAMES_PER_LATENT = 4
 
 
 def _check_video(video: Tensor, channels: int, factor: int, started: bool) -> None:

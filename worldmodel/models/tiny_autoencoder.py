@@ -21,14 +21,9 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
 
+from worldmodel.camera import FRAMES_PER_LATENT
 from worldmodel.errors import UserError
-from worldmodel.models.streaming import (
-    FRAMES_PER_LATENT,
-    Stream,
-    StreamState,
-    _check_latents,
-    _check_video,
-)
+from worldmodel.models.streaming import Stream, StreamState, _check_latents, _check_video
 
 ENCODING_KEYS = (
     "latent_channels",

@@ -6,14 +6,9 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
+from worldmodel.camera import FRAMES_PER_LATENT
 from worldmodel.errors import UserError
-from worldmodel.models.streaming import (
-    FRAMES_PER_LATENT,
-    Stream,
-    StreamState,
-    _check_latents,
-    _check_video,
-)
+from worldmodel.models.streaming import Stream, StreamState, _check_latents, _check_video
 from worldmodel.models.tiny_autoencoder import TinyAutoencoder
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from distill.data.blocks.town import CELL, Boxes, Town
+from worldmodel.camera import FRAMES_PER_LATENT
 
-FRAMES_PER_LATENT = 4
 SIGHT = 3  # cells around the walker in which it sees obstacles
 
 
