@@ -364,13 +364,13 @@ def test_the_commands_for_a_gpu_run_at_toy_size(command, capsys, tmp_path):
     """
     if "fp8" in command:
         pytest.importorskip("torchao")
-    module, *words = (
+    package, _, *words = (
         command.removeprefix("python -m ")
         .replace("docs/results", str(tmp_path))
         .replace("compile=on", "compile=off")
         .split()
     )
-    play = module == "worldmodel.bench.benchmark"
+    play = package == "worldmodel"
     words = [
         {"cuda": "cpu", "wan2.1-1.3b": "1x48x2" if play else TINY, "48": "8"}.get(word, word)
         for word in words
