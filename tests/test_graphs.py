@@ -111,7 +111,9 @@ def on(rollout, latents, seed=1, settle=False):
     angles = 0.1 * torch.arange(rollout.frames, rollout.frames + latents, dtype=torch.float64)
     c2w = c2w.repeat(latents, 1, 1)
     c2w[:, 0, 0] = c2w[:, 2, 2] = angles.cos()
-    c2w[:, 0, 2], c2w[:, 2, 0], c2w[:, 2, 3] = angles.sin(), -angles.sin(), angles
+    c2w[:, 0, 2] = angles.sin()
+    c2w[:, 2, 0] = -angles.sin()
+    c2w[:, 2, 3] = angles
     viewmats = torch.linalg.inv_ex(c2w).inverse[None]
     lens = torch.tensor([[0.5, 0.8, 0.5, 0.5]])
     with torch.no_grad():
@@ -223,7 +225,8 @@ def test_gradients_are_never_recorded(network):
     tapes = Tapes()
     rollout, _ = begin(network, RolloutConfig(window=3, steps=(1000,)), graphs_of(tapes))
     on(rollout, 6)
-    made, played = len(tapes.made), [tape.played for tape in tapes.made]
+    made = len(tapes.made)
+    played = [tape.played for tape in tapes.made]
     viewmats = torch.eye(4, dtype=torch.float64).view(1, 1, 4, 4)
     lens = torch.full((1, 4), 0.5)
     noise = torch.randn(1, 16, 1, 4, 4, requires_grad=True)

@@ -302,11 +302,8 @@ def test_the_users_cache(monkeypatch, tmp_path):
 
 
 def test_the_hub_library_waits():
-    code = "import sys, worldmodel.worlds.hub as s; s.fetch('.'); print('huggingface_hub' in sys.modules)"
+    code = "import sys, worldmodel.worlds.hub as hub; hub.fetch('.')"
+    code += "; print('huggingface_hub' in sys.modules)"
     root = Path(__file__).parent.parent
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, cwd=root
-        ).stdout.strip()
-        == "False"
-    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert shown.stdout.strip() == "False"

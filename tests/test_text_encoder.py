@@ -27,7 +27,9 @@ from worldmodel.worlds.world import World
 transformers = pytest.importorskip("transformers")
 ftfy = pytest.importorskip("ftfy")
 ROOT = Path(__file__).parent.parent
-SHAPE = LENGTH, WIDTH = 12, 8
+LENGTH = 12
+WIDTH = 8
+SHAPE = (LENGTH, WIDTH)
 ENGLISH = "a red house by the sea"
 CHINESE = "海边的红房子"
 LONG = "a red house by the sea " * 500
