@@ -48,7 +48,7 @@ def test_no_configuration_is_guessed():
 
 
 def test_play_is_small():
-    assert len((ROOT / "play.py").read_text().splitlines()) < 60
+    assert len((ROOT / "play.py").read_text().splitlines()) < 80
 
 
 def readme_line(heading: str) -> str:
