@@ -31,7 +31,7 @@ from worldmodel.cli import print_line
 from worldmodel.config import as_dict, build
 from worldmodel.controls import Envelope
 from worldmodel.errors import UserError
-from worldmodel.files import replacing_folder
+from worldmodel.files import check_output_folder, replacing_folder
 from worldmodel.models.prompts import PromptBook
 from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.models.wan_autoencoder import Autoencoder
@@ -183,6 +183,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"expected --output as a new name or an older bundle, {args.output} is something else"
         )
+    check_output_folder(args.output)
     recipe = load_recipe(args.config, args.set)
     folder = recipe.export_folder(args.transformer)
     dtype = getattr(torch, options.dtype)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from worldmodel.errors import UserError, first_line
-from worldmodel.files import exclusive, replacing_folder, write_file
+from worldmodel.files import exclusive, remove_leftovers, replacing_folder, write_file
 from worldmodel.images import write_png
 
 KEEP = 2  # checkpoints
@@ -68,8 +68,7 @@ class RunFolder:
         keep.
         """
         final = self.checkpoints / f"step-{step:08d}"
-        for left in self.checkpoints.glob(".step-*.tmp"):  # of a run killed while it wrote
-            shutil.rmtree(left)
+        remove_leftovers(self.checkpoints)
         with replacing_folder(final) as folder:
             for name, module in stage.modules.items():
                 save_file(_tensors(module), folder / f"{name}.safetensors")

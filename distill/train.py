@@ -28,6 +28,7 @@ from distill.stages import STAGES, build_stage
 from distill.stages.stage import Stage
 from worldmodel.config import as_dict
 from worldmodel.errors import Stopped, UserError
+from worldmodel.files import check_output_folder
 
 # What a continued run may change without becoming another run.
 FREE = {"steps", "sample_steps", "autoencoder", "root"}
@@ -80,6 +81,7 @@ def train(recipe: Recipe, name: str, *, resume: bool = False, export_only: bool 
         )
     if export_only and not folder.newest():
         raise UserError(f"{folder.root} has no checkpoint to export: train the stage first")
+    check_output_folder(folder.root)
     accelerator = Accelerator(
         cpu=recipe.run.device == "cpu", log_with=_trackers(), project_dir=folder.root
     )

@@ -115,7 +115,7 @@ def test_index_follows_the_folders(tmp_path):
     names = ["a", "b", "c"]
     for name in names:
         make_clip(tmp_path, name)
-    (tmp_path / ".half.partial").mkdir()
+    (tmp_path / ".half.7.tmp").mkdir()
     assert [folder.name for folder in list_clips(tmp_path)] == names
     for damage in ("", '{"name": "a"}\n{"na', '{"name": "a"}\n{"name": "b"}\n{"name": "gone"}\n'):
         (tmp_path / INDEX).write_text(damage)
@@ -301,7 +301,7 @@ def test_two_collectors_do_not_share_a_folder(tmp_path, capsys):
         cwd=ROOT,
     ) as other:
         assert other.stdout.readline() == "in\n"
-        half = tmp_path / "clips" / ".blocks-00000.partial" / VIDEO
+        half = tmp_path / "clips" / ".blocks-00000.7.tmp" / VIDEO
         half.parent.mkdir()
         half.write_bytes(b"half written")
         assert main([*COLLECT, *output]) == 2

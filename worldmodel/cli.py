@@ -15,7 +15,7 @@ from typing import TextIO
 from safetensors import SafetensorError
 
 from worldmodel.errors import Stopped, UserError, first_line, log_bug
-from worldmodel.files import write_file
+from worldmodel.files import check_output, write_file
 
 MOST_THREADS = 256
 BAD_INPUT = 2
@@ -162,6 +162,8 @@ def report(
 
     def work() -> None:
         args = parser.parse_args(argv)
+        if args.output:
+            check_output(args.output)
         text = json.dumps(measure(args), indent=1)
         print_line(text)
         if args.output:

@@ -12,20 +12,53 @@ from worldmodel.errors import UserError
 LOCK = ".lock"  # stays behind; who holds it counts, and a killed process holds nothing
 
 
+def check_output(path: str | Path) -> Path:
+    """The file that is made or replaced by writing to `path`: a symlink is followed.
+
+    Commands call it before their work begins. Raises UserError where `path` is a folder, a device
+    or a FIFO, or where its folder cannot be written.
+    """
+    path = Path(path)
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise UserError(f"expected a file to write to, got the folder {path}: name a file in it.")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file: name another file to write to.")
+    _check_writable(path.parent)
+    return path
+
+
+def check_output_folder(folder: str | Path) -> Path:
+    """The folder that is made, filled or replaced by writing to `folder`: a symlink is followed.
+
+    Raises UserError where it is something else than a folder, or where it cannot be written.
+    """
+    folder = Path(os.path.realpath(folder))
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is no folder: name another folder to write to.")
+    _check_writable(folder)
+    return folder
+
+
+def _check_writable(folder: Path) -> None:
+    """Whether `folder`, or the nearest folder above it that exists, can be written."""
+    found = next(path for path in (folder, *folder.parents) if path.exists())
+    if not found.is_dir():
+        raise UserError(f"{found} is a file, so {folder} cannot be a folder: name another one.")
+    if not os.access(found, os.W_OK):
+        raise UserError(f"the folder {found} cannot be written: name another place.")
+
+
 @contextmanager
 def replacing_file(path: str | Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to; the file takes the name `path` when the block
     ends well, and is removed when it does not.
 
-    The folder of `path` is made if it is absent. A reader sees the whole file or none. A symlink is
-    followed, so that the file it names is replaced. Raises UserError where `path` is a folder, a
-    device or a FIFO.
+    The folder of `path` is made if it is absent. A reader sees the whole file or none. Raises
+    UserError as `check_output`.
     """
-    path = Path(path)
-    if path.is_symlink():
-        path = path.resolve()
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no regular file: name another file to write to.")
+    path = check_output(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # the suffix stays last: writers choose the format by it
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
@@ -47,9 +80,9 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
     """An empty folder beside `folder` to write into, which takes the name `folder` when the block
     ends well and is removed when it does not.
 
-    The old folder is kept until the new one is complete.
+    The old folder is kept until the new one is complete. Raises UserError as `check_output_folder`.
     """
-    folder = Path(folder)
+    folder = check_output_folder(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left over from a killed run
     temporary.mkdir(parents=True)
@@ -58,6 +91,15 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
         _replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs left half written in `folder`.
+
+    Only for a folder in which no other process writes (see `exclusive`).
+    """
+    for left in folder.glob(".*.[0-9]*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _replace_folder(new: Path, folder: Path) -> None:

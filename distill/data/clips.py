@@ -10,7 +10,6 @@ frame 4k, so F latents are 4F-3 pixel frames.
 
 import json
 import math
-import shutil
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -31,7 +30,7 @@ from worldmodel.camera import (
     write_pose_json,
 )
 from worldmodel.errors import UserError, first_line
-from worldmodel.files import replacing_file, write_file
+from worldmodel.files import replacing_file, replacing_folder, write_file
 
 VIDEO = "video.mp4"
 POSES = "poses.json"
@@ -100,22 +99,13 @@ def write_clip(
     _check_count(len(frames), len(c2w), name)
     if (root / name).exists():
         raise UserError(f"{root / name} exists already; remove it or choose another name")
-    partial = (
-        root / f".{name}.partial"
-    )  # what a killed run left there goes; whoever shares a folder holds its lock
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        _write_video(partial / VIDEO, frames, fps)
-        write_pose_json(partial / POSES, c2w, intrinsics, frames.shape[2], frames.shape[1])
-        meta = {"caption": caption, "fps": fps, "source": source, "licence": licence, **extra}
-        (partial / META).write_text(
+    meta = {"caption": caption, "fps": fps, "source": source, "licence": licence, **extra}
+    with replacing_folder(root / name) as folder:
+        _write_video(folder / VIDEO, frames, fps)
+        write_pose_json(folder / POSES, c2w, intrinsics, frames.shape[2], frames.shape[1])
+        (folder / META).write_text(
             yaml.safe_dump(meta, sort_keys=False, allow_unicode=True), encoding="utf-8"
         )
-        partial.rename(root / name)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     with open(root / INDEX, "a", encoding="utf-8") as index:
         index.write(json.dumps(_index_entry(root / name)) + "\n")
     return root / name

@@ -22,7 +22,7 @@ from distill.data.blocks.walker import walk
 from distill.data.clips import frames_of, read_meta, write_clip
 from worldmodel.camera import FRAMES_PER_LATENT
 from worldmodel.errors import UserError
-from worldmodel.files import exclusive
+from worldmodel.files import check_output_folder, exclusive, remove_leftovers
 
 FPS = 16
 SPLITS = ("train", "heldout")
@@ -167,7 +167,9 @@ def make_missing(
     identity: what the meta.yaml of clip `index` must say. Raises ValueError when the folder already
     holds footage of other settings, or another process writes into it.
     """
+    check_output_folder(config.output)
     with exclusive(config.output):
+        remove_leftovers(config.output)
         todo = [
             index
             for index in range(config.clips)

@@ -26,6 +26,7 @@ from distill.data.clips import frames_of, write_clip
 from distill.data.collect import CollectConfig, clip_name, make_missing
 from worldmodel.camera import FRAMES_PER_LATENT, rotation
 from worldmodel.errors import UserError
+from worldmodel.files import write_file
 
 UNITS_PER_MAP_UNIT = (
     1 / 512
@@ -258,10 +259,8 @@ def _write_config(folder: Path) -> str:
     """
     path = folder / "engine.ini"
     games = ("Doom", "Heretic", "Hexen", "Strife", "Chex")
-    path.write_text(
-        "".join(f"[{game}.AutoExec]\nPath={folder}/autoexec.cfg\n" for game in games),
-        encoding="utf-8",
-    )
+    sections = (f"[{game}.AutoExec]\nPath={folder}/autoexec.cfg\n" for game in games)
+    write_file(path, "".join(sections))
     return str(path)
 
 

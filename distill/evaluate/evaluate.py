@@ -23,7 +23,7 @@ from worldmodel.camera import FRAMES_PER_LATENT
 from worldmodel.cli import print_line
 from worldmodel.config import as_dict
 from worldmodel.errors import UserError
-from worldmodel.files import write_file
+from worldmodel.files import check_output, write_file
 from worldmodel.images import write_png
 from worldmodel.worlds.world import World, check_fit
 
@@ -130,6 +130,8 @@ def run(args: argparse.Namespace) -> None:
     """Evaluates and writes; everything is checked before the first dream."""
     if args.output.suffix != ".json":
         raise UserError(f"expected --output as a file ending in .json, got {args.output}")
+    check_output(args.output)
+    check_output(args.output.with_suffix(".md"))
     options = EvaluateOptions(**{name: getattr(args, name) for name in HELP})
     world = World.from_pretrained(args.world, args.device, getattr(torch, args.dtype))
     texts = args.transformer or [f"{world.config.name}={args.world / 'transformer'}"]

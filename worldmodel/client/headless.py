@@ -1,11 +1,10 @@
 """Without a window: walk a path, write a film, say how fast it was."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from worldmodel.cli import print_line, print_progress
 from worldmodel.client.options import PlayOptions
 from worldmodel.client.paths import tour, written_path
 from worldmodel.client.scenes import Scene, Scenes, open_scenes
+from worldmodel.files import replacing_file
 
 if TYPE_CHECKING:
     from worldmodel.recording import Recorder
@@ -25,18 +25,24 @@ if TYPE_CHECKING:
 OUTPUT = Path("out/walk.mp4")
 
 
+@contextmanager
+def open_film(path: Path, fps: float) -> Iterator["Film"]:
+    """An H.264 MP4 of `fps` frames a second; it takes the name `path` when the block ends well."""
+    with (
+        replacing_file(path) as temporary,
+        av.open(str(temporary), "w", format="mp4") as container,
+    ):
+        film = Film(container, fps)
+        yield film
+        film.finish()
+
+
 class Film:
-    """An H.264 MP4 that appears under its name when it is complete.
+    """Encodes frames, uint8 [H, W, 3] and all of one size, into an open container."""
 
-    path: the file to write. fps: frames a second. Frames are uint8 [H, W, 3], all of one size.
-    """
-
-    def __init__(self, path: Path, fps: float):
-        self._path = path
+    def __init__(self, container: av.container.OutputContainer, fps: float):
+        self._container = container
         self._fps = Fraction(fps).limit_denominator(1001)
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._container = av.open(str(self._temporary), "w", format="mp4")
         self._stream = None
 
     def add(self, frames: np.ndarray) -> None:
@@ -53,18 +59,10 @@ class Film:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             self._container.mux(self._stream.encode(frame))
 
-    def __enter__(self) -> "Film":
-        return self
-
-    def __exit__(self, kind, *_) -> None:
-        try:
-            if kind is None and self._stream is not None:
-                self._container.mux(self._stream.encode())
-            self._container.close()
-            if kind is None:
-                os.replace(self._temporary, self._path)
-        finally:
-            self._temporary.unlink(missing_ok=True)
+    def finish(self) -> None:
+        """Write the frames that the encoder still holds."""
+        if self._stream is not None:
+            self._container.mux(self._stream.encode())
 
 
 def walk(options: PlayOptions) -> int:
@@ -84,7 +82,7 @@ def walk(options: PlayOptions) -> int:
     try:
         with (
             recorder or nullcontext(),
-            Film(output, scenes.fps) as film,
+            open_film(output, scenes.fps) as film,
             tqdm(total=total, desc="dreaming", unit="latent") as bar,
         ):
             begun = time.perf_counter()

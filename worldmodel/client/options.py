@@ -12,6 +12,7 @@ from worldmodel.camera import parse_trajectory
 from worldmodel.cli import Parser, positive, print_progress, threads
 from worldmodel.device import cores
 from worldmodel.errors import UserError
+from worldmodel.files import check_output, check_output_folder
 
 WORLDS = Path(__file__).resolve().parents[2] / "assets" / "worlds"
 PUBLISHED = (
@@ -152,6 +153,8 @@ def _check_together(options: PlayOptions) -> None:
             f"--output must be a file such as {options.output / 'walk.mp4'}, got the folder "
             f"{options.output}."
         )
+    if options.output:
+        check_output(options.output)
     if options.replay and (
         options.trajectory or options.prompt or options.image or options.steps or options.seed
     ):
@@ -174,6 +177,8 @@ def _check_together(options: PlayOptions) -> None:
         raise UserError(
             f"{options.record} exists and is not empty; name a new folder for the recording."
         )
+    if options.record:
+        check_output_folder(options.record)
 
 
 def find_world(name: str) -> Path:

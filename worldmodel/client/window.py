@@ -20,6 +20,7 @@ from worldmodel.client.hud import ACCENT, GREEN, LOOKS, NIGHT, RED, WHITE, Figur
 from worldmodel.client.loop import Loop
 from worldmodel.controls import MOTIONS
 from worldmodel.errors import UserError
+from worldmodel.files import replacing_file
 
 REFRESH = 1 / 25  # seconds between redraws while no frame arrives (screens, fades, receipts)
 LOCKED = "{} is locked: this world has not learned it"
@@ -210,12 +211,10 @@ class Window:
             folder
             / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1_000_000 % 1000:03d}.png"
         )
-        unfinished = path.with_suffix(".part.png")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            pygame.image.save(self._screen, unfinished)
-            unfinished.replace(path)
-        except (OSError, pygame.error) as error:
+            with replacing_file(path) as unfinished:
+                pygame.image.save(self._screen, unfinished)
+        except (OSError, UserError, pygame.error) as error:
             self._notice(f"The picture could not be saved: {error}")
         else:
             self._notice(f"Saved {path}")

@@ -27,6 +27,7 @@ from worldmodel.config import Count, Positive, build
 from worldmodel.controls import Envelope
 from worldmodel.device import open_device
 from worldmodel.errors import UserError
+from worldmodel.files import check_output_folder
 from worldmodel.models.prompts import PromptBook
 from worldmodel.models.text_encoder import embed_text, libraries, locate
 from worldmodel.models.tiny_autoencoder import TinyAutoencoder
@@ -141,6 +142,7 @@ def convert(
         raise UserError(
             f"expected the output as a new name or an older world, {output} is something else."
         )
+    check_output_folder(output)
     for name in (source, codec):
         parse_source(name)
     prompts = asked.prompts and PromptBook.load(asked.prompts)

@@ -12,9 +12,7 @@ Three kinds of input are read:
 
 import argparse
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -38,7 +36,12 @@ from worldmodel.camera import (
 )
 from worldmodel.cli import print_line
 from worldmodel.errors import UserError
-from worldmodel.files import exclusive
+from worldmodel.files import (
+    check_output_folder,
+    exclusive,
+    remove_leftovers,
+    replacing_folder,
+)
 
 ENTRIES = "preencode_input.json"
 VIDEO = "gen.mp4"
@@ -144,8 +147,10 @@ def import_clips(config: ImportConfig) -> int:
         ValueError: input of no known kind, nothing to import, an output that another process writes
         into, or broken entries (all others are imported first).
     """
+    check_output_folder(config.output)
     jobs = list(_lmdb_jobs(config) if (config.input / LMDB).is_file() else _video_jobs(config))
     with exclusive(config.output):
+        remove_leftovers(config.output)
         return _import(config, jobs)
 
 
@@ -433,29 +438,22 @@ def import_row(
     caption = config.caption if stored["prompts"] is None else stored["prompts"].decode("utf-8")
     if caption is None:
         raise UserError(f"{name}: expected a caption, the LMDB has none; give --caption TEXT")
-    folder = config.output / f".{name}.{os.getpid()}.partial"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        height = PIXELS_PER_CELL * shape[2]
-        width = PIXELS_PER_CELL * shape[3]
-        write_pose_json(
-            folder / POSES, c2w, np.frombuffer(stored["intrinsics"], np.float32), width, height
-        )
+    intrinsics = np.frombuffer(stored["intrinsics"], np.float32)
+    height = PIXELS_PER_CELL * shape[2]
+    width = PIXELS_PER_CELL * shape[3]
+    meta = {
+        "caption": caption,
+        "fps": LMDB_FPS,
+        "source": f"lmdb:{name}",
+        "licence": config.licence,
+        **_settings(config),
+    }
+    with replacing_folder(config.output / name) as folder:
+        write_pose_json(folder / POSES, c2w, intrinsics, width, height)
         write_latents(
             folder, torch.from_numpy(latents.copy()), {"encoder": "Wan2.1 (minWM's LMDB)"}
         )
-        meta = {
-            "caption": caption,
-            "fps": LMDB_FPS,
-            "source": f"lmdb:{name}",
-            "licence": config.licence,
-            **_settings(config),
-        }
         (folder / META).write_text(
             yaml.safe_dump(meta, sort_keys=False, allow_unicode=True), encoding="utf-8"
         )
-        return folder.rename(config.output / name)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    return config.output / name
