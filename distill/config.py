@@ -17,6 +17,7 @@ import yaml
 
 from worldmodel.config import Amount, Count, Positive, Range, Share, Whole, build
 from worldmodel.errors import UserError
+from worldmodel.files import find_config
 
 
 @dataclass(frozen=True)
@@ -290,7 +291,7 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     Raises ValueError with one sentence for a missing file, broken YAML, an unknown key (naming the
     nearest known one) or a value of the wrong kind.
     """
-    path = Path(path)
+    path = find_config(path)
     if not path.is_file():
         raise UserError(
             f"no recipe at {path}: expected a YAML file such as configs/blocks/cpu.yaml"

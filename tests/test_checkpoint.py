@@ -18,13 +18,13 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from worldmodel.client.loop import UNSTEERED, Loop
-from worldmodel.client.options import PUBLISHED, find_world
 from worldmodel.client.paths import tour
 from worldmodel.client.scenes import Scenes
 from worldmodel.controls import MOTIONS
 from worldmodel.models.prompts import PromptBook
 from worldmodel.models.tiny_autoencoder import TinyAutoencoder
 from worldmodel.session import Session
+from worldmodel.worlds.catalog import find_world, published_worlds
 from worldmodel.worlds.checkpoint import (
     CheckpointError,
     find_weights,
@@ -644,13 +644,13 @@ def test_a_repository_on_the_hub(published, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     asked = []
 
-    def embed(text, place, shape, device, dtype):
+    def embed(text, place, shape, device, dtype, progress):
         asked.append((text, place, shape))
         return torch.full(shape, float(len(asked)))
 
     monkeypatch.setattr("worldmodel.worlds.convert.embed_text", embed)
     monkeypatch.setattr("worldmodel.worlds.convert.libraries", lambda *_: None)
-    monkeypatch.setattr("worldmodel.client.options.PUBLISHED", tmp_path)
+    monkeypatch.setattr("worldmodel.worlds.catalog.published_worlds", lambda: tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     text = (
         YAML.format(source=repository, autoencoder=repository, chunk=1)
@@ -765,9 +765,9 @@ def test_the_worlds_of_this_repository(tmp_path, monkeypatch):
             None,
         ),
     }
-    assert {path.stem for path in PUBLISHED.glob("*.yaml")} == expected.keys()
+    assert {path.stem for path in published_worlds().glob("*.yaml")} == expected.keys()
     for name, (source, steps, chunk, window, speed) in expected.items():
-        world = PublishedWorld.read(PUBLISHED / f"{name}.yaml")
+        world = PublishedWorld.read(published_worlds() / f"{name}.yaml")
         assert (
             world.source,
             len(world.rollout.steps),

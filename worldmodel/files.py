@@ -7,8 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+import platformdirs
+
 from worldmodel.errors import UserError
 
+_PACKAGE = Path(__file__).resolve().parent
 LOCK = ".lock"  # stays behind; who holds it counts, and a killed process holds nothing
 
 
@@ -147,13 +150,43 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
+def data_folder(name: str) -> Path:
+    """The folder of this program's own `worlds` or `configs`.
+
+    Installed: inside the package, where the build puts them. In a checkout: assets/worlds, configs.
+    """
+    installed = _PACKAGE / "data"
+    if installed.is_dir():
+        return installed / name
+    return _PACKAGE.parent / {"worlds": "assets/worlds", "configs": "configs"}[name]
+
+
+def find_config(path: str | Path) -> Path:
+    """`path` where it exists; else the file of that name in `data_folder("configs")`, such as
+    configs/blocks/cpu.yaml of an installed package; else `path`.
+    """
+    path = Path(path)
+    packaged = data_folder("configs").joinpath(*path.parts[1:])
+    known = not path.exists() and path.parts[:1] == ("configs",) and packaged.is_file()
+    return packaged if known else path
+
+
 def user_cache() -> Path:
     """This program's folder in the user's cache: `~/.cache/worldmodel` on Linux."""
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))  # XDG: a relative path is to be ignored
-    root = given if given.is_absolute() else Path(os.path.expanduser("~/.cache"))
-    return root / "worldmodel"
+    return platformdirs.user_cache_path("worldmodel", appauthor=False)
 
 
 def world_cache(name: str) -> Path:
     """Where the world `name`, made from published weights, is kept."""
     return user_cache() / "worlds" / name
+
+
+def recordings_folder() -> Path:
+    """Where recordings and screenshots go unless the user names a folder.
+
+    In a checkout: ./recordings. Installed: among the user's data, `~/.local/share/worldmodel` on
+    Linux.
+    """
+    if (_PACKAGE / "data").is_dir():
+        return platformdirs.user_data_path("worldmodel", appauthor=False) / "recordings"
+    return Path("recordings")

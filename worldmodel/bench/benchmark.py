@@ -47,7 +47,6 @@ from worldmodel.worlds.world import World
 ROUNDS = 8  # turns that each variant gets
 MOST_PUBLISHED = 900  # latents: the public rotary tables end at 1,024
 PARTS = ("network", "clean", "decode")
-WORLD = Path("assets/worlds/blocks")
 ENGINE_KEYS = (
     "compile",
     "weights",
@@ -404,13 +403,8 @@ def parser() -> command_line.Parser:
     made.add_argument(
         "--world",
         type=Path,
-        help="folder of the world "
-        "(default: "
-        f"{WORLD}); with "
-        "--random-weights "
-        "also a name of "
-        "configs/worlds, "
-        "for size, steps, window and motion",
+        help="folder or name of the world (default: blocks); with --random-weights also a name of "
+        "configs/worlds, for size, steps, window and motion",
     )
     made.add_argument(
         "--random-weights",
@@ -531,7 +525,7 @@ def _opener(args: argparse.Namespace, variants: list[Variant], device: torch.dev
             "its own"
         )
     return lambda engine, _: _of_one_tier(
-        World.from_pretrained(args.world or WORLD, device, dtype, engine)
+        World.from_pretrained(args.world or "blocks", device, dtype, engine)
     )
 
 

@@ -19,12 +19,12 @@ from worldmodel.models.tiny_autoencoder import TinyAutoencoder
 from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.models.wan_autoencoder import Autoencoder, WanAutoencoder
 from worldmodel.rollout import RolloutConfig
+from worldmodel.worlds.catalog import published_worlds
 from worldmodel.worlds.config import PromptConfig, WorldConfig
 from worldmodel.worlds.convert import PublishedWorld
 from worldmodel.worlds.world import World
 
 AUTOENCODERS = ("tiny", "wan", "none")
-_WORLDS = Path(__file__).resolve().parents[1] / "configs" / "worlds"  # NAME.yaml
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,9 @@ def random_config(shape: Shape, world: Path | None, size: tuple[int, int] | None
 def _read(world: Path) -> WorldConfig | PublishedWorld:
     if (world / "world.yaml").is_file():
         return WorldConfig.read(world / "world.yaml")
-    named = _WORLDS / f"{world}.yaml"
+    named = published_worlds() / f"{world}.yaml"
     if not (named if named.is_file() else world).is_file():
-        known = ", ".join(sorted(path.stem for path in _WORLDS.glob("*.yaml")))
+        known = ", ".join(sorted(path.stem for path in published_worlds().glob("*.yaml")))
         raise UserError(
             "expected --world as a world's folder, a YAML file as in configs/worlds, or one of "
             f"{known}, got {str(world)!r}"

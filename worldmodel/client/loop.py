@@ -18,6 +18,7 @@ from worldmodel.client.pacer import Frame, Pacer
 from worldmodel.client.scenes import Scene, Scenes
 from worldmodel.controls import Controls, Envelope
 from worldmodel.errors import UserError
+from worldmodel.files import recordings_folder
 from worldmodel.pacing import MARGIN, RECENT, expected_duration
 
 UNSTEERED = "This world has no camera weights: it dreams by itself, keys do nothing"
@@ -37,7 +38,7 @@ class LoopOptions:
     )
     replay: Path | None = None  # a recording to dream again instead
     record: Path | None = None  # folder of a recording that starts with the first frame
-    recordings: Path = Path("recordings")  # where F9 makes its folders
+    recordings: Path = field(default_factory=recordings_folder)  # where F9 makes its folders
 
 
 @dataclass(frozen=True)

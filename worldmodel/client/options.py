@@ -12,15 +12,9 @@ from worldmodel.camera import parse_trajectory
 from worldmodel.cli import Parser, positive, print_progress, threads
 from worldmodel.device import cores
 from worldmodel.errors import UserError
-from worldmodel.files import check_output, check_output_folder
+from worldmodel.files import check_output, check_output_folder, data_folder
+from worldmodel.worlds.catalog import find_world
 
-WORLDS = Path(__file__).resolve().parents[2] / "assets" / "worlds"
-PUBLISHED = (
-    Path(__file__).resolve().parents[2] / "configs" / "worlds"
-)  # NAME.yaml: worlds that are made of published weights
-TINY = (
-    "-tiny"  # after a published world's name: with the tiny autoencoder, for GPUs of 16 GB and less
-)
 KEYS_HELP = (
     "keys: W A S D move, arrows and mouse look (a click captures the mouse), Shift run, R "
     "restart, N next mood, T new town, M another mood in this place, P pause, F9 record, F12 "
@@ -32,7 +26,7 @@ KEYS_HELP = (
 class PlayOptions:
     """What the player asked for. None means: as the world has it."""
 
-    world: Path = WORLDS / "blocks"  # bundle folder
+    world: Path = data_folder("worlds") / "blocks"  # bundle folder
     prompt: str | None = None  # a mood of the world, or any text where it has a text encoder
     image: str | None = None  # name of a start image of the world, or a picture file
     seed: int = 0
@@ -127,7 +121,7 @@ def parse_options(arguments: list[str]) -> PlayOptions:
     given = parser.parse_args(arguments)
     recorded = recorded_world(given.replay) if given.replay else "blocks"
     given.world = recorded if given.world is None else given.world
-    options = PlayOptions(**{**vars(given), "world": find_world(given.world)})
+    options = PlayOptions(**{**vars(given), "world": find_world(given.world, print_progress)})
     _check_together(options)
     _check_scene(options)
     if options.trajectory is not None:
@@ -179,62 +173,6 @@ def _check_together(options: PlayOptions) -> None:
         )
     if options.record:
         check_output_folder(options.record)
-
-
-def find_world(name: str) -> Path:
-    """A bundle's folder, the name of one under assets/worlds, or of a published world
-    (configs/worlds) -> folder.
-
-    A published world is fetched and made on first use, into the user's cache; with `TINY` after its
-    name it is another one, with the tiny autoencoder. ValueError when there is none of that name,
-    or it cannot be made.
-    """
-    for folder in (WORLDS / name, Path(name)):
-        if (folder / "world.yaml").is_file():
-            return folder
-    for published in (name, name.removesuffix(TINY)):
-        if (PUBLISHED / f"{published}.yaml").is_file() and Path(published).name == published:
-            return _published_world(name, PUBLISHED / f"{published}.yaml", tiny=name != published)
-    known = sorted(path.parent.name for path in WORLDS.glob("*/world.yaml"))
-    listed = (
-        f"the worlds here are {', '.join(known)}" if known else f"there is none in {WORLDS} yet"
-    )
-    published = sorted(path.stem for path in PUBLISHED.glob("*.yaml"))
-    if published:
-        listed += (
-            f"; those of published weights, fetched on first use, are {', '.join(published)} "
-            f"(NAME{TINY}: for less memory)"
-        )
-    raise UserError(f"There is no world {name!r} (a name or a folder with a world.yaml); {listed}.")
-
-
-def _published_world(name: str, recipe: Path, tiny: bool) -> Path:
-    """The world in the user's cache, made there first where it is not there yet."""
-    from worldmodel.files import world_cache
-
-    folder = world_cache(name)
-    if (folder / "world.yaml").is_file():
-        return folder
-    print_progress(
-        f"{name} is played for the first time: its weights are fetched and made into {folder}"
-    )
-    from worldmodel.worlds.convert import (
-        Conversion,
-        PublishedWorld,
-        convert,
-    )  # torch: only when there is something to make
-
-    try:
-        published = PublishedWorld.read(recipe)
-        asked = Conversion(autoencoder=published.tiny_autoencoder if tiny else "")
-        convert(published, folder, asked, print_progress)
-    except UserError as error:
-        raise UserError(
-            f"The world {name} could not be made: {error} With weights of your own: python -m "
-            f"worldmodel convert SOURCE --world {recipe} --output "
-            f"{folder}{' --autoencoder SOURCE' if tiny else ''}"
-        ) from None
-    return folder
 
 
 def recorded_world(folder: Path) -> str:

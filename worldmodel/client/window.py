@@ -20,7 +20,7 @@ from worldmodel.client.hud import ACCENT, GREEN, LOOKS, NIGHT, RED, WHITE, Figur
 from worldmodel.client.loop import Loop
 from worldmodel.controls import MOTIONS
 from worldmodel.errors import UserError
-from worldmodel.files import replacing_file
+from worldmodel.files import recordings_folder, replacing_file
 
 REFRESH = 1 / 25  # seconds between redraws while no frame arrives (screens, fades, receipts)
 LOCKED = "{} is locked: this world has not learned it"
@@ -40,7 +40,7 @@ class WindowOptions:
     size: tuple[int, int] = (960, 576)  # pixels
     bindings: Bindings = field(default_factory=Bindings)
     backdrop: Path | None = None  # picture behind the start screen
-    screenshots: Path = Path("recordings")  # folder for F12
+    screenshots: Path = field(default_factory=recordings_folder)  # folder for F12
     help_seconds: float = 12.0  # how long the key hints stay
     notice_seconds: float = 3.5
     error_seconds: float = 20.0  # an error screen nobody closes closes itself

@@ -27,7 +27,7 @@ from worldmodel.config import Count, Positive, build
 from worldmodel.controls import Envelope
 from worldmodel.device import open_device
 from worldmodel.errors import UserError
-from worldmodel.files import check_output_folder
+from worldmodel.files import check_output_folder, find_config
 from worldmodel.models.prompts import PromptBook
 from worldmodel.models.text_encoder import embed_text, libraries, locate
 from worldmodel.models.tiny_autoencoder import TinyAutoencoder
@@ -90,7 +90,7 @@ class PublishedWorld:
 
         Rollout options that format 1 of world.yaml had are ignored, as `WorldConfig.read` does.
         """
-        path = Path(path)
+        path = find_config(path)
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -25,7 +25,7 @@ from worldmodel.engine.engine import (
 )
 from worldmodel.engine.quantize import quantize
 from worldmodel.errors import UserError
-from worldmodel.files import replacing_folder
+from worldmodel.files import data_folder, replacing_folder
 from worldmodel.images import read_image, write_png
 from worldmodel.models.prompts import PromptBook
 from worldmodel.models.text_encoder import PromptEncoder
@@ -70,14 +70,18 @@ class World:
         dtype: torch.dtype | None = None,
         engine: EngineOptions = EngineOptions(),
     ) -> "World":
-        """Opens `assets/worlds/<name>`.
+        """Open a bundle.
 
+        folder: the bundle, or the name of one that comes with this program, such as "blocks".
         device: where to compute. dtype: type of the networks; None = `fast_dtype(device)`. engine:
-        see `worldmodel/engine.py`.
-        Errors: ValueError with one sentence for anything that is absent, cut off, foreign or does
-        not fit together.
+        see `worldmodel/engine/engine.py`.
+        Raises UserError with one sentence for anything that is absent, cut off, foreign or does not
+        fit together.
         """
+        own = data_folder("worlds") / folder
         folder = Path(folder)
+        if not folder.is_dir() and own.is_dir():
+            folder = own
         config = _check_bundle(folder)
         device = open_device(device)
         dtype = fast_dtype(device) if dtype is None else dtype
