@@ -13,9 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
-
-from worldmodel.config import Amount, Count, Positive, Range, Share, Whole, build
+from worldmodel.config import Amount, Count, Positive, Range, Share, Whole, build, parse_yaml
 from worldmodel.errors import UserError
 from worldmodel.files import find_config
 
@@ -297,9 +295,9 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
             f"no recipe at {path}: expected a YAML file such as configs/blocks/cpu.yaml"
         )
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        values = parse_yaml(path.read_text(encoding="utf-8")) or {}
+    except (UserError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected sections such as run and data, got {values!r}")
     return make_recipe(values, overrides, str(path))
@@ -324,6 +322,6 @@ def _override(values: dict, text: str) -> None:
         if not isinstance(values, dict):
             raise UserError(f"--set {text}: {section} is not a section")
     try:
-        values[last] = yaml.safe_load(value) if value.strip() else ""
-    except yaml.YAMLError:
+        values[last] = parse_yaml(value) if value.strip() else ""
+    except UserError:
         raise UserError(f"expected a value in YAML after --set {keys}=, got {value!r}") from None

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import Annotated, Literal
 
+import yaml
+
 from worldmodel.errors import UserError
 
 
@@ -52,7 +54,7 @@ def build(kind: type, values: object, where: str):
 
     Lists become tuples, a whole number may stand for a float, and so may a text such as 1e-4, which
     YAML does not take for a number.
-    Errors: ValueError for an unknown key (names the nearest known one), a missing key, a wrong
+    Errors: UserError for an unknown key (names the nearest known one), a missing key, a wrong
     kind, a number out of its range.
     """
     if not isinstance(values, Mapping):
@@ -72,8 +74,17 @@ def build(kind: type, values: object, where: str):
     made = {key: _value(hints[key], value, f"{where}: {key}") for key, value in values.items()}
     try:
         return kind(**made)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def parse_yaml(text: str) -> object:
+    """The plain values of a YAML text. Raises UserError with the reason where it is not valid."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # ValueError: of a date such as 2020-99-99
+        raise UserError(" ".join(str(error).split())) from None
 
 
 def as_dict(options) -> dict:
@@ -119,7 +130,7 @@ def _value(hint, value, where: str):
         try:
             if math.isfinite(float(value)):
                 return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     elif (
         hint in (int, bool, str)

@@ -171,7 +171,7 @@ class Rollout:
             if self.guided:
                 if self._unconditional is None:
                     missing = f"guidance {self.config.guidance} needs the embedding of no prompt"
-                    raise UserError(f"{missing}: pass unconditional, or set guidance to 1")
+                    raise ValueError(f"{missing}: pass unconditional, or set guidance to 1")
                 text = torch.cat(
                     [
                         text.expand(self.batch, -1, -1),

@@ -108,7 +108,7 @@ def over_latents(sigma: Tensor, latents: Tensor) -> Tensor:
         return sigma[:, None, None, None, None]
     if sigma.ndim == 2 and latents.ndim == 5:
         return sigma[:, None, :, None, None]
-    raise UserError(
+    raise ValueError(
         "sigma must be a scalar, [B] or [B, F] for latents [B, C, F, H, W], got "
         f"{tuple(sigma.shape)}: reshape it"
     )

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from worldmodel.camera import check_poses, invert
-from worldmodel.config import as_dict
+from worldmodel.config import as_dict, parse_yaml
 from worldmodel.device import cores, float64_device, is_out_of_memory, to_device_async
 from worldmodel.engine.engine import HISTORY
 from worldmodel.errors import UserError
@@ -246,14 +246,14 @@ class Session:
         """
         path = Path(path)
         try:
-            values = yaml.safe_load((path / _FILES[0]).read_text(encoding="utf-8"))
+            values = parse_yaml((path / _FILES[0]).read_text(encoding="utf-8"))
             if values["format"] != _FORMAT:
                 raise UserError(f"format {values['format']!r} instead of {_FORMAT}")
             with safe_open(
                 path / _FILES[1], framework="pt", device=str(float64_device(world.device))
             ) as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (OSError, SafetensorError, yaml.YAMLError, ValueError, KeyError, TypeError) as error:
+        except (OSError, SafetensorError, UnicodeError, UserError, KeyError, TypeError) as error:
             raise UserError(f"{path} is no complete saved session ({error}).") from None
         for key, ours in (("fingerprint", world.fingerprints), ("dtype", (str(world.dtype),))):
             if values[key] not in ours:

@@ -18,7 +18,7 @@ import av
 import numpy as np
 import torch
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from worldmodel.camera import (
@@ -29,6 +29,7 @@ from worldmodel.camera import (
     relative_to_first,
     write_pose_json,
 )
+from worldmodel.config import parse_yaml
 from worldmodel.errors import UserError, first_line
 from worldmodel.files import replacing_file, replacing_folder, write_file
 
@@ -148,8 +149,8 @@ def read_meta(folder) -> dict:
     if not path.is_file():
         raise UserError(f"{folder}: expected a clip folder with {META}, found none")
     try:
-        meta = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        meta = parse_yaml(path.read_text(encoding="utf-8"))
+    except (UserError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path}: expected YAML, got a file that does not parse ({first_line(error)})"
         ) from error
@@ -284,7 +285,7 @@ class _LatentClip:
         try:
             with safe_open(path, framework="pt") as file:
                 channels, count, *cells = file.get_slice("latents").get_shape()
-        except Exception as error:  # safetensors raises its own, undocumented type
+        except (SafetensorError, OSError, ValueError) as error:  # ValueError: of other dimensions
             raise UserError(
                 f"{path}: expected a safetensors file with a tensor `latents` [C, F, h, w], got "
                 f"{error}"
@@ -359,7 +360,7 @@ def _indexed(root: Path) -> list[str]:
     """Names in index.jsonl; a missing file or a broken line names nothing."""
     names = []
     if (root / INDEX).is_file():
-        for line in (root / INDEX).read_text(encoding="utf-8").splitlines():
+        for line in (root / INDEX).read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 names.append(json.loads(line)["name"])
             except (ValueError, KeyError, TypeError):

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from tqdm import tqdm
 
 from worldmodel import cli as command_line
@@ -35,7 +34,7 @@ from worldmodel.bench.machine import (
 from worldmodel.bench.random_world import AUTOENCODERS, SHAPES, Shape, random_config, random_world
 from worldmodel.bench.reference_loop import PublishedLoop
 from worldmodel.camera import FRAMES_PER_LATENT, MotionStep, parse_trajectory
-from worldmodel.config import as_dict, build
+from worldmodel.config import as_dict, build, parse_yaml
 from worldmodel.device import fast_dtype, open_device, synchronize
 from worldmodel.engine.engine import EngineOptions
 from worldmodel.errors import UserError, first_line
@@ -105,8 +104,8 @@ def apply_settings(world: World, settings: tuple[str, ...]) -> World:
         if not equals:
             raise UserError(f"expected key=value such as window=8, got {setting!r}")
         try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError:
+            value = parse_yaml(value)
+        except UserError:
             raise UserError(f"expected a value in YAML such as window=8, got {setting!r}") from None
         if key == "steps" and isinstance(value, int):
             value = with_steps(world.config.rollout, value).steps

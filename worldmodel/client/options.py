@@ -6,10 +6,9 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from worldmodel.camera import parse_trajectory
 from worldmodel.cli import Parser, positive, print_progress, threads
+from worldmodel.config import parse_yaml
 from worldmodel.device import cores
 from worldmodel.errors import UserError
 from worldmodel.files import check_output, check_output_folder, data_folder
@@ -245,7 +244,7 @@ def world_values(folder: Path) -> dict:
     world is opened.
     """
     try:
-        values = yaml.safe_load((folder / "world.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        values = parse_yaml((folder / "world.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, UserError):
         return {}
     return values if isinstance(values, dict) else {}

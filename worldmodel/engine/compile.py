@@ -1,5 +1,6 @@
 """Compiled transformer blocks that take over while the world is being played."""
 
+import logging
 import queue
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from worldmodel.errors import first_line
 from worldmodel.models.transformer import WanBlock
+
+logger = logging.getLogger(__name__)
 
 _HALVES = ("enter", "leave")
 
@@ -80,6 +83,7 @@ class CompiledBlocks:
                     self._compiled[name](block, *inputs, **options)
                 self._ready.add(kind)
             except Exception as error:  # a compiler can fail in any way; the plain blocks go on
+                logger.info("blocks cannot be compiled", exc_info=True)
                 self.fault = (
                     f"Blocks cannot be compiled here ({first_line(error)}); they run as they are."
                 )

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from worldmodel.errors import UserError
 from worldmodel.models import attention, prope
 from worldmodel.models.attention import by_head, turned
 from worldmodel.models.rope import rope_table, rotate
@@ -202,7 +201,7 @@ class KVCache:
         camera: bool = True,
     ):
         if not 0 <= sinks < window:
-            raise UserError(
+            raise ValueError(
                 f"sinks must be at least 0 and fewer than the window of {window} latents, got "
                 f"{sinks}: change one of them"
             )
@@ -448,7 +447,7 @@ class KVCache:
         wanted = range(max(self.sinks, committed - (self.window - self.sinks) + 1), committed)
         missing = set(wanted) - {f.index for f in kept}
         if missing or not 0 <= committed <= self.committed:
-            raise UserError(
+            raise ValueError(
                 f"can rewind to latent {min(missing, default=0)} no more, got {committed} of "
                 f"{self.committed}: rewind less"
             )

@@ -44,7 +44,7 @@ class Stream:
 
     def _check_batch(self, batch: int) -> None:
         if any(m is not None and m.numel() and m.shape[0] != batch for m in self._state.memories):
-            raise UserError(
+            raise ValueError(
                 f"expected the batch size of the steps before, got {batch}: reset() before a new "
                 "batch"
             )
@@ -52,7 +52,7 @@ class Stream:
 
 def _check_video(video: Tensor, channels: int, factor: int, started: bool) -> None:
     if video.ndim != 5 or video.shape[1] != channels:
-        raise UserError(f"expected video [B,{channels},T,H,W], got shape {tuple(video.shape)}")
+        raise ValueError(f"expected video [B,{channels},T,H,W], got shape {tuple(video.shape)}")
     frames, height, width = video.shape[2:]
     if frames == 0 or (frames - (0 if started else 1)) % FRAMES_PER_LATENT:
         rule = "4F frames after the first step" if started else "4F - 3 frames (1, 5, 9, ...)"
@@ -68,7 +68,7 @@ def _check_video(video: Tensor, channels: int, factor: int, started: bool) -> No
 
 def _check_latents(latents: Tensor, channels: int) -> None:
     if latents.ndim != 5 or latents.shape[1] != channels or latents.shape[2] == 0:
-        raise UserError(
+        raise ValueError(
             f"expected latents [B,{channels},F,h,w] with F >= 1, got shape {tuple(latents.shape)}"
         )
 

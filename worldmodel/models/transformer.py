@@ -498,14 +498,14 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
 
     def _check_inputs(self, latents, projection, mode, chunk, clean, view) -> None:
         if mode not in ("bidirectional", "teacher_forcing", "cached"):
-            raise UserError(
+            raise ValueError(
                 f"mode must be bidirectional, teacher_forcing or cached, got {mode!r}: name one "
                 "of them"
             )
         if (clean is not None) != (mode == "teacher_forcing") or (view is not None) != (
             mode == "cached"
         ):
-            raise UserError(
+            raise ValueError(
                 f"clean goes with teacher_forcing and view with cached, got mode {mode!r}: pass "
                 "exactly what the mode needs"
             )
@@ -516,12 +516,12 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
                 f"{height}x{width} cells: resize"
             )
         if mode == "teacher_forcing" and frames % chunk:
-            raise UserError(
+            raise ValueError(
                 f"teacher forcing needs a multiple of {chunk} latent frames, got {frames}: change "
                 "the clip's length or chunk"
             )
         if projection is not None and projection.shape[1] != frames:
-            raise UserError(
+            raise ValueError(
                 f"one camera a latent frame is needed, got {projection.shape[1]} for {frames} "
                 f"frames: pass {frames}"
             )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from worldmodel.config import as_dict, build
+from worldmodel.config import as_dict, build, parse_yaml
 from worldmodel.controls import Envelope
 from worldmodel.errors import UserError, first_line
 from worldmodel.rollout import RolloutConfig
@@ -89,8 +89,8 @@ class WorldConfig:
         """
         path = Path(path)
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            values = parse_yaml(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, UserError) as error:
             raise UserError(
                 f"{path} cannot be read as YAML ({first_line(error)}); fetch the world again."
             ) from None

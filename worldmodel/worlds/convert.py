@@ -18,15 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan
 
 from worldmodel.cli import Parser, positive, print_line, print_progress, run
-from worldmodel.config import Count, Positive, build
+from worldmodel.config import Count, Positive, build, parse_yaml
 from worldmodel.controls import Envelope
 from worldmodel.device import open_device
-from worldmodel.errors import UserError
+from worldmodel.errors import UserError, first_line
 from worldmodel.files import check_output_folder, find_config
 from worldmodel.models.prompts import PromptBook
 from worldmodel.models.text_encoder import embed_text, libraries, locate
@@ -92,9 +91,9 @@ class PublishedWorld:
         """
         path = find_config(path)
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+            values = parse_yaml(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, UserError) as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
             raise UserError(
                 f"{path} cannot be read as a published world ({reason}); name a file of "
                 "configs/worlds."
