@@ -1,19 +1,18 @@
-"""How many operations a pass of the network takes; a multiplication with its addition counts as
-two.
+"""Operations of a pass of the network; a multiplication with its addition counts as two.
 
-Counted is what is multiplied in matrices: the linear layers and the attention of both paths over
-the window. Norms, rotations and the cameras' 4x4 products are left out, so a share of what a device
-can do is rather too low than too high.
+Counts matrix products: the linear layers, and the attention of both paths over the window. Norms,
+rotations and the cameras' 4x4 products are not counted, so a share of the device's rate is a lower
+bound.
 """
 
 from collections.abc import Mapping
 
 
 def pass_flops(config: Mapping, tokens: int, seen: int, text_length: int) -> int:
-    """A denoising pass over `tokens` tokens, each of which attends to `seen` tokens and to
-    `text_length` rows of a prompt.
+    """Operations of a denoising pass over `tokens` tokens, each of which attends to `seen` tokens
+    and to `text_length` rows of a prompt.
 
-    config: of a `CausalWanTransformer`. Time and prompt are embedded elsewhere, once.
+    config: of a `CausalWanTransformer`. The embedding of time and prompt is not counted.
     """
     width = _width(config)
     block = _block(config, tokens, seen, text_length)
@@ -23,7 +22,7 @@ def pass_flops(config: Mapping, tokens: int, seen: int, text_length: int) -> int
 
 
 def clean_flops(config: Mapping, tokens: int, seen: int, text_length: int) -> int:
-    """A pass that is run for its keys and values alone: it ends at those of the last layer."""
+    """Operations of a pass that ends at the keys and values of the last layer, see `pass_flops`."""
     width = _width(config)
     block = _block(config, tokens, seen, text_length)
     return (
@@ -36,12 +35,10 @@ def clean_flops(config: Mapping, tokens: int, seen: int, text_length: int) -> in
 def _block(config: Mapping, tokens: int, seen: int, text_length: int) -> int:
     width = _width(config)
     paths = 2 if config["camera"] else 1
-    square = (
-        3 + paths + 2
-    )  # q, k, v; an output layer a path; the query and output layers of cross-attention
-    attention = 2 * (
-        paths * _linear(tokens, seen, width) + _linear(tokens, text_length, width)
-    )  # scores, then values
+    # q, k, v; an output layer a path; the query and output layers of cross-attention
+    square = 3 + paths + 2
+    # scores, then values
+    attention = 2 * (paths * _linear(tokens, seen, width) + _linear(tokens, text_length, width))
     return (
         square * _linear(tokens, width, width)
         + attention
@@ -50,7 +47,7 @@ def _block(config: Mapping, tokens: int, seen: int, text_length: int) -> int:
 
 
 def _ends(config: Mapping, tokens: int, width: int, channels: int) -> int:
-    """Patches in and out."""
+    """The patch embedding and, where `channels` counts them, the output layer."""
     _, rows, columns = config["patch_size"]
     return _linear(tokens, width, channels * rows * columns)
 

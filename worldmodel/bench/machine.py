@@ -1,6 +1,4 @@
-"""The machine that times depend on: what it is, how fast it multiplies, and clocks for what it
-does.
-"""
+"""The machine that times depend on: its hardware, its matmul rate, and clocks for its work."""
 
 import os
 import platform
@@ -17,37 +15,35 @@ import torch
 from worldmodel.device import cores, synchronize
 
 _TURNS = 12  # of the matmul measurement
-_UNCOUNTED = 3
+_WARM_UP = 3  # further turns before them, not counted
 
 
 def describe_machine(device: torch.device) -> dict:
-    """Hardware and versions that times depend on."""
+    """Hardware and versions that times depend on, and the load at this moment."""
     return {
         "processor": _processor(),
         "cores": cores(),
         "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2)
-        if hasattr(os, "getloadavg")
-        else None,  # above 1 at the start: not idle
+        "load": load(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
 
 
-def describe_commit() -> str:
-    """The checkout that this package was imported from, `-dirty` when changed; "unknown" outside
-    git.
+def load() -> float | None:
+    """Average number of running processes in the last minute; None where the system has no such
+    figure.
     """
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-    ]
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def describe_commit(folder: Path = Path(__file__).parent) -> str:
+    """The commit checked out at `folder`, with `-dirty` when it is changed; "unknown" outside git.
+
+    folder: in the checkout; by default this package.
+    """
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -65,7 +61,7 @@ def _processor() -> str:
 
 
 def spread(values: np.ndarray, high: str = "p90", digits: int = 3) -> dict[str, float]:
-    """Median, 10th and 90th (or 95th) percentile."""
+    """Median, 10th percentile, and `high`: a higher percentile such as p90 or p95."""
     low, middle, top = np.percentile(values, (10, 50, int(high[1:])))
     return {
         "median": round(float(middle), digits),
@@ -75,8 +71,7 @@ def spread(values: np.ndarray, high: str = "p90", digits: int = 3) -> dict[str, 
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 0) -> dict:
-    """What the device multiplies at its best: the median rate of large square products, in 10^12
-    operations a second.
+    """The median rate of large square matrix products, in 10^12 operations a second.
 
     A multiplication with its addition counts as two. size: rows and columns, 0 = 8192 on CUDA and
     1024 elsewhere.
@@ -86,19 +81,19 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 0) -> dict
     out = torch.empty_like(a)
     clock = PartClock(device)
     products = 8 if device.type == "cuda" else 1
-    for _ in range(_TURNS + _UNCOUNTED):
+    for _ in range(_TURNS + _WARM_UP):
         clock.timed("turn", lambda: [torch.mm(a, b, out=out) for _ in range(products)])()
     synchronize(device)
-    milliseconds = np.array([span.milliseconds for span in clock.take()[_UNCOUNTED:]])
+    milliseconds = np.array([span.milliseconds for span in clock.take()[_WARM_UP:]])
     rates = spread(2 * size**3 * products / milliseconds / 1e9, digits=6)
     return {"tflop_per_second": rates, "size": size, "dtype": str(dtype).removeprefix("torch.")}
 
 
 class PeakMemory:
-    """The most memory that was in use since `reset`, in bytes.
+    """The most memory in use since `reset`, in bytes.
 
-    On CUDA what tensors took; elsewhere what the process ever held, which cannot be reset; 0 where
-    the system does not tell.
+    On CUDA that of tensors; elsewhere the process's since its start, which cannot be reset; 0 where
+    the system has no such figure.
     """
 
     def __init__(self, device: torch.device):
@@ -119,9 +114,8 @@ class PeakMemory:
             import resource
         except ImportError:  # Windows
             return 0
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Span(NamedTuple):
@@ -133,20 +127,18 @@ class Span(NamedTuple):
 
     @property
     def milliseconds(self) -> float:
-        """On CUDA the device must have done it."""
-        return (
-            (self.end - self.begin) * 1e3
-            if isinstance(self.begin, float)
-            else self.begin.elapsed_time(self.end)
-        )
+        """On CUDA the device must have finished the part."""
+        if isinstance(self.begin, float):
+            return (self.end - self.begin) * 1e3
+        return self.begin.elapsed_time(self.end)
 
 
 class PartClock:
-    """How long the parts of a device's work take: on CUDA between events in the stream at hand,
-    elsewhere by the clock.
+    """Times parts of a device's work: on CUDA between events in the current stream, elsewhere by
+    the clock.
 
-    Events tell when the device works, not when it is asked to, and nobody waits for them: what is
-    measured runs as ever.
+    Events mark when the device works, not when it is asked to, and nothing waits for them: the
+    timed work keeps its order and overlap.
     """
 
     def __init__(self, device: torch.device):
@@ -154,7 +146,7 @@ class PartClock:
         self._spans: list[Span] = []
 
     def timed(self, part: str, work: Callable) -> Callable:
-        """`work`, each call of which is a span of `part`."""
+        """Wrap `work` so that each call is a span of `part`."""
 
         def run(*inputs, **options):
             begin = self._mark()
@@ -165,8 +157,8 @@ class PartClock:
         return run
 
     def timed_pieces(self, part: str, work: Callable[..., Iterator]) -> Callable[..., Iterator]:
-        """As `timed`, where the work is done piece by piece and ends with the last one; so it
-        includes what is done with the pieces.
+        """As `timed` for a generator: its span ends with the last piece, and includes what the
+        caller does with the pieces.
         """
 
         def run(*inputs, **options):
@@ -177,7 +169,7 @@ class PartClock:
         return run
 
     def take(self) -> list[Span]:
-        """All spans since the last call, in the order of their ends."""
+        """Return all spans since the last call, in the order of their ends."""
         spans = self._spans
         self._spans = []
         return spans

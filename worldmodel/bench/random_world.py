@@ -1,5 +1,6 @@
-"""Worlds of random weights, as fast as trained ones of their shape: no files are needed, and
-weights are made where they are used.
+"""Worlds of random weights, as fast as trained ones of their shape.
+
+No files are needed: weights are drawn on the device that uses them.
 """
 
 from collections.abc import Iterator
@@ -41,8 +42,10 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
-        """The name of a published shape, or `LAYERSxWIDTHxHEADS[xFFN]`, for example 8x256x4 (FFN:
-        four times the width).
+        """Read the name of a published shape, or `LAYERSxWIDTHxHEADS[xFFN]`, for example 8x256x4
+        (FFN: four times the width).
+
+        Raises UserError for anything else.
         """
         if text.lower() in SHAPES:
             return SHAPES[text.lower()]
@@ -61,11 +64,11 @@ class Shape:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Usual height and width of the picture, pixels."""
+        """Default height and width of the picture, pixels."""
         return (480, 832) if self.published else (96, 160)
 
     def transformer(self, device: torch.device, dtype: torch.dtype) -> CausalWanTransformer:
-        """Such a transformer, its weights drawn where and as they are stored."""
+        """Build the transformer with random weights on `device`."""
         with torch.device("meta"):
             network = CausalWanTransformer(
                 num_attention_heads=self.heads,
@@ -86,34 +89,32 @@ SHAPES = {
 def draw_weights(
     network: CausalWanTransformer, device: torch.device, dtype: torch.dtype
 ) -> CausalWanTransformer:
-    """Gives a network without memory (`torch.device("meta")`) random weights on a device, tensor by
-    tensor.
+    """Give a network on the meta device random weights on `device`, tensor by tensor.
 
-    What `from_pretrained` keeps in float32 is float32 here too. Matrices keep the size of what goes
-    through them; norms are 1, biases 0.
+    What `from_pretrained` keeps in float32 is float32 here too. Matrices are scaled so that they
+    keep the variance of their input; norm weights are 1, biases 0.
     """
-    kept = set(network._keep_in_fp32_modules)
+    float32_modules = set(network._keep_in_fp32_modules)
 
-    def drawn(name: str, like: Tensor) -> Tensor:
-        options = {
-            "device": device,
-            "dtype": torch.float32 if kept & set(name.split(".")) else dtype,
-        }
+    def draw(name: str, like: Tensor) -> Tensor:
+        kept = float32_modules & set(name.split("."))
+        options = {"device": device, "dtype": torch.float32 if kept else dtype}
         if like.ndim > 1:
-            return torch.randn(like.shape, **options).mul_((like.numel() // like.shape[0]) ** -0.5)
+            inputs = like.numel() // like.shape[0]
+            return torch.randn(like.shape, **options).mul_(inputs**-0.5)
         return torch.full(like.shape, float(name.endswith("weight")), **options)
 
-    network.load_state_dict(
-        {name: drawn(name, tensor) for name, tensor in network.state_dict().items()}, assign=True
-    )
+    weights = {name: draw(name, tensor) for name, tensor in network.state_dict().items()}
+    network.load_state_dict(weights, assign=True)
     return network
 
 
 def random_world(
     shape: Shape, config: WorldConfig, autoencoder: str, device: torch.device, dtype: torch.dtype
 ) -> World:
-    """A world in memory with random weights, without start images; `autoencoder` is one of
-    AUTOENCODERS.
+    """Build a world with random weights and no start images.
+
+    autoencoder: one of AUTOENCODERS. Raises UserError for a picture size that does not fit.
     """
     if config.height % 16 or config.width % 16 or min(config.height, config.width) < 16:
         raise UserError(
@@ -121,18 +122,21 @@ def random_world(
         )
     torch.manual_seed(0)
     transformer = shape.transformer(device, dtype).eval().requires_grad_(False)
-    decoder = (
-        nn.Module.to(_autoencoder(autoencoder, shape.published), dtype).eval().requires_grad_(False)
-    )
+    decoder = nn.Module.to(_autoencoder(autoencoder, shape.published), dtype)
+    decoder.eval().requires_grad_(False)
     prompts = PromptBook({config.prompts.default: torch.randn(shape.text_length, shape.text_dim)})
     return World(Path("random"), config, transformer, decoder, prompts, device, dtype)
 
 
 def random_config(shape: Shape, world: Path | None, size: tuple[int, int] | None) -> WorldConfig:
-    """How a random world is played: as `world` (a bundle, a file of configs/worlds or its name), or
-    in the usual way of its shape.
+    """The config of a random world.
 
-    size: height and width in pixels; None = the world's, or the shape's.
+    Args:
+        world: a bundle, a file of configs/worlds or its name, for size, steps, window and motion;
+            None = the defaults of the shape.
+        size: height and width in pixels; None = the world's, or the shape's.
+
+    Raises UserError for an unknown world.
     """
     like = None if world is None else _read(world)
     height, width = size or (shape.size if like is None else (like.height, like.width))
@@ -180,7 +184,7 @@ def _autoencoder(name: str, published: bool) -> "Autoencoder | NoAutoencoder":
 
 
 class NoAutoencoder(nn.Module):
-    """Decodes nothing: a latent's first cell is its picture. For figures without decoding."""
+    """Takes a latent's first cell as its picture, for figures without decoding."""
 
     spatial_factor = 8
     latent_channels = 16
@@ -190,13 +194,13 @@ class NoAutoencoder(nn.Module):
 
 
 class NoDecoder(Stream):
-    """See `NoAutoencoder`; as many frames as the others make, of one pixel."""
+    """The stream of `NoAutoencoder`: as many frames as a decoder returns, of one pixel."""
 
     def step(self, latents: Tensor) -> Tensor:
         """Latents `[B, C, f, h, w]` -> video `[B, 3, T, 1, 1]`."""
-        frames = latents.shape[2] * FRAMES_PER_LATENT - (
-            0 if self._state.started else FRAMES_PER_LATENT - 1
-        )
+        frames = latents.shape[2] * FRAMES_PER_LATENT
+        if not self._state.started:  # the first latent is one frame
+            frames -= FRAMES_PER_LATENT - 1
         self._state = StreamState(True, ())
         return latents[:, :3, -1:, :1, :1].expand(-1, -1, frames, -1, -1)
 

@@ -1,14 +1,14 @@
-"""The same network driven the way the public loops do it: the yardstick of `python -m
-worldmodel.bench.benchmark --as-published`.
+"""The same network driven as the public loops do it: the baseline of `worldmodel benchmark
+--reference-loop`.
 
-What a pass costs there and not here: two attention calls a layer over two caches (rotary and
-PRoPE), keys rotated when they are written; a full window is rolled by copying; rotary embedding in
-complex float64; the caches' ends are tensors that every layer reads back to the host; the clean
-pass is a pass of its own, always before the frames are shown; nothing is shared between the passes
-of a chunk.
+What a pass costs in this loop but not in `Rollout`: two attention calls a layer over two caches
+(rotary and PRoPE), with keys rotated when they are written; a full window rolled by copying; rotary
+embedding in complex float64; cache ends kept in tensors that every layer reads back to the host; a
+clean pass before the frames are shown; nothing shared between the passes of a chunk.
+
 Source: the behaviour of minWM's and Self-Forcing's `CausalInferencePipeline`. Differs: the text's
-keys are made once a prompt and the camera matrices once a pass, so that only the loop is compared.
-It dreams what `Rollout` dreams with `positions: absolute` (tested).
+keys are computed once a prompt and the camera matrices once a pass, so that only the loop is
+compared. It generates what `Rollout` generates with `positions: absolute` (tested).
 """
 
 import time
@@ -33,14 +33,12 @@ from worldmodel.schedule import add_noise, to_x0
 
 @dataclass
 class LayerCache:
-    """Keys and values `[B, tokens, heads, head_dim]` of one path of one layer, and how much was
-    ever written and is held.
-    """
+    """Keys and values `[B, tokens, heads, head_dim]` of one path of one layer."""
 
     keys: Tensor
     values: Tensor
-    written: Tensor  # int64 [1]
-    held: Tensor  # int64 [1]
+    written: Tensor  # int64 [1]: tokens written since the start
+    held: Tensor  # int64 [1]: tokens in the buffers
 
     @classmethod
     def empty(
@@ -52,21 +50,21 @@ class LayerCache:
         )
 
     def write(self, keys: Tensor, values: Tensor, start: int, sinks: int) -> tuple[Tensor, Tensor]:
-        """Puts new tokens at place `start` of all time, rolls the rest when there is no room, and
-        returns all that is held.
+        """Write tokens at absolute position `start` and return all keys and values that are held.
+
+        When the buffers are full, the oldest tokens after the first `sinks` are dropped.
         """
         count = keys.shape[1]
         room = self.keys.shape[1]
-        fresh = start + count - self.written.item()
-        if fresh > 0 and self.held.item() + fresh > room:
-            gone = self.held.item() + fresh - room
-            kept = self.held.item() - gone - sinks
+        new = start + count - self.written.item()
+        if new > 0 and self.held.item() + new > room:
+            dropped = self.held.item() + new - room
+            kept = self.held.item() - dropped - sinks
             for buffer in (self.keys, self.values):
-                buffer[:, sinks : sinks + kept] = buffer[
-                    :, sinks + gone : sinks + gone + kept
-                ].clone()
-            self.held.fill_(self.held.item() - gone)
-        end = self.held.item() + fresh
+                old = buffer[:, sinks + dropped : sinks + dropped + kept]
+                buffer[:, sinks : sinks + kept] = old.clone()
+            self.held.fill_(self.held.item() - dropped)
+        end = self.held.item() + new
         self.keys[:, end - count : end] = keys
         self.values[:, end - count : end] = values
         self.held.fill_(end)
@@ -74,9 +72,10 @@ class LayerCache:
         return self.keys[:, :end], self.values[:, :end]
 
 
-class PublishedLoop(Rollout):
-    """`Rollout` as far as a session without rewinding needs it; positions are absolute, whatever
-    the config says.
+class ReferenceLoop(Rollout):
+    """A `Rollout` without rewind; positions are absolute, whatever the config says.
+
+    Raises UserError for a sampler or guidance that the public loops do not have.
     """
 
     def __init__(
@@ -93,8 +92,8 @@ class PublishedLoop(Rollout):
         if config.sampler != "renoise" or config.guidance != 1:
             found = f"{config.sampler} and {config.guidance}"
             raise UserError(
-                "the loop as published is that of few-step models: expected sampler renoise and "
-                f"guidance 1, got {found}"
+                "--reference-loop drives few-step models: expected sampler renoise and guidance 1, "
+                f"got {found}"
             )
         super().__init__(
             model, text, config, batch=batch, height=height, width=width, device=device
@@ -119,7 +118,7 @@ class PublishedLoop(Rollout):
         return self.done
 
     def settle(self) -> None:
-        """Nothing is ever left to settle."""
+        """Do nothing: `step` has run the clean pass."""
 
     def step(
         self,
@@ -131,7 +130,7 @@ class PublishedLoop(Rollout):
         generator: torch.Generator | None = None,
         settle: bool = True,
     ) -> Tensor:
-        """As `Rollout.step`; the clean pass comes before the result, whatever `settle` says."""
+        """As `Rollout.step`, but the clean pass always comes before the result."""
         sigmas = self.first_sigmas if self.done == 0 else self.sigmas
         shape = (self.batch, self.model.config.in_channels, viewmats.shape[1], *self.cells)
         x = self._draw(shape, generator) if noise is None else noise
@@ -155,8 +154,9 @@ class PublishedLoop(Rollout):
         self.timings["clean"] = (time.perf_counter() - started) * 1e3
 
     def _pass(self, latents: Tensor, sigma: Tensor, viewmats: Tensor, intrinsics: Tensor) -> Tensor:
-        """One forward pass that leaves its keys and values in the caches; velocity `[B, C, F, H,
-        W]`.
+        """Run one forward pass, which writes its keys and values to the caches.
+
+        Returns the velocity `[B, C, F, H, W]`.
         """
         model = self.model
         frames = latents.shape[2]
@@ -214,46 +214,43 @@ class PublishedLoop(Rollout):
         return result
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache) -> Tensor:
-        """Writes k and v to the cache and attends over it, all `[B, tokens, heads, head_dim]`."""
+        """Write k and v to the cache and attend over it, all `[B, tokens, heads, head_dim]`."""
         keys, values = cache.write(k, v, self.done * self.tokens, self.config.sinks * self.tokens)
         return F.scaled_dot_product_attention(
             *(y.transpose(1, 2) for y in (q, keys, values))
         ).transpose(1, 2)
 
     def _rotate(self, x: Tensor) -> Tensor:
-        """Rotary embedding at absolute frame numbers as complex float64 products, one sample at a
-        time.
+        """Apply the rotary embedding at absolute frame numbers, sample by sample, as complex
+        float64 products.
         """
         frames = x.shape[1] // self.tokens
-        (rows, columns) = self.grid
-        places = (slice(self.done, self.done + frames), slice(rows), slice(columns))
-        bands = [table[place] for table, place in zip(self.table, places, strict=True)]
-        shapes = ((frames, 1, 1, -1), (1, rows, 1, -1), (1, 1, columns, -1))
-        turn = torch.cat(
-            [
-                b.view(s).expand(frames, rows, columns, -1)
-                for b, s in zip(bands, shapes, strict=True)
-            ],
-            -1,
-        ).flatten(0, 2)
-        turned = []
+        rows, columns = self.grid
+        time_table, row_table, column_table = self.table
+        grid = (frames, rows, columns, -1)
+        bands = (
+            time_table[self.done : self.done + frames].view(frames, 1, 1, -1).expand(grid),
+            row_table[:rows].view(1, rows, 1, -1).expand(grid),
+            column_table[:columns].view(1, 1, columns, -1).expand(grid),
+        )
+        rotation = torch.cat(bands, -1).flatten(0, 2)[:, None]
+        rotated = []
         for sample in x:
-            pairs = torch.view_as_complex(
-                sample.to(torch.float64).unflatten(-1, (-1, 2)).contiguous()
-            )
-            turned.append(torch.view_as_real(pairs * turn[:, None]).flatten(-2))
-        return torch.stack(turned).type_as(x)
+            pairs = sample.to(torch.float64).unflatten(-1, (-1, 2)).contiguous()
+            product = torch.view_as_complex(pairs) * rotation
+            rotated.append(torch.view_as_real(product).flatten(-2))
+        return torch.stack(rotated).type_as(x)
 
 
-def _frequencies(head_dim: int, device: torch.device, places: int = 1024) -> list[Tensor]:
-    """Unit complex numbers `[places, width / 2]` for the frame, row and column bands; like the
-    public table, it has an end.
+def _frequencies(head_dim: int, device: torch.device, length: int = 1024) -> list[Tensor]:
+    """Unit complex numbers `[length, width / 2]` for the frame, row and column bands; `length` is
+    that of the public table.
     """
     tables = []
     for width in band_widths(head_dim):
         frequency = THETA ** (
             -torch.arange(0, width, 2, dtype=torch.float64, device=device) / width
         )
-        angle = torch.arange(places, dtype=torch.float64, device=device)[:, None] * frequency
+        angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequency
         tables.append(torch.polar(torch.ones_like(angle), angle))
     return tables

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from worldmodel.bench import benchmark
-from worldmodel.bench.reference_loop import PublishedLoop
+from worldmodel.bench.reference_loop import ReferenceLoop
 from worldmodel.camera import MotionStep, invert, parse_trajectory
 from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.rollout import Rollout, RolloutConfig
@@ -50,7 +50,7 @@ def test_it_dreams_what_the_rollout_dreams_at_absolute_positions(config, camera)
         "width": 6,
     }
     ours = Rollout(**arguments)
-    theirs = PublishedLoop(**arguments)
+    theirs = ReferenceLoop(**arguments)
     for start in range(0, 10, config.chunk):
         viewmats = poses[None, start : start + config.chunk]
         one, other = (
