@@ -1,9 +1,8 @@
-"""`python -m distill.benchmark CONFIG`: seconds a sample of the stages of a recipe, or of a
-published shape, as JSON.
+"""`python -m distill.benchmark CONFIG`: seconds a sample of a recipe's stages, as JSON.
 
-The stages and the training step are those of `python -m distill train`; clips and weights are
-random, so nothing is needed and nothing is left. With and without gradient checkpointing take turns
-on the same networks; one that memory does not hold is told as such.
+The stages and the training step are those of `python -m distill train`. Clips and weights are
+random, so no files are read, and none are written. Steps with and without gradient checkpointing
+take turns on the same networks; the report says which of them does not fit into memory.
 """
 
 import argparse
@@ -13,6 +12,7 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from distill.parallel import Processes
 from distill.stages import STAGES
 from distill.stages.stage import TransformerStage, new_transformer
 from distill.train import Batches, train_step
-from worldmodel import cli as command_line
+from worldmodel import cli
 from worldmodel.bench.machine import PeakMemory, describe_commit, describe_machine, spread
 from worldmodel.bench.random_world import SHAPES, Shape, draw_weights
 from worldmodel.camera import MotionStep, invert, parse_trajectory
@@ -34,22 +34,23 @@ from worldmodel.device import open_device, synchronize
 from worldmodel.errors import UserError, first_line
 from worldmodel.models.transformer import CausalWanTransformer
 
-TIMED = tuple(name for name in STAGES if name != "autoencoder")
+STAGE_NAMES = tuple(name for name in STAGES if name != "autoencoder")
 CAPTIONS = ("a meadow", "dunes", "snow", "night")
-CELL = 8  # pixels of a side to one latent cell
+CELL = 8  # pixels of a latent cell's side
 FRAMES = 20  # latents of a published shape's sample: whole chunks of 1, 2, 4 and 5
+WARM_UP = 2  # steps of each variant that are not counted
 
 
 @dataclass(frozen=True)
 class Caption:
-    """All that a stage wants to know of a clip beforehand."""
+    """What a stage reads of a clip before it loads it."""
 
     caption: str
 
 
 class RandomClips(Dataset):
-    """Random latents, a walk and a caption, in the form of `LatentClips`' items: item i is a
-    function of i.
+    """Items as those of `LatentClips`: random latents, a walk and a caption, all a function of the
+    index.
     """
 
     def __init__(self, frames: int, size: tuple[int, int, int]):
@@ -74,14 +75,14 @@ class RandomClips(Dataset):
 def random_stage(
     name: str, recipe: Recipe, cells: tuple[int, int], device: torch.device
 ) -> TransformerStage:
-    """The stage `name` as training makes it, on random clips of `cells` rows and columns, all its
-    networks with random weights.
+    """Build the stage `name` on random clips of `cells` rows and columns, with random weights in
+    all its networks.
     """
     module, kind = STAGES[name].split(":")
     real = getattr(importlib.import_module(module), kind)
 
     class RandomStage(real):
-        """The stage, with nothing read from the disk."""
+        """The stage, reading no files."""
 
         def open_clips(self, frames: int) -> RandomClips:
             return RandomClips(frames, (recipe.model.channels, *cells))
@@ -94,7 +95,7 @@ def random_stage(
     return RandomStage(recipe, device)
 
 
-class Timed:
+class TimedStage:
     """One stage, with or without gradient checkpointing: the seconds of its steps and of their
     parts.
     """
@@ -108,13 +109,12 @@ class Timed:
         self.checkpointing = checkpointing
         self.memory = PeakMemory(device)
         self.peak = 0
-        self.fault = ""
-        self.steps: list[
-            dict[str, float]
-        ] = []  # seconds a step: "total", and every network that learns
+        self.error = ""  # why there are no times
+        # seconds of a step: "total", and those of every network that learns
+        self.steps: list[dict[str, float]] = []
 
     def step(self, number: int, batch: dict) -> None:
-        """Takes a training step, or ends in `fault` when memory is full."""
+        """Take a training step; when memory is full, set `error` and free what the step held."""
         for network in self.stage.modules.values():
             network.gradient_checkpointing = self.checkpointing
         self.memory.reset()
@@ -122,15 +122,16 @@ class Timed:
             self.steps.append(self._seconds(number, batch))
             self.peak = max(self.peak, self.memory.peak())
         except (MemoryError, torch.OutOfMemoryError) as error:
-            self.fault = first_line(error)
-        if self.fault:  # what the step held is let go before the others go on
+            self.error = first_line(error)
+        # not in the `except`: the error's traceback holds the tensors of the step
+        if self.error:
             for optimizer in self.stage.optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
-            _let_go(self.device)
+            _free_memory(self.device)
 
     def _seconds(self, number: int, batch: dict) -> dict[str, float]:
         run = self.recipe.run
-        spent = {}
+        seconds = {}
         autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=run.precision == "bfloat16"
         )
@@ -138,7 +139,8 @@ class Timed:
         generator = torch.Generator(self.device)
         generator.manual_seed(processes.seed(run.seed, number))
         synchronize(self.device)
-        begin = now = time.perf_counter()
+        begin = time.perf_counter()
+        now = begin
         for name, *_ in train_step(
             self.stage,
             batch,
@@ -151,24 +153,20 @@ class Timed:
             synchronize(self.device)
             before = now
             now = time.perf_counter()
-            spent[name] = spent.get(name, 0.0) + now - before
-        return {"total": now - begin, **spent}
+            seconds[name] = seconds.get(name, 0.0) + now - before
+        return {"total": now - begin, **seconds}
 
     def report(self, name: str) -> dict:
-        """Figures of all steps since `steps` was last cleared, a sample."""
-        made = {
-            "stage": name,
-            "gradient_checkpointing": self.checkpointing,
-            "batch": self.stage.config.batch,
-        }
-        if self.fault:
-            return {**made, "fault": self.fault}
+        """Figures a sample, of all steps since `steps` was last cleared."""
         batch = self.stage.config.batch
+        report = {"stage": name, "gradient_checkpointing": self.checkpointing, "batch": batch}
+        if self.error:
+            return {**report, "error": self.error}
         parts = {
             part: np.array([step[part] for step in self.steps]) / batch for part in self.steps[0]
         }
         return {
-            **made,
+            **report,
             "steps": len(self.steps),
             "seconds_per_sample": {
                 part: spread(values, digits=4) for part, values in parts.items()
@@ -185,33 +183,31 @@ def time_stage(
     steps: int,
     checkpointing: tuple[bool, ...],
 ) -> list[dict]:
-    """Two steps of each variant that are not counted, then `steps` that are, in turns; a report a
-    variant.
-    """
+    """Time `steps` steps of each variant in turns, after a warm-up; return a report a variant."""
     stage = random_stage(name, recipe, cells, device)
-    variants = [Timed(stage, recipe, device, flag) for flag in checkpointing]
+    variants = [TimedStage(stage, recipe, device, flag) for flag in checkpointing]
     count = stage.config.batch * stage.batches
     with Batches(stage, count, Processes(0, 1), recipe.run.seed, 0) as batches:
-        for number in tqdm(range(steps + 2), desc=name, unit="step", leave=False):
+        for number in tqdm(range(steps + WARM_UP), desc=name, unit="step", leave=False):
             batch = next(batches)
             for variant in variants:
-                if number == 2:
+                if number == WARM_UP:
                     variant.steps.clear()
-                if not variant.fault:
+                if not variant.error:
                     variant.step(number, batch)
     return [variant.report(name) for variant in variants]
 
 
-def _let_go(device: torch.device) -> None:
-    """Gives memory back that nobody holds any more."""
+def _free_memory(device: torch.device) -> None:
+    """Return memory that is no longer referenced."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def published_recipe(name: str, overrides: list[str]) -> Recipe:
-    """Stages of a published shape as they are trained: bfloat16, one sample a step, whole clips,
-    AdamW as at that scale.
+    """A recipe for a published shape: bfloat16, one sample a step, whole clips, AdamW as at that
+    scale.
     """
     shape: Shape = SHAPES[name]
     values = {
@@ -226,15 +222,15 @@ def published_recipe(name: str, overrides: list[str]) -> Recipe:
             "text_length": shape.text_length,
         },
         "optimiser": {"betas": [0.0, 0.999]},
-        **{stage: {"batch": 1} for stage in TIMED},
+        **{stage: {"batch": 1} for stage in STAGE_NAMES},
     }
     values["dmd"]["window"] = FRAMES
     return make_recipe(values, overrides, name)
 
 
 def random_recipe(recipe: Recipe) -> Recipe:
-    """The same recipe without a file that it names; `init` stays only as a name, since every
-    network is random.
+    """The same recipe without the files that it names; every network is random, so `init` is a
+    name only.
     """
     return replace(
         recipe,
@@ -244,91 +240,74 @@ def random_recipe(recipe: Recipe) -> Recipe:
     )
 
 
-def parser() -> command_line.Parser:
-    """The options, one line each."""
-    made = command_line.Parser(
-        prog="python -m distill.benchmark", description=__doc__.splitlines()[0]
-    )
-    made.add_argument(
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `run` to `parser`."""
+    parser.add_argument(
         "config",
         help=f"recipe, a YAML file such as configs/blocks/cpu.yaml, or {', '.join(SHAPES)}",
     )
-    made.add_argument(
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         help="override, e.g. dmd.batch=2; may be repeated",
     )
-    made.add_argument(
-        "--stages", nargs="+", choices=TIMED, default=TIMED, help="stages to time (default: all)"
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        choices=STAGE_NAMES,
+        default=STAGE_NAMES,
+        help="stages to time (default: all)",
     )
-    made.add_argument(
+    parser.add_argument(
         "--size", help="HEIGHTxWIDTH in pixels (default: 96x160; of a published shape 480x832)"
     )
-    made.add_argument(
+    parser.add_argument(
         "--steps",
-        type=command_line.positive,
+        type=cli.positive,
         default=8,
         help="steps measured for each variant (default: 8)",
     )
-    made.add_argument(
+    parser.add_argument(
         "--checkpointing",
         choices=("both", "on", "off"),
         default="both",
         help="gradient checkpointing (default: both, in turns)",
     )
-    made.add_argument("--output", type=Path, help="also write the JSON into this file")
-    return made
+    parser.add_argument("--output", type=Path, help="also write the JSON into this file")
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Times the stages; ValueError for options that cannot be honoured, MemoryError when nothing
-    fits.
+    """Time the stages and return the report.
+
+    Raises UserError for options that cannot be honoured, MemoryError when no stage fits.
     """
-    published = args.config.lower() in SHAPES
-    recipe = random_recipe(
-        published_recipe(args.config.lower(), args.set)
-        if published
-        else load_recipe(args.config, args.set)
-    )
-    height, _, width = (args.size or ("480x832" if published else "96x160")).partition("x")
-    sides = [CELL * patch for patch in recipe.model.patch[1:]]
-    if not (height.isdecimal() and width.isdecimal()) or any(
-        not int(n) or int(n) % side for n, side in zip((height, width), sides)
-    ):
-        raise UserError(
-            f"expected --size as HEIGHTxWIDTH in multiples of {sides[0]} and {sides[1]} pixels, "
-            f"got {args.size!r}"
-        )
-    cells = int(height) // CELL, int(width) // CELL
-    name = (
-        recipe.run.device
-        if recipe.run.device != "auto"
-        else "cuda"
-        if torch.cuda.is_available()
-        else "cpu"
-    )
-    device = open_device(name)
+    name = args.config.lower()
+    published = name in SHAPES
+    recipe = published_recipe(name, args.set) if published else load_recipe(args.config, args.set)
+    recipe = random_recipe(recipe)
+    size = _size(args.size or ("480x832" if published else "96x160"), recipe)
+    device = _device(recipe.run.device)
     flags = {"both": (False, True), "on": (True,), "off": (False,)}[args.checkpointing]
     torch.manual_seed(recipe.run.seed)
     machine = describe_machine(device)
     reports = []
     for stage in args.stages:
         try:
+            cells = size[0] // CELL, size[1] // CELL
             reports += time_stage(stage, recipe, cells, device, args.steps, flags)
         except (MemoryError, torch.OutOfMemoryError) as error:  # not even its networks fit
-            reports.append({"stage": stage, "fault": first_line(error)})
-        _let_go(device)  # a stage's networks before those of the next
-    if all("fault" in report for report in reports):
-        raise MemoryError(reports[0]["fault"])
+            reports.append({"stage": stage, "error": first_line(error)})
+        _free_memory(device)  # a stage's networks before those of the next
+    if all("error" in report for report in reports):
+        raise MemoryError(reports[0]["error"])
     return {
-        "command": f"python -m distill.benchmark {shlex.join(sys.argv[1:])}",
         "commit": describe_commit(),
         "machine": machine,
         "device": str(device),
         "recipe": args.config,
-        "size": [int(height), int(width)],
+        "size": list(size),
         "precision": recipe.run.precision,
         "frames": recipe.data.frames,
         "model": as_dict(recipe.model),
@@ -337,9 +316,35 @@ def run(args: argparse.Namespace) -> dict:
     }
 
 
+def _size(text: str, recipe: Recipe) -> tuple[int, int]:
+    """Height and width in pixels, whole patches of the recipe's model."""
+    height, _, width = text.partition("x")
+    sides = [CELL * patch for patch in recipe.model.patch[1:]]
+    for number, side in zip((height, width), sides, strict=True):
+        if not number.isdecimal() or not int(number) or int(number) % side:
+            raise UserError(
+                f"expected --size as HEIGHTxWIDTH in multiples of {sides[0]} and {sides[1]} "
+                f"pixels, got {text!r}"
+            )
+    return int(height), int(width)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return open_device(name)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status (see `command_line.run`)."""
-    return command_line.report("benchmark", parser(), run, argv)
+    """Run the command line and return the exit status (see `cli.run`)."""
+    parser = cli.Parser(prog="python -m distill.benchmark", description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    words = sys.argv[1:] if argv is None else argv
+    return cli.report("benchmark", parser, partial(_reported, words), words)
+
+
+def _reported(words: list[str], args: argparse.Namespace) -> dict:
+    return {"command": f"python -m distill.benchmark {shlex.join(words)}", **run(args)}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distill import benchmark as training
 from distill.stages.consistency import ConsistencyStage
-from worldmodel.bench import benchmark
+from worldmodel.bench import benchmark, walk
 from worldmodel.bench.flops import clean_flops, pass_flops
 from worldmodel.bench.machine import PartClock, matmul_rate
 from worldmodel.bench.random_world import Shape, random_config
@@ -152,33 +152,29 @@ def test_variants_of_every_kind_take_turns(capsys):
         "autoencoder=none",
         "--versus",
         "window=4",
-        "merge_clean=true",
         "memory=16",
     ]
     report = report_of(benchmark.main, words, capsys)
-    published, ours, bare, merged = report["variants"]
-    assert published["settings"][0] == "as published" and published["rollout"] == ours["rollout"]
+    published, ours, bare, planned = report["variants"]
+    assert published["settings"][0] == "reference loop" and published["rollout"] == ours["rollout"]
     assert [v["rollout"]["chunk"] for v in report["variants"]] == [4, 4, 2, 4] and bare[
         "chunks"
     ] == 4
     assert (
-        len(merged["rollout"]["steps"]) == 4
-        and "as with 16 GB" in merged["engine"]
+        len(planned["rollout"]["steps"]) == 4
+        and "as with 16 GB" in planned["engine"]
         and "as with 40 GB" in ours["engine"]
     )
     assert (
         "ratio" not in published
         and "ratio" not in report
-        and all(v["ratio"]["total"] > 0 for v in (ours, bare, merged))
+        and all(v["ratio"]["total"] > 0 for v in (ours, bare, planned))
     )
     assert (
         0
         < bare["ms_per_latent"]["decode"]["median"]
         < 0.5 * ours["ms_per_latent"]["decode"]["median"]
     )
-    assert merged["ms_per_latent"]["clean"]["median"] == 0 and set(
-        merged["transformer"]["gflop_per_latent"]
-    ) == {"both"}
     work = ours["transformer"]["gflop_per_latent"]
     assert (
         work == published["transformer"]["gflop_per_latent"] and work["network"] > work["clean"] > 0
@@ -195,18 +191,18 @@ def test_variants_of_every_kind_take_turns(capsys):
 
 
 def test_a_full_memory_ends_one_variant_and_not_the_run(capsys, monkeypatch):
-    plain = benchmark.Walk.chunk
+    plain = walk.Walk.chunk
 
-    def chunk(walk):
-        if walk.rollout.window > most:
+    def chunk(self):
+        if self.rollout.window > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried")
-        plain(walk)
+        plain(self)
 
-    monkeypatch.setattr(benchmark.Walk, "chunk", chunk)
+    monkeypatch.setattr(walk.Walk, "chunk", chunk)
     words = [*TOY, "--size", "32x48", "--set", "window=9", "--versus", "window=3"]
     most = 8
     full, kept = report_of(benchmark.main, words, capsys)["variants"]
-    assert full["fault"].startswith("CUDA out of memory") and "ms_per_latent" not in full
+    assert full["error"].startswith("CUDA out of memory") and "ms_per_latent" not in full
     assert kept["chunks"] == 8 and "ratio" not in kept
     most = 2
     assert "there is not enough memory" in report_of(benchmark.main, words, capsys, status=1)
@@ -330,17 +326,17 @@ def test_the_stages_are_those_of_training():
 
 
 def test_one_variant_that_memory_does_not_hold(capsys, monkeypatch):
-    plain = training.Timed._seconds
+    plain = training.TimedStage._seconds
 
     def seconds(timed, *inputs):
         if not timed.checkpointing:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried")
         return plain(timed, *inputs)
 
-    monkeypatch.setattr(training.Timed, "_seconds", seconds)
+    monkeypatch.setattr(training.TimedStage, "_seconds", seconds)
     words = [TINY, "--size", "32x48", "--steps", "1", "--stages", "bidirectional"]
     full, kept = report_of(training.main, words, capsys)["stages"]
-    assert full["fault"].startswith("CUDA out of memory") and kept["steps"] == 1
+    assert full["error"].startswith("CUDA out of memory") and kept["steps"] == 1
     assert "not enough memory" in report_of(
         training.main, [*words, "--checkpointing", "off"], capsys, status=1
     )
@@ -379,7 +375,7 @@ def test_the_commands_for_a_gpu_run_at_toy_size(command, capsys, tmp_path):
     report = report_of(main, [*words, "--size", "32x48"], capsys)
     assert json.loads(next(tmp_path.iterdir()).read_text()) == report
     assert not any(
-        "fault" in part for part in report.get("variants", []) + report.get("stages", [])
+        "error" in part for part in report.get("variants", []) + report.get("stages", [])
     )
     assert len(COMMANDS) == 7
 

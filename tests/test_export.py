@@ -246,13 +246,12 @@ def test_benchmark_of_random_weights_needs_no_files(capsys):
         "1",
         "--set",
         "window=3",
-        "merge_clean=true",
     ]
     assert benchmark.main(words) == 0
     report = json.loads(capsys.readouterr().out)
     (variant,) = report["variants"]
     assert report["world"] == "random" and "ratio" not in report and report["size"] == [32, 48]
-    assert variant["rollout"]["steps"] == [1000] and variant["rollout"]["merge_clean"] is True
+    assert variant["rollout"]["steps"] == [1000] and variant["rollout"]["window"] == 3
 
 
 def test_key_to_pixel_of_a_steady_machine():

@@ -1,4 +1,4 @@
-"""The yardstick of the benchmark is the same dream, only driven as the public loops drive it."""
+"""The reference loop generates what the rollout generates, driven as the public loops do it."""
 
 import json
 
@@ -21,7 +21,7 @@ LENS = torch.tensor([[0.5, 0.75, 0.5, 0.5]], dtype=torch.float64)
     [{"window": 4}, {"window": 5, "sinks": 1}, {"window": 6, "chunk": 2, "sinks": 1}],
     ids=str,
 )
-def test_it_dreams_what_the_rollout_dreams_at_absolute_positions(config, camera):
+def test_it_generates_what_the_rollout_generates_at_absolute_positions(config, camera):
     torch.manual_seed(0)
     model = CausalWanTransformer(
         num_attention_heads=2,
@@ -61,15 +61,15 @@ def test_it_dreams_what_the_rollout_dreams_at_absolute_positions(config, camera)
     assert ours.frames == theirs.frames == 10
 
 
-def test_the_benchmark_puts_it_first_and_tells_the_gain(capsys):
+def test_the_benchmark_puts_it_first_and_reports_the_gain(capsys):
     words = (
         "--random-weights 2x48x2 --size 32x48 --latents 8 --dtype float32 --threads 1 "
-        "--as-published"
+        "--reference-loop"
     )
     assert benchmark.main(words.split()) == 0
     report = json.loads(capsys.readouterr().out)
     published, ours = report["variants"]
-    assert published["settings"] == ["as published"] and ours["settings"] == []
+    assert published["settings"] == ["reference loop"] and ours["settings"] == []
     assert published["ms_per_latent"]["clean"]["median"] > 0 and report["ratio"]["total"] > 0
     assert benchmark.main([*words.split(), "--latents", "901"]) == 2
     assert "expected at most 900 --latents" in capsys.readouterr().err
