@@ -15,6 +15,7 @@ COMMANDS = {
     "encode": ("distill.data.encode", "turn clips into latents with an autoencoder"),
     "train": ("distill.train", "train one stage from a config"),
     "export": ("distill.export", "write a bundle that play.py opens"),
+    "benchmark": ("distill.benchmark", "print the seconds per sample of a recipe's stages"),
     "evaluate": ("distill.evaluate.evaluate", "compare dreams with the truth"),
 }
 

@@ -1,18 +1,16 @@
-"""`python -m distill.benchmark CONFIG`: seconds a sample of a recipe's stages, as JSON.
+"""`python -m distill benchmark CONFIG`: seconds per sample of a recipe's stages, as JSON.
 
 The stages and the training step are those of `python -m distill train`. Clips and weights are
 random, so no files are read, and none are written. Steps with and without gradient checkpointing
-take turns on the same networks; the report says which of them does not fit into memory.
+take turns on the same networks; one that does not fit into memory has an `error` in the report.
 """
 
 import argparse
 import gc
 import importlib
-import shlex
 import sys
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +24,19 @@ from distill.stages import STAGES
 from distill.stages.stage import TransformerStage, new_transformer
 from distill.train import Batches, train_step
 from worldmodel import cli
-from worldmodel.bench.machine import PeakMemory, describe_commit, describe_machine, spread
+from worldmodel.bench.machine import (
+    PeakMemory,
+    command_line,
+    describe_commit,
+    describe_machine,
+    spread,
+)
 from worldmodel.bench.random_world import SHAPES, Shape, draw_weights
 from worldmodel.camera import MotionStep, invert, parse_trajectory
 from worldmodel.config import as_dict
 from worldmodel.device import open_device, synchronize
 from worldmodel.errors import UserError, first_line
+from worldmodel.files import check_output
 from worldmodel.models.transformer import CausalWanTransformer
 
 STAGE_NAMES = tuple(name for name in STAGES if name != "autoencoder")
@@ -183,7 +188,10 @@ def time_stage(
     steps: int,
     checkpointing: tuple[bool, ...],
 ) -> list[dict]:
-    """Time `steps` steps of each variant in turns, after a warm-up; return a report a variant."""
+    """Time `steps` steps of each variant, alternating and after a warm-up.
+
+    Returns one report per variant.
+    """
     stage = random_stage(name, recipe, cells, device)
     variants = [TimedStage(stage, recipe, device, flag) for flag in checkpointing]
     count = stage.config.batch * stage.batches
@@ -273,16 +281,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpointing",
         choices=("both", "on", "off"),
         default="both",
-        help="gradient checkpointing (default: both, in turns)",
+        help="gradient checkpointing (default: both, alternating)",
     )
     parser.add_argument("--output", type=Path, help="also write the JSON into this file")
 
 
-def run(args: argparse.Namespace) -> dict:
-    """Time the stages and return the report.
+def run(args: argparse.Namespace) -> None:
+    """Time the stages and print the report.
 
     Raises UserError for options that cannot be honoured, MemoryError when no stage fits.
     """
+    if args.output is not None:
+        check_output(args.output)
+    cli.print_report({"command": command_line("distill"), **_measure(args)}, args.output)
+
+
+def _measure(args: argparse.Namespace) -> dict:
     name = args.config.lower()
     published = name in SHAPES
     recipe = published_recipe(name, args.set) if published else load_recipe(args.config, args.set)
@@ -337,14 +351,9 @@ def _device(name: str) -> torch.device:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status (see `cli.run`)."""
-    parser = cli.Parser(prog="python -m distill.benchmark", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m distill benchmark", description=__doc__.splitlines()[0])
     add_arguments(parser)
-    words = sys.argv[1:] if argv is None else argv
-    return cli.report("benchmark", parser, partial(_reported, words), words)
-
-
-def _reported(words: list[str], args: argparse.Namespace) -> dict:
-    return {"command": f"python -m distill.benchmark {shlex.join(words)}", **run(args)}
+    return cli.run("benchmark", lambda: run(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO
 
 from safetensors import SafetensorError
 
 from worldmodel.errors import Stopped, UserError, first_line, log_bug
-from worldmodel.files import check_output, write_file
+from worldmodel.files import write_file
 
 MOST_THREADS = 256
 BAD_INPUT = 2
@@ -150,26 +151,12 @@ def _report_bug(program: str, error: BaseException) -> None:
     print(f"{program}: this is a bug of the program, not of your input.{where}", file=sys.stderr)
 
 
-def report(
-    program: str,
-    parser: Parser,
-    measure: Callable[[argparse.Namespace], dict],
-    argv: list[str] | None,
-) -> int:
-    """`run` for a program that prints what it measured as JSON, and writes it into the file
-    `--output` too where one is named.
-    """
-
-    def work() -> None:
-        args = parser.parse_args(argv)
-        if args.output:
-            check_output(args.output)
-        text = json.dumps(measure(args), indent=1)
-        print_line(text)
-        if args.output:
-            write_file(args.output, text + "\n")
-
-    return run(program, work)
+def print_report(report: dict, output: Path | None) -> None:
+    """Print a report as JSON, and write it into the file `output` too unless that is None."""
+    text = json.dumps(report, indent=1)
+    print_line(text)
+    if output is not None:
+        write_file(output, text + "\n")
 
 
 def print_line(text: str, file: TextIO | None = None) -> None:

@@ -6,23 +6,28 @@ timed where the work is done (`machine.PartClock`).
 """
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from worldmodel import cli
-from worldmodel.bench.machine import PeakMemory, describe_commit, describe_machine, matmul_rate
+from worldmodel.bench.machine import (
+    PeakMemory,
+    command_line,
+    describe_commit,
+    describe_machine,
+    matmul_rate,
+)
 from worldmodel.bench.random_world import AUTOENCODERS, SHAPES, Shape, random_config, random_world
 from worldmodel.bench.walk import ENGINE_KEYS, PARTS, Variant, Walk
 from worldmodel.device import fast_dtype, open_device, synchronize
 from worldmodel.engine.engine import EngineOptions
 from worldmodel.errors import UserError
+from worldmodel.files import check_output
 from worldmodel.worlds.world import World
 
 ROUNDS = 8  # turns that each variant gets
@@ -64,8 +69,9 @@ def measure(
     reference_loop: bool = False,
     rate: bool = False,
 ) -> dict:
-    """Measure `variants` in turns and return the report: one entry a variant, each after the first
-    with its ratio to the first.
+    """Measure `variants`, alternating between them, and return the report.
+
+    It has one entry per variant, each after the first with its ratio to the first.
 
     Args:
         open_world: opens the world as a variant wants it.
@@ -238,11 +244,17 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> dict:
-    """Open the world, measure it and return the report.
+def run(args: argparse.Namespace) -> None:
+    """Open the world, measure it and print the report.
 
     Raises UserError for options that cannot be honoured.
     """
+    if args.output is not None:
+        check_output(args.output)
+    cli.print_report({"command": command_line("worldmodel"), **_measure(args)}, args.output)
+
+
+def _measure(args: argparse.Namespace) -> dict:
     if args.latents < ROUNDS:
         raise UserError(
             f"expected at least {ROUNDS} --latents, got {args.latents}: each variant takes "
@@ -311,12 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status (see `cli.run`)."""
     parser = cli.Parser(prog="worldmodel benchmark", description=__doc__.splitlines()[0])
     add_arguments(parser)
-    words = sys.argv[1:] if argv is None else argv
-    return cli.report("benchmark", parser, partial(_reported, words), words)
-
-
-def _reported(words: list[str], args: argparse.Namespace) -> dict:
-    return {"command": f"worldmodel benchmark {shlex.join(words)}", **run(args)}
+    return cli.run("benchmark", lambda: run(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -29,6 +30,15 @@ def describe_machine(device: torch.device) -> dict:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def command_line(package: str) -> str:
+    """The command that this process runs, such as `python -m worldmodel benchmark --threads 2`.
+
+    package: the one whose `__main__` runs the benchmark.
+    """
+    words = sys.argv[1:] if sys.argv[1:2] == ["benchmark"] else ["benchmark", *sys.argv[1:]]
+    return f"python -m {package} {shlex.join(words)}"
 
 
 def load() -> float | None:

@@ -13,19 +13,18 @@ from worldmodel.bench.flops import clean_flops, pass_flops
 from worldmodel.bench.machine import PartClock, PeakMemory, Span, spread
 from worldmodel.bench.random_world import AUTOENCODERS
 from worldmodel.bench.reference_loop import ReferenceLoop
-from worldmodel.camera import MotionStep, parse_trajectory
+from worldmodel.camera import FRAMES_PER_LATENT, MotionStep, parse_trajectory
 from worldmodel.config import as_dict, build
 from worldmodel.device import synchronize
 from worldmodel.engine.engine import EngineOptions
 from worldmodel.errors import UserError, first_line
-from worldmodel.models.streaming import FRAMES_PER_LATENT
 from worldmodel.pacing import key_to_pixel
 from worldmodel.rollout import RolloutConfig, with_steps
 from worldmodel.session import Session
 from worldmodel.worlds.world import World
 
 PARTS = ("network", "clean", "decode")
-ENGINE_KEYS = ("compile", "weights", "memory")  # of a variant, besides rollout options
+ENGINE_KEYS = ("compile", "weights", "memory")  # of a variant, in addition to rollout options
 TRAJECTORY = "w*6, w+l*4, l*4, w*4, w+j*6, j*2"  # walks and turns; repeated from where it ends
 
 
@@ -224,7 +223,7 @@ class Walk:
         return report
 
     def _parts(self) -> dict[str, np.ndarray]:
-        """ms a chunk of each of PARTS."""
+        """ms per chunk of each of PARTS."""
         parts = {part: np.zeros(len(self.chunks)) for part in PARTS}
         for index, times in enumerate(self.chunks):
             for span in times.parts:
