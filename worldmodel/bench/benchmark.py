@@ -32,7 +32,7 @@ from worldmodel.worlds.world import World
 
 ROUNDS = 8  # turns that each variant gets
 MAX_REFERENCE_LATENTS = 900  # the public rotary tables end at 1,024
-WORLD = Path("assets/worlds/blocks")
+WORLD = "blocks"
 
 # opens the world with the engine's options and the autoencoder of a random world
 Opener = Callable[[EngineOptions, str | None], World]
@@ -167,8 +167,8 @@ def _add_world(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--world",
         type=Path,
-        help=f"folder of the world (default: {WORLD}); with --random-weights also a name of "
-        "configs/worlds, for size, steps, window and motion",
+        help=f"folder or name of the world (default: {WORLD}); with --random-weights also a name "
+        "of configs/worlds, for size, steps, window and motion",
     )
     parser.add_argument(
         "--random-weights",

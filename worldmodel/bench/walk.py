@@ -7,14 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import yaml
 
 from worldmodel.bench.flops import clean_flops, pass_flops
 from worldmodel.bench.machine import PartClock, PeakMemory, Span, spread
 from worldmodel.bench.random_world import AUTOENCODERS
 from worldmodel.bench.reference_loop import ReferenceLoop
 from worldmodel.camera import FRAMES_PER_LATENT, MotionStep, parse_trajectory
-from worldmodel.config import as_dict, build
+from worldmodel.config import as_dict, build, parse_yaml
 from worldmodel.device import synchronize
 from worldmodel.engine.engine import EngineOptions
 from worldmodel.errors import UserError, first_line
@@ -75,8 +74,8 @@ def apply_settings(world: World, settings: tuple[str, ...]) -> World:
         if not equals:
             raise UserError(f"expected key=value such as window=8, got {setting!r}")
         try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError:
+            value = parse_yaml(value)
+        except UserError:
             raise UserError(f"expected a value in YAML such as window=8, got {setting!r}") from None
         if key == "steps" and isinstance(value, int):
             value = with_steps(world.config.rollout, value).steps
