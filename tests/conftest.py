@@ -4,6 +4,9 @@ import importlib.util
 import os
 from pathlib import Path
 
+# before torch is imported: idle OpenMP threads must not spin where cores are shared
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import pytest
 import torch
