@@ -39,7 +39,7 @@ def play(arguments: list[str]) -> int:
 def in_window(options) -> int:
     """The window comes first; torch and the world are loaded behind it."""
     from worldmodel.client.loop import Loop, LoopOptions
-    from worldmodel.client.options import image_files
+    from worldmodel.client.options import image_files, world_labels
     from worldmodel.client.paths import written_path
     from worldmodel.client.scenes import Scene, open_scenes
     from worldmodel.client.window import Window, WindowOptions
@@ -54,7 +54,10 @@ def in_window(options) -> int:
         None,
     )
     window = WindowOptions(
-        title=options.world.resolve().name, backdrop=backdrop, screenshots=loop_options.recordings
+        title=options.world.resolve().name,
+        backdrop=backdrop,
+        labels=world_labels(options.world),
+        screenshots=loop_options.recordings,
     )
     return Window(loop, window).run()
 

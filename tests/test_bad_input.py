@@ -160,10 +160,10 @@ def change(path: Path, **values):
         (["--steps", "51"], "steps must be 1 to 50, got 51"),
         (["--seed", str(2**70)], "seed must be a whole number from 0"),
         (["--image", str(TINY)], "tiny.yaml is no complete PNG or JPEG"),
-        (["--prompt", "海边的红房子"], "has no mood '海边的红房子'; there are grey, loud"),
+        (["--prompt", "海边的红房子"], "has no prompt '海边的红房子'; there are grey, loud"),
         (
             ["--prompt", "a red house " * 1000],
-            r"has no mood 'a red [a-z ]{1,60} \.\.\.'; there are grey, loud",
+            r"has no prompt 'a red [a-z ]{1,60} \.\.\.'; there are grey, loud",
         ),
         (["--output", str(ROOT)], "must be a file such as .*walk.mp4, got the folder"),
     ],

@@ -3,6 +3,7 @@ headless walk.
 """
 
 import importlib.util
+import itertools
 import json
 from dataclasses import replace
 from functools import partial
@@ -14,18 +15,23 @@ import pytest
 import torch
 
 from worldmodel.client.bindings import Bindings
-from worldmodel.client.loop import UNSTEERED, Loop, LoopOptions
+from worldmodel.client.loop import NO_CAMERA, Loop, LoopOptions
 from worldmodel.client.pacer import Frame, Pacer
 from worldmodel.client.paths import tour, written_path
+from worldmodel.client.rewind import FIRST_REPEAT, REPEAT
 from worldmodel.client.scenes import Scene, Scenes
 from worldmodel.controls import Envelope
+from worldmodel.errors import UserError, user_log
 from worldmodel.pacing import MARGIN
+from worldmodel.recording import read_log, verify
 from worldmodel.session import FrameChunk
 from worldmodel.worlds.config import WorldConfig
+from worldmodel.worlds.labels import Labels
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVELOPE = Envelope(forward=0.5, strafe=0.4, yaw=6.0, pitch=0.0)
 LATENT = 0.25  # seconds of video
+HISTORY = 20  # latents
 TICK = 0.001  # seconds; how finely the fake clock moves
 
 
@@ -39,6 +45,7 @@ class FakeSession:
         self.scene = scene
         self.number = number
         self.poses = [np.eye(4)] if machine.scenes.pictures else []
+        self.furthest = 0
         self.prompt = "meadow"
         self.changes = []
 
@@ -56,6 +63,7 @@ class FakeSession:
         latents = self.machine.scenes.chunk
         assert c2w.shape == (latents, 4, 4)
         self.poses.extend(c2w)
+        self.furthest = max(self.furthest, self.frames)
         chunk = self._chunk(4 * latents if index else 4 * latents - 3, index, latents)
         if early:
             early(chunk.frames[:1])
@@ -64,6 +72,21 @@ class FakeSession:
 
     def settle(self):
         self.machine.settled += 1
+
+    @property
+    def frames(self):
+        return len(self.poses)
+
+    @property
+    def rewindable(self):
+        """Whole chunks, of the HISTORY latents before the furthest that it was."""
+        chunk = self.machine.scenes.chunk
+        return max(0, self.frames - max(self.furthest - HISTORY, 0)) // chunk * chunk
+
+    def rewind(self, latents):
+        assert latents <= self.rewindable and latents % self.machine.scenes.chunk == 0
+        self.machine.rewound.append((self.machine.clock(), latents))
+        del self.poses[-latents:]
 
     def _chunk(self, frames, index, latents):
         pictures = np.zeros((frames, 2, 2, 3), np.uint8)
@@ -99,6 +122,7 @@ class FakeScenes:
     frames_per_latent = 4
     window = 12
     envelope = ENVELOPE
+    labels = Labels()
 
     def __init__(self, machine, chunk=1, pictures=True, camera=True):
         self.machine = machine
@@ -116,7 +140,7 @@ class FakeScenes:
         self.recorders.append(FakeRecorder(folder))
         return self.recorders[-1]
 
-    def next_mood(self, scene):
+    def next_prompt(self, scene):
         return Scene("snow", None, scene.seed)
 
 
@@ -131,6 +155,7 @@ class Machine:
         self.milliseconds = 0
         self.settled = 0
         self.begun = []
+        self.rewound = []
         self.seen = []
         self.plan = []
         self.scenes = FakeScenes(self, **world)
@@ -215,7 +240,7 @@ def test_chunks_of_three_without_a_start_picture():
     assert np.diff(path[:, 2, 3]).max() < ENVELOPE.forward + 1e-9
     assert machine.gaps[12:] == pytest.approx(1 / 16, abs=2 * TICK) and machine.loop.pacer.late == 0
     assert max(machine.loop.pacer._latencies) <= 3 * LATENT + 0.06 + MARGIN + 3 * TICK
-    assert machine.loop.status.latent == len(path) and machine.loop.status.memory == 12
+    assert machine.loop.status.latent == len(path) and machine.loop.status.cached == 12
 
 
 @pytest.mark.parametrize("step_seconds", [0.01, 0.12, 0.24])
@@ -272,7 +297,7 @@ def test_restart_shows_nothing_stale_and_records_on(tmp_path):
     machine = Machine(options=LoopOptions(record=tmp_path / "walk", recordings=tmp_path))
     (tmp_path / "walk").mkdir()
     machine.at(1.0, partial(machine.loop.press, "forward"))
-    machine.at(3.0, lambda now: machine.loop.command("next_mood"))
+    machine.at(3.0, lambda now: machine.loop.command("next_prompt"))
     machine.play(5.0)
     sessions = machine.scenes.sessions
     recorders = machine.scenes.recorders
@@ -280,7 +305,9 @@ def test_restart_shows_nothing_stale_and_records_on(tmp_path):
     assert numbers == sorted(numbers) and set(numbers) == {0, 1}
     switched = next(moment for moment, frame in machine.seen if frame.picture[0, 0, 0] == 1)
     assert 3.0 < switched < 3.0 + 0.06 + 3 * TICK  # after the chunk that was under way at the most
-    assert machine.loop.status.scene.prompt == "snow" and "Mood: snow" in machine.loop.notices
+    assert (
+        machine.loop.status.scene.prompt == "snow" and "Next prompt: snow" in machine.loop.notices
+    )
     assert (
         np.array_equal(sessions[1].poses[0], np.eye(4)) and sessions[1].poses[-1][2, 3] > 0
     )  # the key is still held
@@ -321,25 +348,148 @@ def test_a_world_without_camera_weights_says_so_once(camera):
     machine.at(1.0, lambda now: machine.loop.command("restart"))
     machine.play(2.0)
     assert [words for words in machine.loop.notices if "camera" in words] == (
-        [] if camera else [UNSTEERED]
+        [] if camera else [NO_CAMERA]
     )
 
 
-def test_a_change_of_mood_keeps_the_place():
+def test_a_change_of_prompt_keeps_the_place():
     machine = Machine()
     machine.at(1.0, partial(machine.loop.press, "forward"))
-    machine.at(3.0, lambda now: machine.loop.command("change_mood"))
+    machine.at(3.0, lambda now: machine.loop.command("change_prompt"))
     machine.play(5.0)
     (session,) = machine.scenes.sessions
     ((name, latents),) = session.changes
     assert name == session.prompt == "snow" and 8 < latents < len(session.poses) - 4
     assert (
-        "The mood turns to snow" in machine.loop.notices
-        and machine.loop.status.scene.prompt == "snow"
+        "Change prompt: snow" in machine.loop.notices and machine.loop.status.scene.prompt == "snow"
     )
     assert (
         np.diff([pose[2, 3] for pose in session.poses])[latents - 2 : latents + 3].min() > 0
     )  # the walk goes on
+
+
+def tap_rewind(loop, now):
+    loop.press_rewind()
+    loop.release_rewind()
+
+
+def test_a_tap_takes_back_eight_latents_and_shows_where_it_leads():
+    machine = Machine()
+    places = []
+    machine.at(1.0, partial(machine.loop.press, "forward"))
+    machine.at(6.0, lambda now: places.extend(machine.scenes.sessions[0].poses))
+    machine.at(6.0, partial(tap_rewind, machine.loop))
+    machine.play(6.5)
+    ((moment, latents),) = machine.scenes.sessions[0].machine.rewound
+    assert latents == 8 and 6.0 <= moment < 6.0 + 0.06 + 3 * TICK  # after the chunk under way
+    shown = [frame.latent for when, frame in machine.seen if when > moment]
+    kept = shown[0] + 1
+    assert kept in (len(places) - 8, len(places) - 7) and shown[1] == kept
+    path = np.array(machine.scenes.sessions[0].poses)
+    assert np.array_equal(path[:kept], np.array(places)[:kept])
+    assert 0 < path[kept, 2, 3] - path[kept - 1, 2, 3] <= ENVELOPE.forward + 1e-9  # no leap
+    assert machine.loop.pacer.late == 0
+    seconds = machine.loop.status.rewindable
+    assert seconds == pytest.approx((HISTORY - 8 + len(path) - kept) * LATENT)
+
+
+@pytest.mark.parametrize(("chunk", "steps"), [(1, [8, 8, 4]), (3, [9, 9])])
+def test_holding_rewind_repeats_to_the_limit_and_generates_nothing(chunk, steps):
+    machine = Machine(chunk=chunk)
+    machine.at(1.0, partial(machine.loop.press, "forward"))
+    machine.at(6.5, lambda now: machine.loop.press_rewind())
+    machine.at(8.5, lambda now: machine.loop.release_rewind())
+    machine.play(8.5)
+    rewound = machine.rewound
+    assert [latents for _, latents in rewound] == steps
+    waits = np.diff([moment for moment, _ in rewound])
+    assert waits == pytest.approx([FIRST_REPEAT, REPEAT][: len(waits)], abs=3 * TICK)
+    assert machine.loop.status.rewindable < chunk * LATENT
+    assert not any(rewound[0][0] < begun < 8.5 for begun in machine.begun)
+    frames = [frame.latent for when, frame in machine.seen if when > rewound[0][0]]
+    assert len(frames) == len(steps) and frames == sorted(frames, reverse=True)
+    before = machine.scenes.sessions[0].poses[-1][2, 3]
+    machine.play(9.5)
+    walked = machine.scenes.sessions[0].poses
+    assert walked[-1][2, 3] > before and machine.loop.pacer.late == 0
+    assert np.diff([pose[2, 3] for pose in walked]).max() <= ENVELOPE.forward + 1e-9
+
+
+def test_rewind_never_takes_the_first_picture():
+    machine = Machine(chunk=3, pictures=False)
+    machine.at(2.0, lambda now: machine.loop.press_rewind())
+    machine.play(6.0)
+    assert len(machine.scenes.sessions[0].poses) == 3 and machine.loop.status.latent == 3
+    assert machine.loop.status.rewindable == 0 and machine.loop.status.phase == "running"
+
+
+def test_three_quick_taps_on_a_slow_machine_are_three_steps():
+    machine = Machine(step_seconds=0.3)
+    for _ in range(3):
+        machine.at(8.0, partial(tap_rewind, machine.loop))  # while a chunk is under way
+    machine.play(9.5)
+    assert [latents for _, latents in machine.rewound] == [8, 8, 4]
+
+
+def test_rewind_while_paused_stays_paused():
+    machine = Machine()
+    machine.at(4.0, lambda now: machine.loop.command("pause"))
+    machine.at(5.0, partial(tap_rewind, machine.loop))
+    machine.at(8.0, lambda now: machine.loop.command("pause"))
+    machine.play(7.9)
+    assert machine.loop.status.phase == "paused" and len(machine.rewound) == 1
+    (frame,) = [frame for when, frame in machine.seen if when > 4.9]
+    assert (
+        frame.latent == machine.loop.status.latent - 1 == len(machine.scenes.sessions[0].poses) - 1
+    )
+    machine.play(9.0)
+    assert machine.loop.status.phase == "running" and machine.loop.pacer.late == 0
+
+
+def test_a_rewind_begins_a_new_take(tmp_path):
+    machine = Machine(options=LoopOptions(record=tmp_path / "walk"))
+    (tmp_path / "walk").mkdir()
+    (tmp_path / "walk" / "log").touch()  # the first take, for the second to find
+    machine.at(5.9, lambda now: machine.loop.press_rewind())
+    machine.at(7.0, lambda now: machine.loop.release_rewind())
+    machine.play(6.9)
+    (first,) = machine.scenes.recorders  # a new take begins with the walk, not with each step back
+    assert first.closed and machine.loop.status.recording is None
+    machine.play(9.0)
+    first, second = machine.scenes.recorders
+    assert not second.closed and machine.loop.status.recording == second.folder
+    indices = [index for index, _ in second.taken]
+    assert indices[0] == first.taken[-1][0] + 1 - HISTORY and np.all(np.diff(indices) == 1)
+    machine.at(9.1, lambda now: machine.loop.press_rewind())
+    machine.at(9.3, lambda now: machine.loop.command("record"))  # ends it, though none is running
+    machine.at(10.0, lambda now: machine.loop.release_rewind())
+    machine.play(11.0)
+    assert len(machine.scenes.recorders) == 2 and second.closed
+
+
+def test_a_take_after_a_rewind_replays_exactly(tiny_world, tmp_path):
+    torch.set_num_threads(1)
+    now = itertools.count(0, 0.05)
+    scenes = Scenes(tiny_world)
+    options = LoopOptions(record=tmp_path / "take", path=partial(written_path, "w*3,l*30"))
+    loop = Loop(lambda tell: scenes, options, lambda: next(now), lambda seconds: None)
+
+    def walk_to(latent):
+        while loop.status.latent < latent:
+            loop.turn()
+
+    loop.open()
+    walk_to(12)
+    tap_rewind(loop, 0)
+    loop.turn()
+    assert loop.status.latent == 4
+    walk_to(8)
+    loop.command("record")
+    loop.turn()
+    for folder, first, count in (("take", 0, 12), ("take-2", 4, 4)):
+        assert read_log(tmp_path / folder).lines[0]["index"] == first
+        result = verify(tmp_path / folder, tiny_world)
+        assert result["exact"] and result["latents"] == count
 
 
 def test_pause_freezes_and_costs_no_time():
@@ -362,19 +512,35 @@ def test_pause_freezes_and_costs_no_time():
     assert machine.loop.pacer.late == 0 and machine.loop.pacer.latency()[1] < 0.4
 
 
-def test_an_error_becomes_one_sentence_and_saves_the_recording(tmp_path):
+@pytest.mark.parametrize(
+    ("error", "sentence", "status"),
+    [
+        (UserError("No such\nprompt."), "No such prompt.", 2),
+        (MemoryError("The card is full. Play on"), "not enough memory (The card is full)", 1),
+        (ValueError("shapes differ\nhere"), "bug of the program", 1),
+    ],
+)
+def test_an_error_becomes_one_sentence_and_completes_the_recording(
+    tmp_path, monkeypatch, error, sentence, status
+):
+    """Bad input is its own sentence; any other error names the log, which holds its traceback."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+
     def breaks():
         if len(machine.begun) > 5:
-            raise RuntimeError("The card is out of memory.\nTraceback of a library")
+            raise error
         return 0.06
 
     machine = Machine(breaks, LoopOptions(record=tmp_path / "walk"))
     machine.loop.run()
-    assert (
-        machine.loop.status.phase == "failed"
-        and machine.loop.status.error == "The card is out of memory."
-    )
+    failure = machine.loop.status.failure
+    assert machine.loop.status.phase == "failed" and failure.status == status
+    assert sentence in failure.sentence and "\n" not in failure.sentence
     assert machine.scenes.recorders[0].closed
+    if status == 1:
+        assert str(user_log()) in failure.sentence and "in breaks" in user_log().read_text()
+    else:
+        assert not user_log().exists()
 
 
 def test_a_full_disk_ends_the_recording_not_the_walk(tmp_path):
@@ -413,12 +579,14 @@ def test_a_replay_is_shown_at_the_worlds_rate_and_then_handed_over(tmp_path):
         return chunks, Scene("dunes", str(folder / "start.png"), 3)
 
     machine.scenes.replay = film
+    machine.at(1.0, lambda now: machine.loop.press_rewind())
     machine.at(0.5, partial(machine.loop.press, "forward"))  # nobody steers a replay
     machine.at(4.0, lambda now: machine.loop.command("record"))
     machine.at(5.0, lambda now: machine.loop.command("pause"))
     machine.play(4.0)
     assert machine.loop.status.phase == "paused" and "ends here" in machine.loop.notices[-1]
     machine.play(7.0)
+    assert any("cannot be rewound" in words for words in machine.loop.notices)
     assert "A replay is not recorded again" in machine.loop.notices and not machine.scenes.recorders
     numbers = [frame.picture[0, 0, 0] for _, frame in machine.seen]
     assert numbers[:29] == [7] * 29 and set(numbers[29:]) == {
@@ -441,13 +609,13 @@ def test_tour_and_written_path_stay_inside_the_envelope():
         written_path("w*3,i*2", ENVELOPE)
 
 
-def test_moods_and_towns_go_round(tiny_world):
+def test_prompts_and_seeds_go_round(tiny_world):
     scenes = Scenes(tiny_world)
     scene = scenes.resolve(Scene())
     assert scene == Scene("grey", "grey-0", 0)
-    assert scenes.new_town(scene) == Scene("grey", "grey-1", 1)
-    assert scenes.new_town(scenes.new_town(scene)) == Scene("grey", "grey-0", 2)
-    assert scenes.next_mood(scenes.next_mood(scene)) == scene
+    assert scenes.new_seed(scene) == Scene("grey", "grey-1", 1)
+    assert scenes.new_seed(scenes.new_seed(scene)) == Scene("grey", "grey-0", 2)
+    assert scenes.next_prompt(scenes.next_prompt(scene)) == scene
     assert scenes.resolve(Scene(image="loud-1")).prompt == "loud"
 
 
@@ -459,7 +627,7 @@ def test_bindings_are_data():
         and bindings.action("w", 26) == "forward"
     )
     with pytest.raises(ValueError, match="Key 5 is bound to the unknown action 'jump'"):
-        Bindings(places={5: "jump"})
+        Bindings(scancodes={5: "jump"})
     with pytest.raises(ValueError, match="unknown action 'jump'"):
         Bindings({"space": "jump"})
 
@@ -486,7 +654,7 @@ def torch_settings():
     ("arguments", "reason"),
     [
         (["--world", "atlantis"], "no world 'atlantis'"),
-        (["--prompt", "gray"], "no mood 'gray'; did you mean 'grey'?"),
+        (["--prompt", "gray"], "no prompt 'gray'; did you mean 'grey'?"),
         (["--image", "nobody.png"], "no start picture 'nobody.png'"),
         (["--steps", "0"], "whole number of at least 1, got '0'"),
         (["--steps", "many"], "got 'many'"),

@@ -537,9 +537,9 @@ def test_scenes_say_what_takes_long_once(world, capsys):
         "Dreaming the first picture",
     ]
     assert scene == Scene(LONG, None, 0) and session.start() is None  # nobody drew a picture for it
-    scenes.open(scenes.new_town(scene))
+    scenes.open(scenes.new_seed(scene))
     assert len(stages) == 3 and capsys.readouterr().err.count("was left out") == 1
-    assert scenes.next_mood(scene).prompt == "grey"
+    assert scenes.next_prompt(scene).prompt == "grey"
     assert scenes.open(Scene(CHINESE, "loud-1"))[0].start() is not None
 
 

@@ -17,15 +17,18 @@ import pytest
 
 from worldmodel.client.bindings import Bindings
 from worldmodel.client.hud import Hud
-from worldmodel.client.loop import UNSTEERED, Loop, Status
+from worldmodel.client.loop import NO_CAMERA, Loop, LoopOptions, Status
 from worldmodel.client.pacer import Pacer
 from worldmodel.client.scenes import Scene
 from worldmodel.client.window import Window, WindowOptions, fit, open_display
 from worldmodel.controls import Envelope
+from worldmodel.errors import UserError, user_log
 from worldmodel.session import FrameChunk
+from worldmodel.worlds.labels import Labels
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 120  # seconds until something that must happen is declared missing
+QUICK = WindowOptions(error_seconds=0.2)
 MISSING = [program for program in ("Xvfb", "xdotool") if shutil.which(program) is None]
 
 
@@ -129,6 +132,20 @@ def test_play_in_a_real_window(screen, tiny_bundle, tmp_path):
     assert pixels[2, 288].max() == 0  # 48x32 pixels are shown in 864x576, between black bars
 
 
+class StubRecorder:
+    error = None
+    closed = False
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def write(self, *_):
+        return True
+
+    def close(self):
+        self.closed = True
+
+
 class OneRoom:
     """Scenes with one grey session whose steps wait until `go` is set."""
 
@@ -138,7 +155,9 @@ class OneRoom:
     frames_per_latent = 4
     window = 12
     envelope = Envelope(pitch=0.0)
+    labels = Labels()
     camera = True
+    rewindable = 0
 
     def __init__(self):
         self.go = threading.Event()
@@ -147,6 +166,10 @@ class OneRoom:
 
     def open(self, scene):
         return self, Scene("grey", None, 0)
+
+    def record(self, folder, session):
+        self.recorder = StubRecorder(folder)
+        return self.recorder
 
     def start(self):
         return self._chunk(1)
@@ -233,11 +256,11 @@ def test_rising_is_locked_where_it_was_not_learned(dummy):
 def test_commands_are_letters_and_on_a_cyrillic_keyboard_places():
     bindings = Bindings()
     assert (
-        bindings.action("m", pygame.KSCAN_SEMICOLON) == "change_mood"
+        bindings.action("m", pygame.KSCAN_SEMICOLON) == "change_prompt"
         and bindings.action(",", pygame.KSCAN_M) is None
     )  # AZERTY
     assert (
-        bindings.action("\u044c", pygame.KSCAN_M) == "change_mood"
+        bindings.action("\u044c", pygame.KSCAN_M) == "change_prompt"
         and bindings.action("\u043a", pygame.KSCAN_R) == "restart"
     )
 
@@ -276,7 +299,7 @@ def test_the_window_never_waits_for_the_network(dummy, tmp_path):
     thread.join()
     assert len(seen["pictures"]) == 1
     assert any(words.startswith("Looking up and down is locked") for words in seen["notices"])
-    assert UNSTEERED in seen["notices"]
+    assert NO_CAMERA in seen["notices"]
 
 
 def test_figures_before_there_is_a_pose():
@@ -286,16 +309,83 @@ def test_figures_before_there_is_a_pose():
     assert figures["position"] == "x +0.00   y +0.00   z +0.00"
 
 
-@pytest.mark.parametrize(
-    ("error", "status"), [(ValueError("No such mood."), 2), (RuntimeError("It broke."), 1)]
-)
-def test_an_error_is_shown_told_and_the_exit_status(dummy, capsys, error, status):
+def shown_errors(monkeypatch):
+    """The sentences that error screens show from here on, in order."""
+    sentences = []
+    draw = Hud.error
+
+    def spy(hud, sentence, closing):
+        sentences.append(sentence)
+        draw(hud, sentence, closing)
+
+    monkeypatch.setattr(Hud, "error", spy)
+    return sentences
+
+
+def test_bad_input_is_shown_and_closes_by_itself(dummy, capsys):
     def fails(tell):
-        raise error
+        raise UserError("No such prompt.")
 
     window = Window(Loop(fails), WindowOptions(error_seconds=0.2))
-    assert window.run() == status
-    assert capsys.readouterr().err == f"play.py: {error}\n"
+    assert window.run() == 2
+    assert capsys.readouterr().err == "play.py: No such prompt.\n"
+
+
+@pytest.mark.parametrize("place", ["generator", "window"])
+def test_a_bug_is_shown_with_its_log_until_the_player_closes_it(
+    dummy, capsys, monkeypatch, tmp_path, place
+):
+    """An internal ValueError: in either thread it is a bug, and the recording is completed."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    sentences = shown_errors(monkeypatch)
+    room = OneRoom()
+    room.go.set()
+    owner, name = (room, "step") if place == "generator" else (Hud, "notices")
+
+    def planted_bug(*_):
+        raise ValueError("zip() argument 2 is longer than argument 1")
+
+    monkeypatch.setattr(owner, name, planted_bug)
+    window = Window(Loop(lambda tell: room, LoopOptions(record=tmp_path / "take")), QUICK)
+
+    def player():
+        wait_for(lambda: len(sentences) > 3, "the error screen")
+        time.sleep(3 * QUICK.error_seconds)  # it would have closed by itself
+        wait_for(lambda: room.recorder.closed, "the end of the recording")
+        press(pygame.K_ESCAPE)
+
+    thread = threading.Thread(target=player)
+    thread.start()
+    assert window.run() == 1
+    thread.join()
+    log = user_log()
+    assert log.is_relative_to(tmp_path) and "in planted_bug" in log.read_text()
+    (sentence,) = set(sentences)
+    assert str(log) in sentence and "zip() argument 2" in sentence and "\n" not in sentence
+    assert capsys.readouterr().err == f"play.py: {sentence}\n"
+
+
+def test_an_error_screen_that_cannot_be_drawn_ends_the_program(dummy, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+
+    def fails(tell):
+        raise UserError("No such prompt.")
+
+    def planted_bug(*_):
+        raise ValueError("no font")
+
+    monkeypatch.setattr(Hud, "error", planted_bug)
+    with pytest.raises(ValueError, match="no font"):
+        Window(Loop(fails)).run()
+
+
+def test_a_long_path_in_an_error_is_broken_into_lines(dummy):
+    pygame.font.init()
+    hud = Hud(pygame.Surface((960, 576)))
+    path = "/home/somebody/" + "a-long-folder-name/" * 9 + "worldmodel.log"
+    lines = hud._wrap(f"The log file {path} holds the details.", 24, 700)
+    assert "".join(lines).replace(" ", "").count(path.replace(" ", "")) == 1
+    assert max(hud.text(line, 24).get_width() for line in lines) <= 700
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,11 @@ class Session:
         return len(self._poses)
 
     @property
+    def rewindable(self) -> int:
+        """Latents that `rewind` can take back now at most."""
+        return self.frames - next(iter(self._states))
+
+    @property
     def poses(self) -> np.ndarray:
         """c2w [F,4,4] of all latents so far, in the session's frame."""
         return np.stack(self._poses) if self._poses else np.zeros((0, 4, 4))

@@ -1,6 +1,4 @@
-"""Which key does what. Data only: rebinding is a new `Bindings`, and nothing here needs pygame or
-torch.
-"""
+"""Key bindings as data: rebinding is a new `Bindings`. Needs neither pygame nor torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,14 +9,19 @@ from worldmodel.errors import UserError
 
 COMMANDS = (
     "restart",
-    "next_mood",
-    "change_mood",
-    "new_town",
+    "next_prompt",
+    "change_prompt",
+    "new_seed",
+    "rewind",
     "pause",
     "record",
     "screenshot",
     "overlay",
     "escape",
+)
+# What the player reads for a command where world.yaml gives it no name of its own under `labels`.
+LABELS = MappingProxyType(
+    {"next_prompt": "next prompt", "change_prompt": "prompt here", "new_seed": "new seed"}
 )
 
 DEFAULT_KEYS = MappingProxyType(
@@ -32,10 +35,11 @@ DEFAULT_KEYS = MappingProxyType(
         "right": "turn_right",
         "up": "look_up",
         "down": "look_down",
+        "backspace": "rewind",
         "r": "restart",
-        "n": "next_mood",
-        "m": "change_mood",
-        "t": "new_town",
+        "n": "next_prompt",
+        "m": "change_prompt",
+        "t": "new_seed",
         "p": "pause",
         "f9": "record",
         "f12": "screenshot",
@@ -44,41 +48,41 @@ DEFAULT_KEYS = MappingProxyType(
     }
 )
 
-
-# SDL's scancodes (USB's numbers): W A S D by where they lie, whatever letter a layout writes on
-# them; the commands' letters likewise where the layout is of another alphabet.
-DEFAULT_PLACES = MappingProxyType({26: "forward", 4: "left", 22: "back", 7: "right"})
-FOREIGN_PLACES = MappingProxyType(
-    {21: "restart", 17: "next_mood", 16: "change_mood", 23: "new_town", 19: "pause"}
+# SDL scancodes (USB usage numbers), which name the place of a key, whatever letter a layout gives
+# it. W A S D always go by place; the letters of commands do where the layout is not Latin.
+DEFAULT_SCANCODES = MappingProxyType({26: "forward", 4: "left", 22: "back", 7: "right"})
+NON_LATIN_SCANCODES = MappingProxyType(
+    {21: "restart", 17: "next_prompt", 16: "change_prompt", 23: "new_seed", 19: "pause"}
 )
 
 
 @dataclass(frozen=True)
 class Bindings:
-    """What a key does: a motion that Controls knows, or one of COMMANDS."""
+    """Map keys to actions: a motion that Controls knows, or one of COMMANDS.
 
-    keys: Mapping[str, str] = field(
-        default_factory=lambda: DEFAULT_KEYS
-    )  # by its name, as `pygame.key.name` spells it
-    places: Mapping[int, str] = field(
-        default_factory=lambda: DEFAULT_PLACES
-    )  # by its scancode; comes before the name
-    foreign: Mapping[int, str] = field(
-        default_factory=lambda: FOREIGN_PLACES
-    )  # by its scancode, if its name is not ASCII
+    keys: by name, as `pygame.key.name` spells it. scancodes: by scancode, before the name.
+    non_latin: by scancode, for keys whose name is not ASCII. Raises UserError for an unknown
+    action.
+    """
+
+    keys: Mapping[str, str] = field(default_factory=lambda: DEFAULT_KEYS)
+    scancodes: Mapping[int, str] = field(default_factory=lambda: DEFAULT_SCANCODES)
+    non_latin: Mapping[int, str] = field(default_factory=lambda: NON_LATIN_SCANCODES)
 
     def __post_init__(self):
-        for key, action in (*self.keys.items(), *self.places.items(), *self.foreign.items()):
-            if action not in (*MOTIONS, *COMMANDS):
-                known = ", ".join((*MOTIONS, *COMMANDS))
-                raise UserError(
-                    f"Key {key!r} is bound to the unknown action {action!r}; use one of {known}."
-                )
+        for bound in (self.keys, self.scancodes, self.non_latin):
+            for key, action in bound.items():
+                if action not in (*MOTIONS, *COMMANDS):
+                    known = ", ".join((*MOTIONS, *COMMANDS))
+                    raise UserError(
+                        f"Key {key!r} is bound to the unknown action {action!r}; use one of "
+                        f"{known}."
+                    )
 
-    def action(self, key: str, place: int | None = None) -> str | None:
-        """The action of a key by name and scancode, or None for a key that means nothing here."""
-        return (
-            self.places.get(place)
-            or self.keys.get(key)
-            or (None if key.isascii() else self.foreign.get(place))
-        )
+    def action(self, key: str, scancode: int | None = None) -> str | None:
+        """Return the action of a key by its scancode or name; None for a key that is not bound."""
+        if scancode in self.scancodes:
+            return self.scancodes[scancode]
+        if key in self.keys:
+            return self.keys[key]
+        return None if key.isascii() else self.non_latin.get(scancode)

@@ -1,11 +1,15 @@
-"""What is drawn over the world: key hints, figures, receipts, the start and error screens. Draws,
-decides nothing.
+"""What is drawn over the world: key hints, figures, notices, the start and error screens.
+
+Draws only: the window decides what is shown when.
 """
 
 import math
 from dataclasses import dataclass
 
 import pygame
+
+from worldmodel.config import as_dict
+from worldmodel.worlds.labels import Labels
 
 WHITE = (238, 240, 245)
 MUTED = (170, 177, 192)
@@ -21,7 +25,8 @@ NIGHT = (13, 16, 24)
 LOOKS = frozenset(("turn_left", "turn_right", "look_up", "look_down"))
 MOUSE = "mouse"  # stands for all of LOOKS
 
-# rows of the help panel: caps (label, motion that lights it up) and what they do
+# Rows of the help panel: caps (label, action whose key lights it up) and what they do. A name that
+# is a field of Labels stands for the world's own label.
 HELP = (
     (
         ((("W", "forward"), ("S", "back")), "walk"),
@@ -33,10 +38,13 @@ HELP = (
         ((("click", MOUSE),), "mouse look"),
     ),
     (
+        ((("Backspace", "rewind"),), "back"),
         ((("R", ""),), "restart"),
-        ((("N", ""),), "next mood"),
-        ((("M", ""),), "mood here"),
-        ((("T", ""),), "town"),
+        ((("N", ""),), "next_prompt"),
+        ((("M", ""),), "change_prompt"),
+        ((("T", ""),), "new_seed"),
+    ),
+    (
         ((("P", ""),), "pause"),
         ((("F9", ""),), "record"),
         ((("F12", ""),), "picture"),
@@ -56,19 +64,23 @@ class Figure:
 
 
 class Hud:
-    """Draws on `screen`; every size follows the window's height."""
+    """Draw on `screen`; all sizes follow the size of the window.
 
-    def __init__(self, screen: pygame.Surface):
+    labels: what the world calls its actions.
+    """
+
+    def __init__(self, screen: pygame.Surface, labels: Labels = Labels()):
         self.screen = screen
+        self._labels = as_dict(labels)
         self.unit = min(max(min(screen.get_height() / 576, screen.get_width() / 900), 0.8), 3.0)
         self._fonts: dict[int, pygame.font.Font] = {}
 
     def px(self, size: float) -> int:
-        """A length of the 960x576 design -> pixels of this window."""
+        """Return a length of the 960x576 design in pixels of this window."""
         return max(1, round(size * self.unit))
 
     def text(self, words: str, size: float, colour=WHITE) -> pygame.Surface:
-        """One line of text in pygame's own font, as a surface."""
+        """Return one line of text in pygame's own font, as a surface."""
         pixels = self.px(size)
         if pixels not in self._fonts:
             self._fonts[pixels] = pygame.font.Font(None, pixels)
@@ -77,7 +89,7 @@ class Hud:
     def panel(
         self, rect: pygame.Rect, colour=PANEL, radius: float = 8, onto: pygame.Surface | None = None
     ) -> None:
-        """A translucent rounded box."""
+        """Draw a translucent rounded box."""
         box = pygame.Surface(rect.size, pygame.SRCALPHA)
         pygame.draw.rect(box, colour, box.get_rect(), border_radius=self.px(radius))
         (onto or self.screen).blit(box, rect)
@@ -85,9 +97,7 @@ class Hud:
     # -------------------- in play
 
     def help(self, held: frozenset[str], locked: frozenset[str], opacity: float) -> None:
-        """The two rows of keys at the bottom; held keys are lit, what the world does not know wears
-        a padlock.
-        """
+        """Draw the rows of keys at the bottom: held keys are lit, locked ones wear a padlock."""
         locked |= {MOUSE} if locked >= LOOKS else frozenset()
         rows = [[self._entry(caps, label, held, locked) for caps, label in row] for row in HELP]
         gap = self.px(18)
@@ -112,10 +122,10 @@ class Hud:
     def _entry(
         self, caps, label: str, held: frozenset[str], unknown: frozenset[str]
     ) -> pygame.Surface:
-        """Key caps and what they do, side by side."""
+        """Return key caps and what they do, side by side."""
         locked = all(motion in unknown for _, motion in caps)
         parts = [self._cap(name, motion in held and not locked, locked) for name, motion in caps]
-        words = self.text(label, 20, DIM if locked else MUTED)
+        words = self.text(self._labels.get(label, label), 20, DIM if locked else MUTED)
         lock = self.px(14) if locked else 0
         space = self.px(4)
         width = sum(part.get_width() + space for part in parts) + space + words.get_width() + lock
@@ -138,16 +148,16 @@ class Hud:
         )
         self.panel(cap.get_rect(), CAP_DOWN if down else CAP, 5, cap)
         if name in ARROWS:
-            centre = cap.get_rect().center
-            reach = height * 0.24
-            pygame.draw.polygon(
-                cap,
-                colour,
-                [(centre[0] + reach * x, centre[1] + reach * y) for x, y in ARROWS[name]],
-            )
+            self._arrow(cap, name, cap.get_rect().center, height * 0.24, colour)
         else:
             cap.blit(words, words.get_rect(center=cap.get_rect().center).move(0, self.px(1)))
         return cap
+
+    def _arrow(
+        self, onto: pygame.Surface, name: str, centre: tuple[int, int], reach: float, colour
+    ) -> None:
+        outline = [(centre[0] + reach * x, centre[1] + reach * y) for x, y in ARROWS[name]]
+        pygame.draw.polygon(onto, colour, outline)
 
     def _padlock(self, onto: pygame.Surface, x: int, y: int) -> None:
         body = pygame.Rect(0, 0, self.px(9), self.px(7))
@@ -156,7 +166,7 @@ class Hud:
         pygame.draw.circle(onto, DIM, (x, y - self.px(1)), self.px(3.5), self.px(1.5), True, True)
 
     def figures(self, lines: list[Figure]) -> None:
-        """The F1 overlay, top left."""
+        """Draw the F1 overlay, top left."""
         names = [self.text(line.name, 19, MUTED) for line in lines]
         values = [self.text(line.value, 19, line.colour) for line in lines]
         pad = self.px(12)
@@ -173,7 +183,7 @@ class Hud:
             self.screen.blit(value, (corner + pad + column, y))
 
     def recording(self, seconds: float, blink: float) -> None:
-        """The red dot, top right."""
+        """Draw the red dot and the time, top right."""
         words = self.text(f"REC  {int(seconds) // 60}:{int(seconds) % 60:02d}", 20)
         box = pygame.Rect(0, 0, words.get_width() + self.px(40), self.px(28))
         box.topright = (self.screen.get_width() - self.px(14), self.px(14))
@@ -186,7 +196,7 @@ class Hud:
         )
 
     def notices(self, lines: list[tuple[str, float]]) -> None:
-        """Receipts (text, opacity 0..1), top right under the red dot, newest last."""
+        """Draw notices (text, opacity 0..1), top right under the red dot, newest last."""
         y = self.px(50)
         for words, opacity in lines:
             label = self.text(words, 22)
@@ -199,8 +209,27 @@ class Hud:
             )
             y += self.px(38)
 
+    def rewind(self, seconds: float) -> None:
+        """Draw two arrows and the seconds that are left to go back, top centre."""
+        left = f"{seconds:.1f} s left" if seconds > 0 else "as far as it goes"
+        words = self.text(f"back: {left}", 24)
+        reach = self.px(7)
+        box = pygame.Rect(0, 0, words.get_width() + 4 * reach + self.px(40), self.px(36))
+        box.midtop = (self.screen.get_width() // 2, self.px(14))
+        self.panel(box, radius=18)
+        for number in (1, 3):
+            self._arrow(
+                self.screen,
+                "<",
+                (box.left + number * reach + self.px(12), box.centery),
+                reach,
+                ACCENT,
+            )
+        right = box.right - self.px(16)
+        self.screen.blit(words, words.get_rect(midright=(right, box.centery + self.px(1))))
+
     def paused(self) -> None:
-        """A veil and two bars."""
+        """Draw a veil and two bars."""
         self.panel(self.screen.get_rect(), (8, 10, 16, 120), 0)
         centre = self.screen.get_rect().center
         for side in (-1, 1):
@@ -213,7 +242,7 @@ class Hud:
     # -------------------- other screens
 
     def start(self, world: str, stage: str, progress: float, seconds: float) -> None:
-        """The start screen, over whatever backdrop is there."""
+        """Draw the start screen over the backdrop; progress: 0..1."""
         self.panel(self.screen.get_rect(), (*NIGHT, 150), 0)
         x, y = self.screen.get_rect().center
         title = self.text(world, 76)
@@ -234,7 +263,7 @@ class Hud:
         self.screen.blit(label, label.get_rect(center=(x, y + self.px(48))))
 
     def error(self, sentence: str, closing: float) -> None:
-        """One sentence, wrapped, and when the window closes by itself (seconds)."""
+        """Draw one sentence, wrapped, and the seconds until the window closes by itself."""
         self.panel(self.screen.get_rect(), (*NIGHT, 215), 0)
         x, y = self.screen.get_rect().center
         title = self.text("This did not work", 40, RED)
@@ -246,17 +275,24 @@ class Hud:
         for label in lines:
             self.screen.blit(label, label.get_rect(center=(x, y)))
             y += self.px(28)
-        words = self.text(f"Esc closes the window (by itself in {math.ceil(closing)} s)", 20, MUTED)
+        alone = f" (by itself in {math.ceil(max(closing, 0))} s)" if math.isfinite(closing) else ""
+        words = self.text(f"Esc closes the window{alone}", 20, MUTED)
         self.screen.blit(words, words.get_rect(center=(x, y + self.px(24))))
 
     def _wrap(self, sentence: str, size: float, width: float) -> list[str]:
+        """Break a sentence into lines of at most `width` pixels, at spaces if possible."""
         lines = [""]
         for word in sentence.split():
             longer = f"{lines[-1]} {word}".strip()
-            if lines[-1] and self.text(longer, size).get_width() > width:
-                lines.append(word)
-            else:
+            if self.text(longer, size).get_width() <= width:
                 lines[-1] = longer
+                continue
+            if lines[-1]:
+                lines.append("")
+            for letter in word:  # a path may be longer than a line
+                if self.text(lines[-1] + letter, size).get_width() > width:
+                    lines.append("")
+                lines[-1] += letter
         return lines
 
 

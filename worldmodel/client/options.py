@@ -8,11 +8,12 @@ from pathlib import Path
 
 from worldmodel.camera import parse_trajectory
 from worldmodel.cli import Parser, positive, print_progress, threads
-from worldmodel.config import parse_yaml
+from worldmodel.config import build, parse_yaml
 from worldmodel.device import cores
 from worldmodel.errors import UserError
 from worldmodel.files import check_output, check_output_folder, data_folder
 from worldmodel.worlds.catalog import find_world
+from worldmodel.worlds.labels import Labels
 
 KEYS_HELP = (
     "keys: W A S D move, arrows and mouse look (a click captures the mouse), Shift run, R "
@@ -204,7 +205,7 @@ def _check_prompt(prompt: str, world: Path) -> None:
             "--prompt is empty; name a mood of the world, or leave it away for the world's first."
         )
     if not world_values(world).get("text_encoder"):
-        _known("mood", prompt, prompt_names(world))
+        _known("prompt", prompt, prompt_names(world))
 
 
 def _known(what: str, name: str, names: list[str]) -> None:
@@ -237,6 +238,14 @@ def image_files(folder: Path, prompt: str | None = None) -> list[str]:
         return [*groups.pop(usual, ()), *(name for group in groups.values() for name in group)]
     except (ValueError, AttributeError, TypeError):
         return []
+
+
+def world_labels(folder: Path) -> Labels:
+    """What a bundle calls its actions; the defaults where its world.yaml cannot be read."""
+    try:
+        return build(Labels, world_values(folder).get("labels") or {}, "labels")
+    except UserError:  # reported in full when the world is opened
+        return Labels()
 
 
 def world_values(folder: Path) -> dict:

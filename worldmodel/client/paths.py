@@ -1,6 +1,4 @@
-"""Ways through a world that nobody steers: a trajectory text, or a walk that shows what there is to
-see.
-"""
+"""Camera paths without a player: a trajectory text, or a tour of the motions a world knows."""
 
 import math
 import re
@@ -11,7 +9,7 @@ from worldmodel.camera import MOTIONS, MotionStep, parse_trajectory
 from worldmodel.controls import Controls, Envelope
 from worldmodel.errors import UserError
 
-# (motions held together, latents; a turn counts degrees instead)
+# (motions held together, latents; degrees where one of them turns)
 TOUR = (
     (("forward",), 10),
     (("turn_right",), 90),
@@ -27,13 +25,14 @@ TOUR = (
     (("back",), 4),
     (("forward",), 8),
 )
-LEAST = 24  # latents of the tour; a world that knows few motions, or none, is watched as long
+MIN_LATENTS = 24  # of the tour, also where a world knows few motions or none
 
 
 def written_path(text: str, envelope: Envelope) -> np.ndarray:
-    """Trajectory text -> c2w [N, 4, 4] of the latents after the first, in the steps of this world.
+    """Return c2w [N, 4, 4] of the latents after the first, from a trajectory text.
 
-    ValueError for an unknown key, and for a key that the world has not learned.
+    One count of a key is one full step of `envelope`. Raises UserError for an unknown key, and for
+    a key whose motion the world has not learned.
     """
     known = (
         np.array(
@@ -55,8 +54,9 @@ def written_path(text: str, envelope: Envelope) -> np.ndarray:
 
 
 def tour(envelope: Envelope) -> np.ndarray:
-    """The scripted walk, c2w [N >= 24, 4, 4]: walk, turn away and back, run, strafe, look about;
-    locked motions left out, then standing.
+    """Return the scripted walk, c2w [N >= 24, 4, 4]: walk, turn away and back, run, strafe, look.
+
+    Locked motions are left out; the rest of the time it stands still.
     """
     controls = Controls(envelope, fps=4.0, frames_per_latent=4)
     poses = []
@@ -77,5 +77,5 @@ def tour(envelope: Envelope) -> np.ndarray:
             poses.append(controls.pose_until(now))
         for motion in motions:
             controls.release(motion, now)
-    poses += poses[-1:] * (LEAST - len(poses))
+    poses += poses[-1:] * (MIN_LATENTS - len(poses))
     return np.stack(poses)

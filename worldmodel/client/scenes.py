@@ -1,6 +1,4 @@
-"""Which mood, which start picture, which seed: the player's choices, and a session for each of
-them.
-"""
+"""The player's choices (prompt, start picture, seed) and a session for each of them."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -12,7 +10,7 @@ import numpy as np
 from worldmodel.cli import print_progress
 from worldmodel.client.options import PlayOptions
 
-if TYPE_CHECKING:  # torch is imported by the generator's thread, long after the window is there
+if TYPE_CHECKING:  # the generator thread imports torch, after the window is open
     from worldmodel.recording import Recorder
     from worldmodel.session import Session
     from worldmodel.worlds.world import World
@@ -20,7 +18,7 @@ if TYPE_CHECKING:  # torch is imported by the generator's thread, long after the
 
 @dataclass(frozen=True)
 class Scene:
-    """Where a session starts. None: as the world has it."""
+    """Where a session starts. None means the world's default."""
 
     prompt: str | None = None  # a stored name, or any text in a world with a text encoder
     image: str | None = None  # name of a start picture of the world, or a picture file
@@ -28,10 +26,12 @@ class Scene:
 
 
 def open_scenes(options: PlayOptions, tell: Callable[[str, float], None]) -> "Scenes":
-    """Import torch, open the world that was asked for; `tell` hears each stage and the progress
-    (0..1) at its end.
+    """Import torch and open the world that was asked for.
+
+    tell: called with each stage and the progress (0..1) at its end. Raises UserError for a world
+    that cannot be opened.
     """
-    tell("Waking torch", 0.45)
+    tell("Loading torch", 0.45)
     import torch
 
     torch.set_num_threads(options.threads)
@@ -48,23 +48,19 @@ def open_scenes(options: PlayOptions, tell: Callable[[str, float], None]) -> "Sc
 
 
 def fastest_device() -> str:
-    """ "cuda", "mps" or "cpu": the first of them that is here."""
+    """Return the first of "cuda", "mps" and "cpu" that is available."""
     import torch
 
-    return (
-        "cuda"
-        if torch.cuda.is_available()
-        else "mps"
-        if torch.backends.mps.is_available()
-        else "cpu"
-    )
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 class Scenes:
-    """The sessions that a world can start: moods in the order of its menu, start pictures in the
-    order of its list.
+    """The sessions that a world can start. Prompts and start pictures keep the order of world.yaml.
 
-    tell: hears of what takes long, as in `open_scenes`.
+    steps: denoising steps a chunk; None = the world's. tell: called before what takes long, as in
+    `open_scenes`.
     """
 
     def __init__(
@@ -79,25 +75,26 @@ class Scenes:
         self._steps = steps
         self._tell = tell or (lambda stage, progress: None)
         self.name = world.config.name
+        self.labels = world.config.labels
         self.envelope = world.config.envelope
         self.fps = world.config.fps
         self.chunk = world.config.rollout.chunk
-        self.camera = world.transformer.config.camera  # whether poses steer the dream
+        self.camera = world.transformer.config.camera  # whether poses have an effect
         self.frames_per_latent = FRAMES_PER_LATENT
         self.device = world.device
 
     @property
     def window(self) -> int:
-        """Latents that a dream remembers; fewer once memory has run out."""
+        """Latents in the window of the cache; fewer once the device's memory has run out."""
         return self.world.engine.tier.rollout(self.world.config.rollout, 0).window
 
     @property
-    def moods(self) -> tuple[str, ...]:
-        """Prompts to walk through: those with start pictures, or all when none has."""
+    def prompts(self) -> tuple[str, ...]:
+        """Prompts to walk through: those with start pictures, or all if none has one."""
         return tuple(self.world.config.images) or self.world.prompts.names
 
     def resolve(self, scene: Scene) -> Scene:
-        """`scene` with the world's own choices filled in."""
+        """Return `scene` with the world's defaults filled in."""
         prompt = scene.prompt
         if prompt is None:
             prompt = self._owner(scene.image) or self.world.config.prompts.default
@@ -107,39 +104,39 @@ class Scenes:
         )
 
     def _owner(self, image: str | None) -> str | None:
-        """The mood that a start picture belongs to."""
-        return next((mood for mood in self.moods if image in self.world.images(mood)), None)
+        """Return the prompt that a start picture belongs to."""
+        return next((name for name in self.prompts if image in self.world.images(name)), None)
 
     def _pictures(self, prompt: str) -> tuple[str, ...]:
-        """Start pictures of a prompt; one in the player's own words has none."""
+        """Return the start pictures of a prompt; one in the player's own words has none."""
         return self.world.images(prompt) if prompt in self.world.prompts else ()
 
-    def _read(self, prompts: Iterable[str]) -> None:
-        """Embed what the player wrote before a session asks for it, which would be silent."""
+    def _embed(self, prompts: Iterable[str]) -> None:
+        """Embed the player's own prompts now, with progress: a session would do it silently."""
         for prompt in prompts:
             if prompt not in self.world.prompt_encoder:
                 self.world.prompt_encoder.embed(prompt, lambda stage: self._tell(stage, 0.98))
                 self._tell("Dreaming the first picture", 0.98)
 
     def open(self, scene: Scene) -> tuple["Session", Scene]:
-        """A session at the start of `scene`, and the scene with nothing left open."""
+        """Return a session at the start of `scene`, and the resolved scene."""
         from worldmodel.session import Session
 
         scene = self.resolve(scene)
-        self._read([scene.prompt])
+        self._embed([scene.prompt])
         return Session(
             self.world, prompt=scene.prompt, image=scene.image, seed=scene.seed, steps=self._steps
         ), scene
 
     def record(self, folder: Path, session: "Session") -> "Recorder":
-        """A recording of `session` in the new folder `folder`."""
+        """Return a recorder of `session` in the new folder `folder`."""
         from worldmodel.recording import Recorder
 
         return Recorder(folder, session)
 
     def replay(self, folder: Path) -> tuple[Iterator, Scene]:
-        """Dream a recording again: (FrameChunk, c2w [F, 4, 4]) chunk by chunk, and the scene it was
-        made in.
+        """Play a recording again: return an iterator of (FrameChunk, c2w [F, 4, 4]), and the scene
+        that it was made in.
         """
         from worldmodel.recording import IMAGE, read_log, replay
 
@@ -147,31 +144,28 @@ class Scenes:
         if (
             log.header["fingerprint"] in self.world.fingerprints
         ):  # `replay` has a sentence for another world
-            self._read(log.prompts)
+            self._embed(log.prompts)
         image = str(folder / IMAGE) if log.header["image"] else None
         return _with_poses(replay(folder, self.world), log.c2w), Scene(
             log.header["prompt"], image, log.header["seed"]
         )
 
-    def next_mood(self, scene: Scene) -> Scene:
-        """The mood after this one, at its first start picture."""
-        moods = self.moods
-        following = (
-            moods[(moods.index(scene.prompt) + 1) % len(moods)]
-            if scene.prompt in moods
-            else moods[0]
-        )
-        return self.resolve(Scene(following, None, scene.seed))
+    def next_prompt(self, scene: Scene) -> Scene:
+        """Return the prompt after this one, at its first start picture."""
+        prompts = self.prompts
+        place = prompts.index(scene.prompt) + 1 if scene.prompt in prompts else 0
+        return self.resolve(Scene(prompts[place % len(prompts)], None, scene.seed))
 
-    def new_town(self, scene: Scene) -> Scene:
-        """Another place of the same mood: the next start picture and the next seed."""
+    def new_seed(self, scene: Scene) -> Scene:
+        """Return another place of the same prompt: the next start picture and the next seed."""
         pictures = self._pictures(scene.prompt)
-        after = pictures.index(scene.image) + 1 if scene.image in pictures else 0
-        image = pictures[after % len(pictures)] if pictures else None
+        place = pictures.index(scene.image) + 1 if scene.image in pictures else 0
+        image = pictures[place % len(pictures)] if pictures else None
         return Scene(scene.prompt, image, scene.seed + 1)
 
 
 def _with_poses(chunks: Iterator, c2w: np.ndarray) -> Iterator:
+    """Pair each chunk with its poses."""
     done = 0
     for chunk in chunks:
         yield chunk, c2w[done : done + chunk.latents]

@@ -11,6 +11,7 @@ from worldmodel.config import as_dict, build, parse_yaml
 from worldmodel.controls import Envelope
 from worldmodel.errors import UserError, first_line
 from worldmodel.rollout import RolloutConfig
+from worldmodel.worlds.labels import Labels
 
 FORMAT = 2
 WORLD_YAML = "world.yaml"
@@ -18,7 +19,6 @@ WORLD_YAML = "world.yaml"
 RETIRED = {"merge_clean": False, "cache_gradient": "detached", "context_sigma": 0.0}
 _MAX_PIXELS = 4096
 _MAX_FPS = 240
-_MAX_LABEL = 24  # characters, so that it fits into the window's list of keys
 
 logger = logging.getLogger(__name__)
 
@@ -28,20 +28,6 @@ class PromptConfig:
     """Which prompt a session starts with when none is asked for."""
 
     default: str
-
-
-@dataclass(frozen=True)
-class Labels:
-    """What the window calls the actions whose meaning depends on the world."""
-
-    new_seed: str = "new seed"
-    next_prompt: str = "next prompt"
-    change_prompt: str = "change prompt"
-
-    def __post_init__(self):
-        for name, label in as_dict(self).items():
-            if not 1 <= len(label.strip()) <= _MAX_LABEL:
-                raise UserError(f"{name} must have 1 to {_MAX_LABEL} characters, got {label!r}.")
 
 
 @dataclass(frozen=True)
