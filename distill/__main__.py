@@ -7,23 +7,21 @@ import sys
 
 from worldmodel.cli import Parser, run
 
-# Each command lives in the module named here: `add_arguments(parser)` and `run(args)`. Only the
-# chosen one is imported.
+# Each command is a module with `add_arguments(parser)` and `run(args)`. Only the chosen one is
+# imported, so that --help is quick.
 COMMANDS = {
-    "collect": ("distill.data.collect", "render or record footage with exact camera poses"),
+    "collect": ("distill.data.sources", "render or record footage with exact camera poses"),
     "import": ("distill.data.importers.worldplay", "turn WorldPlay / minWM footage into clips"),
     "encode": ("distill.data.encode", "turn clips into latents with an autoencoder"),
     "train": ("distill.train", "train one stage from a config"),
     "export": ("distill.export", "write a bundle that play.py opens"),
     "benchmark": ("distill.benchmark", "print the seconds per sample of a recipe's stages"),
-    "evaluate": ("distill.evaluate.evaluate", "compare dreams with the truth"),
+    "evaluate": ("distill.evaluate.evaluate", "compare generated frames with the ground truth"),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parses the command line and runs one command; returns the exit status (see
-    `command_line.run`).
-    """
+    """Run one command; return the exit status (see `worldmodel.cli.run`)."""
     argv = sys.argv[1:] if argv is None else argv
     name = argv[0] if argv and argv[0] in COMMANDS else "python -m distill"
     return run(name, lambda: _command(argv))

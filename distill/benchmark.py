@@ -7,7 +7,6 @@ take turns on the same networks; one that does not fit into memory has an `error
 
 import argparse
 import gc
-import importlib
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -83,10 +82,8 @@ def random_stage(
     """Build the stage `name` on random clips of `cells` rows and columns, with random weights in
     all its networks.
     """
-    module, kind = STAGES[name].split(":")
-    real = getattr(importlib.import_module(module), kind)
 
-    class RandomStage(real):
+    class RandomStage(STAGES[name]):
         """The stage, reading no files."""
 
         def open_clips(self, frames: int) -> RandomClips:
@@ -152,7 +149,7 @@ class TimedStage:
             number,
             generator,
             autocast,
-            self.recipe.optimiser.grad_clip,
+            self.recipe.optimizer.grad_clip,
             processes,
         ):
             synchronize(self.device)
@@ -229,7 +226,7 @@ def published_recipe(name: str, overrides: list[str]) -> Recipe:
             "text_dim": shape.text_dim,
             "text_length": shape.text_length,
         },
-        "optimiser": {"betas": [0.0, 0.999]},
+        "optimizer": {"betas": [0.0, 0.999]},
         **{stage: {"batch": 1} for stage in STAGE_NAMES},
     }
     values["dmd"]["window"] = FRAMES

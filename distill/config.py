@@ -2,9 +2,9 @@
 defaults.
 
 A recipe is one file with all stages of a world: `load_recipe("configs/blocks/cpu.yaml",
-["dmd.lr=2e-5"])`. Folders are relative to the working directory. Where a stage's weights are asked
-for (`init`, `real`, `critic`), the bare name of a stage means that stage's export in the same run
-folder; anything else is read as `worldmodel.worlds.checkpoint` reads it.
+["dmd.lr=2e-5"])`. Folders are relative to the working directory. Where an option names the weights
+of a network (`init`, `real`, `fake_score`), the bare name of a stage means that stage's export in
+the same run folder; anything else is read as `worldmodel.worlds.checkpoint` reads it.
 """
 
 import dataclasses
@@ -17,6 +17,34 @@ from worldmodel.config import Amount, Count, Positive, Range, Share, Whole, buil
 from worldmodel.errors import UserError
 from worldmodel.files import find_config
 
+# Former names of sections and options -> their names today. Recipes, overrides and the checkpoints
+# of a run folder may use either.
+RENAMED = {
+    "optimiser": "optimizer",
+    "data.first_share": "data.first_frame_prob",
+    "bidirectional.optimiser": "bidirectional.optimizer",
+    "teacher_forcing.optimiser": "teacher_forcing.optimizer",
+    "consistency.optimiser": "consistency.optimizer",
+    "dmd.optimiser": "dmd.optimizer",
+    "dmd.critic": "dmd.fake_score",
+    "dmd.critic_lr": "dmd.fake_score_lr",
+    "dmd.critic_updates": "dmd.fake_score_updates",
+    "dmd.shared": "dmd.reuse_rollouts",
+    "dmd.judged": "dmd.score_window",
+    "dmd.skew": "dmd.length_exponent",
+    "dmd.start_share": "dmd.gt_first_chunk_prob",
+    "dmd.truth": "dmd.ground_truth_weight",
+    "dmd.truth_scale": "dmd.ground_truth_scale",
+    "dmd.truth_coarse": "dmd.ground_truth_low_pass_weight",
+    "dmd.score_shift": "dmd.score_timestep_shift",
+}
+# Options that are gone -> the one value that is still what the program does.
+RETIRED = {
+    "consistency.sigma_lookup": "exact",
+    "dmd.sigma_lookup": "exact",
+    "dmd.cache_gradient": "detached",
+}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -25,15 +53,14 @@ class Run:
     folder: str = "runs/blocks"  # one sub-folder a stage
     seed: Annotated[int, Range(0, 2**31)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["float32", "bfloat16"] = (
-        "float32"  # of the matrix products; weights and sigmas stay float32
-    )
-    # the transformers' blocks (in dmd the scores'): slow to start, then steps a fifth shorter on a
-    # CPU
+    # of the matrix products; weights and sigmas stay float32
+    precision: Literal["float32", "bfloat16"] = "float32"
+    # compile the transformer's blocks (in dmd those of the scores): slow to start, then steps are
+    # a fifth shorter on a CPU
     compile: bool = False
-    log_every: Count = 10  # optimiser steps
-    sample_every: Whole = 500  # optimiser steps between pictures, 0 = none
-    checkpoint_every: Whole = 0  # optimiser steps, 0 = by time alone
+    log_every: Count = 10  # optimizer steps
+    sample_every: Whole = 500  # optimizer steps between pictures, 0 = none
+    checkpoint_every: Whole = 0  # optimizer steps, 0 = by time alone
     checkpoint_minutes: Amount = 10.0  # 0 = by steps alone
 
 
@@ -43,14 +70,11 @@ class Data:
 
     root: str = ""  # folder of clips: index.jsonl and one sub-folder a clip
     frames: Count = 10  # latents in a training window
-    first_share: Share = (
-        0.3  # share of the windows that start at the first latent of their clip, 0..1
-    )
-    # prompts.safetensors (caption -> [L, D]); empty = embeddings drawn from the captions' hashes
+    first_frame_prob: Share = 0.3  # probability that a window starts at its clip's first latent
+    # prompts.safetensors (caption -> [L, D]); empty = random embeddings seeded by the captions
     prompts: str = ""
-    autoencoder: str = (
-        ""  # exported autoencoder that decodes the sample pictures; empty = no pictures
-    )
+    # exported autoencoder that decodes the sample pictures; empty = no pictures
+    autoencoder: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,49 +94,46 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Optimiser:
-    """AdamW of the transformer stages; the autoencoder takes `grad_clip` alone."""
+class Optimizer:
+    """AdamW of the transformer stages; the autoencoder uses `grad_clip` only."""
 
     betas: tuple[Share, Share] = (0.9, 0.99)
     eps: Amount = 1e-8
-    weight_decay: Amount = 0.01  # on matrices; vectors and tables are left alone
+    weight_decay: Amount = 0.01  # on matrices; vectors and modulation tables have none
     grad_clip: Positive = 1.0  # global norm
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """What every stage has."""
+    """Options of every stage."""
 
-    steps: Count = 1000  # optimiser steps of the network that is exported
-    batch: Count = 6  # samples an optimiser step
+    steps: Count = 1000  # optimizer steps of the network that is exported
+    batch: Count = 6  # samples an optimizer step
     lr: Positive = 1e-4
     warmup: Whole = 100  # steps of linear rise
     decay: Literal["constant", "linear", "cosine"] = "constant"
     decay_from: Share = 0.0  # share of the run after which the decay begins, 0..1
     lr_end: Amount = 0.05  # learning rate at the end of the decay, as a share of `lr`
-    ema: Annotated[float, Range(0, 0.999999)] = 0.99  # share of the average that stays at each step
+    ema: Annotated[float, Range(0, 0.999999)] = 0.99  # decay of the moving average, a step
     ema_start: Whole = 0  # step before which the average is a plain copy
 
 
 @dataclass(frozen=True)
 class TransformerConfig(StageConfig):
-    """What the stages that train the transformer share."""
+    """Options of the stages that train the transformer."""
 
-    # where the weights come from: a stage's name, or any published form (file, folder, hub id);
-    # empty = random weights
+    # source of the weights: a stage's name, or any published form (file, folder, hub id); empty =
+    # random weights
     init: str = ""
-    optimiser: Literal["adamw", "muon"] = (
-        "adamw"  # muon: for the matrices inside the blocks, adamw for the rest
-    )
-    caption_dropout: Share = (
-        0.1  # share of the captions replaced by the unconditional embedding, 0..1
-    )
+    # muon: for the matrices inside the blocks, adamw for the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    caption_dropout: Share = 0.1  # probability that a caption becomes the unconditional embedding
     shift: Positive = 5.0  # of the sigma schedule
 
 
 @dataclass(frozen=True)
 class BidirectionalConfig(TransformerConfig):
-    """Flow matching, one sigma a clip, every frame sees every frame."""
+    """Flow matching, one sigma a clip; every frame attends to every frame."""
 
     weighting: bool = True  # weight the loss by the reference's bell over the time steps
     sample_steps: Count = 12  # denoising steps of the sample pictures
@@ -120,16 +141,15 @@ class BidirectionalConfig(TransformerConfig):
 
 @dataclass(frozen=True)
 class TeacherForcingConfig(TransformerConfig):
-    """Flow matching, one sigma a chunk; a noisy chunk sees itself and the clean chunks before
-    it.
+    """Flow matching, one sigma a chunk; a noisy chunk attends to itself and to the clean chunks
+    before it.
     """
 
     chunk: Count = 1  # latents denoised together
-    weighting: bool = True
+    weighting: bool = True  # weight the loss by the reference's bell over the time steps
     sample_steps: Count = 12  # denoising steps of the sample pictures
-    context_sigma_max: Share = (
-        0.0  # the clean context is noised by a sigma uniform in [0, this]; 0 = clean
-    )
+    # the clean context is noised by a sigma uniform in [0, this]; 0 = clean
+    context_sigma_max: Share = 0.0
 
 
 @dataclass(frozen=True)
@@ -138,12 +158,9 @@ class ConsistencyConfig(TransformerConfig):
     average start there).
     """
 
-    chunk: Count = 1
+    chunk: Count = 1  # latents denoised together
     grid: Annotated[int, Range(2)] = 48  # points of the sigma grid that the teacher steps along
     guidance: Amount = 3.0  # u + guidance (c - u); 1 skips the unconditional pass
-    sigma_lookup: Literal["exact", "grid"] = (
-        "exact"  # grid = the reference's nearest of 1000 sigmas
-    )
     sample_steps: Count = 4  # denoising steps of the sample pictures
 
 
@@ -151,43 +168,43 @@ class ConsistencyConfig(TransformerConfig):
 class DmdConfig(TransformerConfig):
     """Asymmetric distribution matching distillation with self-rollout of the student `init`."""
 
-    chunk: Count = 1
+    chunk: Count = 1  # latents denoised together
     real: str = "bidirectional"  # export of the network that scores real data
-    critic: str = ""  # export that the fake score starts from; empty = `real`
-    critic_lr: Positive = 1e-4
-    critic_updates: Count = 5  # of the fake score for every update of the student
-    # all updates of a step learn from one batch of rollouts; false = every one from a batch of its
-    # own, as published
-    shared: bool = False
+    fake_score: str = ""  # export that the fake score starts from; empty = `real`
+    fake_score_lr: Positive = 1e-4
+    fake_score_updates: Count = 5  # for every update of the student
+    # all updates of a step learn from one batch of rollouts; false = each from a batch of its own,
+    # as published
+    reuse_rollouts: bool = False
     denoise: tuple[int, ...] = (1000, 500)  # student's time steps before the shift, 0..1000
     first_denoise: tuple[int, ...] = (1000, 750, 500, 250)  # of the first chunk
-    # latents of the longest self-rollout, of which the last data.frames are judged; 0 = data.frames
+    # latents of the longest self-rollout, of which the last data.frames are scored; 0 = data.frames
     rollout: Whole = 0
-    # latents that the scores see at once: data.frames in so many equal parts; 0 = all of them
-    judged: Whole = 0
-    skew: Annotated[float, Range(1, 100)] = (
-        1.0  # 1 = every length of a rollout is as likely, more = most are short and few are long
-    )
-    window: Count = 12  # latents that a chunk sees, itself included
+    # latents that the scores see at once: data.frames in equal parts of this length; 0 = all
+    score_window: Whole = 0
+    # a rollout's length is uniform to this power: 1 = every length is as likely, more = most
+    # rollouts are short
+    length_exponent: Annotated[float, Range(1, 100)] = 1.0
+    window: Count = 12  # latents that a chunk attends to, itself included
     sinks: Whole = 0  # first latents that never leave the window
-    start_share: Share = 0.5  # share of the rollouts that start from a true first chunk, 0..1
-    # weight of the pull towards the clip itself in rollouts from its first chunk; 0 = none, as
+    # sigma of the noise on a generated chunk before its clean pass (0.005 in Causal-Forcing)
+    context_sigma: Share = 0.0
+    # probability that a rollout starts from the ground truth's first chunk
+    gt_first_chunk_prob: Share = 0.5
+    # weight of the square error to the clip in rollouts from its first chunk; 0 = none, as
     # published
-    truth: Amount = 0.0
-    # square error of a latent cell beyond which the pull fades (a latent's variance is 1); 0 = it
-    # never does
-    truth_scale: Amount = 0.0
-    # weight of the same pull on means of 2x2 latent cells, which never fades: layout without edges
-    truth_coarse: Amount = 0.0
+    ground_truth_weight: Amount = 0.0
+    # square error of a latent cell beyond which that term saturates (a latent's variance is 1); 0 =
+    # never
+    ground_truth_scale: Amount = 0.0
+    # weight of the same error on means of 2x2 latent cells, which never saturates: layout, not
+    # edges
+    ground_truth_low_pass_weight: Amount = 0.0
     guidance: Amount = 3.0  # c + guidance (c - u) of the real score; 0 skips the unconditional pass
-    # as `shift`, of the sigma at which the scores are compared: 1 = all alike, so more for detail;
-    # 0 = `shift`
-    score_shift: Amount = 0.0
+    # shift of the sigma at which the scores are compared: 1 = uniform, which favours detail; 0 =
+    # `shift`
+    score_timestep_shift: Amount = 0.0
     clamp: tuple[Share, Share] = (0.02, 0.98)  # range of the sigma at which the scores are compared
-    cache_gradient: Literal["straight_through", "detached"] = (
-        "detached"  # into the remembered frames
-    )
-    sigma_lookup: Literal["exact", "grid"] = "exact"
 
     def __post_init__(self) -> None:
         if not self.clamp[0] < self.clamp[1]:
@@ -208,30 +225,21 @@ class AutoencoderConfig(StageConfig):
     strides: tuple[int, ...] = (1, 2, 2)  # of the encoder's levels
     patch_size: Count = 2  # pixels of a side folded into channels
     latent_channels: Count = 16
-    # folder of a trained autoencoder to go on from, of these sizes or smaller; empty = random
+    # folder of a trained autoencoder of these sizes or smaller ones to start from; empty = random
     # weights
     start: str = ""
-    freeze_encoder: bool = False  # train the decoder alone: latents that were made stay valid
+    freeze_encoder: bool = False  # train the decoder alone: existing latents stay valid
     window: Count = 3  # latents (4 * window - 3 frames) of a training clip
-    crop: tuple[
-        Count, ...
-        # height and width in pixels of the part of a frame that is trained on; empty = the whole
-        # frame
-    ] = ()
+    # height and width in pixels of the crops to train on; empty = whole frames
+    crop: tuple[Count, ...] = ()
     edge_weight: Amount = 0.5  # of the L1 between neighbouring-pixel differences: crisp edges
-    # of the distance between local edge energies: crisp even where the exact place of an edge is
-    # unknown
+    # of the distance between local edge energies: crisp even where the place of an edge is unknown
     detail_weight: Amount = 0.0
-    square_weight: Amount = (
-        2.0  # of the mean square error: leaves the grey picture quickly at the start
-    )
-    coarse_weight: Amount = (
-        0.5  # of the L1 between pictures reduced 4x: right colours of large areas
-    )
-    latent_weight: Amount = (
-        1e-3  # of the latents' mean square: keeps them bounded against the noise
-    )
-    # added to the latents, as a share of each channel's deviation: smooth space, forgiving decoder
+    square_weight: Amount = 2.0  # of the mean square error: leaves grey quickly at the start
+    coarse_weight: Amount = 0.5  # of the L1 between pictures reduced 4x: colours of large areas
+    latent_weight: Amount = 1e-3  # of the latents' mean square: bounds them against the noise
+    # noise added to the latents, as a share of each channel's deviation: smooth space, robust
+    # decoder
     latent_noise: Amount = 0.05
 
 
@@ -242,7 +250,7 @@ class Recipe:
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
-    optimiser: Optimiser = field(default_factory=Optimiser)
+    optimizer: Optimizer = field(default_factory=Optimizer)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     bidirectional: BidirectionalConfig = field(default_factory=BidirectionalConfig)
     teacher_forcing: TeacherForcingConfig = field(default_factory=TeacherForcingConfig)
@@ -250,44 +258,42 @@ class Recipe:
     dmd: DmdConfig = field(default_factory=DmdConfig)
 
     def __post_init__(self) -> None:
+        frames = self.data.frames
         for name in ("teacher_forcing", "consistency", "dmd"):
             chunk = getattr(self, name).chunk
-            if chunk < 1 or self.data.frames % chunk:
+            if chunk < 1 or frames % chunk:
                 raise UserError(
-                    f"data.frames is {self.data.frames}, not a multiple of {name}.chunk = "
-                    f"{chunk}: change one"
+                    f"data.frames is {frames}, not a multiple of {name}.chunk = {chunk}: change one"
                 )
-        if self.dmd.rollout and (
-            self.dmd.rollout < self.data.frames or self.dmd.rollout % self.dmd.chunk
-        ):
+        rollout = self.dmd.rollout
+        if rollout and (rollout < frames or rollout % self.dmd.chunk):
             raise UserError(
-                f"dmd.rollout must be 0, or at least data.frames = {self.data.frames} and a "
-                f"multiple of dmd.chunk = {self.dmd.chunk}, got {self.dmd.rollout}: change one"
+                f"dmd.rollout must be 0, or at least data.frames = {frames} and a multiple of "
+                f"dmd.chunk = {self.dmd.chunk}, got {rollout}: change one"
             )
-
-        if self.dmd.judged and self.data.frames % self.dmd.judged:
+        if self.dmd.score_window and frames % self.dmd.score_window:
             raise UserError(
-                f"dmd.judged must be 0 or a divisor of data.frames = {self.data.frames}, got "
-                f"{self.dmd.judged}: change one"
+                f"dmd.score_window must be 0 or a divisor of data.frames = {frames}, got "
+                f"{self.dmd.score_window}: change one"
             )
 
     def export_folder(self, source: str) -> Path:
         """Folder of exported weights: a stage's name means that stage's export in this run
         folder.
         """
-        known = {
+        stages = {
             f.name
             for f in dataclasses.fields(self)
             if isinstance(getattr(self, f.name), StageConfig)
         }
-        return Path(self.run.folder) / source / "export" if source in known else Path(source)
+        return Path(self.run.folder) / source / "export" if source in stages else Path(source)
 
 
 def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
-    """Reads a recipe; every override is `section.key=value` with the value as YAML.
+    """Read a recipe; every override is `section.key=value` with the value as YAML.
 
-    Raises ValueError with one sentence for a missing file, broken YAML, an unknown key (naming the
-    nearest known one) or a value of the wrong kind.
+    Raises UserError for a missing file, broken YAML, an unknown key (naming the nearest known one)
+    or a value of the wrong kind.
     """
     path = find_config(path)
     if not path.is_file():
@@ -304,24 +310,73 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
 
 
 def make_recipe(values: dict, overrides: typing.Sequence[str], where: str) -> Recipe:
-    """A recipe of a file's values and overrides as in `load_recipe`; `where` begins the error
-    messages.
+    """Build a recipe from a file's values and from overrides as in `load_recipe`; `where` begins
+    the error messages.
     """
+    values = current_names(values, where)
     for override in overrides:
         _override(values, override)
     return build(Recipe, values, where)
 
 
+def current_names(values: dict, where: str) -> dict:
+    """Sections of a recipe, or of the config in a checkpoint, under today's names.
+
+    Options that are gone are left out at the value that is still in force. Raises UserError for
+    another value of them, and where an option is given under both its names.
+    """
+    current: dict = {}
+    for section, options in values.items():
+        if not isinstance(options, dict):
+            _add(current, RENAMED.get(section, section), options, section, where)
+            continue
+        renamed: dict = {}
+        for key, value in options.items():
+            name = _current_path([section, str(key)], value, where)
+            if name is not None:
+                _add(renamed, name[-1], value, f"{section}.{key}", where)
+        _add(current, RENAMED.get(section, section), renamed, section, where)
+    return current
+
+
+def _current_path(keys: list[str], value: object, where: str) -> list[str] | None:
+    """Keys of an option under today's names; None for a retired option at its only value."""
+    path = ".".join(keys)
+    if path in RETIRED:
+        if value == RETIRED[path]:
+            return None
+        raise UserError(
+            f"{where}: {path} = {value!r} is no longer supported, only {RETIRED[path]!r} is: remove"
+            " the option"
+        )
+    path = RENAMED.get(path, path)
+    section, dot, key = path.partition(".")
+    return f"{RENAMED.get(section, section)}{dot}{key}".split(".")
+
+
+def _add(values: dict, name: str, value: object, given: str, where: str) -> None:
+    if name in values:
+        raise UserError(
+            f"{where}: {given} is given under its present and its former name: keep {name!r}"
+        )
+    values[name] = value
+
+
 def _override(values: dict, text: str) -> None:
-    keys, equals, value = text.partition("=")
-    *sections, last = keys.strip().split(".")
-    if not equals or not sections:
+    path, equals, value = text.partition("=")
+    keys = path.strip().split(".")
+    if not equals or len(keys) < 2:
         raise UserError(f"expected section.key=value after --set, got {text!r}")
+    try:
+        parsed = parse_yaml(value) if value.strip() else ""
+    except UserError:
+        raise UserError(f"expected a value in YAML after --set {path}=, got {value!r}") from None
+    current = _current_path(keys, parsed, f"--set {path.strip()}")
+    if current is None:
+        return
+    *sections, last = current
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise UserError(f"--set {text}: {section} is not a section")
-    try:
-        values[last] = parse_yaml(value) if value.strip() else ""
-    except UserError:
-        raise UserError(f"expected a value in YAML after --set {keys}=, got {value!r}") from None
+    values[last] = parsed

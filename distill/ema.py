@@ -5,11 +5,10 @@ from torch import nn
 
 
 class MovingAverage:
-    """Keeps `average` near `source`: after every step `average = decay average + (1 - decay)
-    source`.
+    """Updates `average` after every step: `average = decay average + (1 - decay) source`.
 
-    Before step `start` (counted from 0) the average is a plain copy. The decay is constant, where
-    diffusers' EMAModel ramps it up from 0.
+    Before step `start` (counted from 0) the average is a plain copy. Differs: the decay is
+    constant, where diffusers' EMAModel ramps it up from 0.
     """
 
     def __init__(self, source: nn.Module, average: nn.Module, decay: float, start: int = 0):
@@ -21,7 +20,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Takes in the weights that optimiser step `step` has left."""
+        """Take in the weights after optimizer step `step`."""
         if step < self.start:
             torch._foreach_copy_(self._average, self._source)
         else:

@@ -1,5 +1,5 @@
-"""Distances between a dream and the truth: plain functions of pictures, each with a closed-form
-test.
+"""Distances between generated frames and ground truth: plain functions of pictures, each with a
+closed-form test.
 
 Pictures are float32 `[N, 3, H, W]` in [0, 1] (`to_unit` makes them of uint8 `[N, H, W, 3]`);
 results are float32 `[N]`.
@@ -14,10 +14,8 @@ import torch.nn.functional as F
 
 from worldmodel.errors import UserError
 
-PSNR_LIMIT = (
-    60.0  # dB; identical pictures, where the formula is infinite and JSON has no word for that
-)
-FLAT = 1e-8  # variance under which a picture has no structure to compare
+PSNR_LIMIT = 60.0  # dB, of identical pictures: JSON cannot hold the formula's infinity
+FLAT = 1e-8  # variance below which a picture has no structure to compare
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
@@ -27,25 +25,25 @@ def to_unit(frames: np.ndarray | torch.Tensor) -> torch.Tensor:
     """
     frames = torch.as_tensor(frames)
     if frames.dtype != torch.uint8 or frames.ndim < 3 or frames.shape[-1] != 3:
-        raise UserError(
+        raise ValueError(
             f"pictures must be uint8 [..., H, W, 3], got {frames.dtype} {list(frames.shape)}"
         )
     return frames.movedim(-1, -3).float() / 255.0
 
 
-def psnr(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+def psnr(image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB over all pixels and channels, at most `PSNR_LIMIT`."""
-    error = (image - truth).square().flatten(1).mean(1)
+    error = (image - target).square().flatten(1).mean(1)
     return (-10 * torch.log10(error.clamp_min(1e-12))).clamp_max(PSNR_LIMIT)
 
 
 def ssim(
-    image: torch.Tensor, truth: torch.Tensor, window: int = 11, sigma: float = 1.5
+    image: torch.Tensor, target: torch.Tensor, window: int = 11, sigma: float = 1.5
 ) -> torch.Tensor:
     """Structural similarity of the luma in [-1, 1]; Wang et al. 2004, Gaussian window, no padding,
     K = 0.01 and 0.03.
 
-    Raises ValueError when a picture is smaller than the window.
+    Raises UserError when a picture is smaller than the window.
     """
     if min(image.shape[-2:]) < window:
         raise UserError(
@@ -60,7 +58,7 @@ def ssim(
         return F.conv2d(x, kernel.view(1, 1, -1, 1))
 
     a = luma(image)
-    b = luma(truth)
+    b = luma(target)
     mean_a = smooth(a)
     mean_b = smooth(b)
     var_a = smooth(a * a) - mean_a**2
@@ -76,14 +74,14 @@ def ssim(
     return score.flatten(1).mean(1)
 
 
-def correlation(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Zero-mean normalised correlation in [-1, 1]; each channel's own mean is taken off, a flat
+def correlation(image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Zero-mean normalised correlation in [-1, 1]; each channel's own mean is subtracted, a flat
     picture scores 0.
 
-    Unlike PSNR it is blind to brightness and contrast and gives nothing for a grey picture.
+    Unlike PSNR it ignores brightness and contrast, and a grey picture scores nothing.
     """
     a = _centred(image)
-    b = _centred(truth)
+    b = _centred(target)
     spread_a = a.square().mean(1)
     spread_b = b.square().mean(1)
     scale = (spread_a * spread_b).clamp_min(FLAT**2).sqrt()
@@ -91,25 +89,25 @@ def correlation(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     return torch.where(flat, torch.zeros_like(scale), (a * b).mean(1) / scale)
 
 
-def correlation_table(images: torch.Tensor, truths: torch.Tensor) -> torch.Tensor:
-    """`correlation` of every image `[N,3,H,W]` with every truth `[M,3,H,W]`: `[N, M]`."""
+def correlation_table(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """`correlation` of every image `[N,3,H,W]` with every target `[M,3,H,W]`: `[N, M]`."""
     a = _centred(images)
-    b = _centred(truths)
+    b = _centred(targets)
     a, b = (x / x.norm(dim=1, keepdim=True).clamp_min((FLAT * x.shape[1]) ** 0.5) for x in (a, b))
     return a @ b.T
 
 
 def sharpness(image: torch.Tensor) -> torch.Tensor:
-    """Laplacian energy: mean square of the 4-neighbour Laplacian of the luma. Compare dream and
-    truth by its ratio.
+    """Laplacian energy: mean square of the 4-neighbour Laplacian of the luma. Compare pictures by
+    its ratio.
     """
     across, down = second_differences(luma(image))
     return (across + down).square().flatten(1).mean(1)
 
 
 def second_differences(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of `[..., H, W]` along rows and along columns, `[..., H - 2, W - 2]` each; their sum is the
-    4-neighbour Laplacian.
+    """Second differences of `[..., H, W]` along rows and along columns, `[..., H - 2, W - 2]` each;
+    their sum is the 4-neighbour Laplacian.
     """
     return image.diff(n=2, dim=-1)[..., 1:-1, :], image.diff(n=2, dim=-2)[..., 1:-1]
 
@@ -132,13 +130,11 @@ def _centred(image: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The true frames of one clip that retrieval chooses from: latents seen from (nearly) one pose
+    """The true frames of one clip that retrieval chooses from: latents with (nearly) the same pose
     count as one.
     """
 
-    group: (
-        np.ndarray
-    )  # [F] int: number of the pose that latent k was seen from, in order of first appearance
+    group: np.ndarray  # [F] int: number of latent k's pose, in order of first appearance
     size: int  # distinct poses
 
 
@@ -158,16 +154,17 @@ def distinct_poses(c2w: np.ndarray, distance: float, angle: float) -> Candidates
 
 
 def _near(a: np.ndarray, b: np.ndarray, distance: float, angle: float) -> bool:
-    turned = np.degrees(np.arccos(np.clip((np.trace(a[:3, :3].T @ b[:3, :3]) - 1) / 2, -1, 1)))
-    return np.linalg.norm(a[:3, 3] - b[:3, 3]) < distance and turned < angle
+    between = np.degrees(np.arccos(np.clip((np.trace(a[:3, :3].T @ b[:3, :3]) - 1) / 2, -1, 1)))
+    return np.linalg.norm(a[:3, 3] - b[:3, 3]) < distance and between < angle
 
 
 def retrieve(scores: np.ndarray, latent: int, candidates: Candidates) -> str:
-    """ "right", "neighbour" or "other": what the true frame most like the dream of `latent` is.
+    """Which true frame is most similar to the generated one of `latent`: "right", "neighbour" or
+    "other".
 
-    scores: `[F]` similarity of the dream to each true frame. Right = the same view as the truth at
-    `latent`, neighbour = the view of the latent before or after. Latents with one view share its
-    best score.
+    scores: `[F]` similarity of the generated frame to each true frame. Right = the true view at
+    `latent`, neighbour = the view of the latent before or after. Latents with the same view share
+    its best score.
     """
     best = candidates.group[int(np.argmax(scores))]
     if best == candidates.group[latent]:
@@ -182,14 +179,13 @@ class FlowSigns:
     forward: `growth` > 0.
     """
 
-    right: float  # pixels a frame, horizontal, positive = rightward
-    down: float  # pixels a frame, vertical, positive = downward
-    growth: float  # share a frame by which the picture grows around its centre
+    right: float  # horizontal, pixels per frame, positive = rightward
+    growth: float  # share per frame by which the picture grows around its centre
 
 
 def flow_signs(frames: np.ndarray) -> FlowSigns:
     """Optical flow (Farneback) between neighbouring frames uint8 `[T >= 2, H, W, 3]`, averaged over
-    the film.
+    time.
     """
     flow = _flow(frames).mean(0)
     height, width = flow.shape[:2]
@@ -197,12 +193,12 @@ def flow_signs(frames: np.ndarray) -> FlowSigns:
     arm = np.stack([x - (width - 1) / 2, y - (height - 1) / 2], -1)
     mean = flow.mean((0, 1))
     growth = ((flow - mean) * arm).sum() / (arm**2).sum()
-    return FlowSigns(right=float(mean[0]), down=float(mean[1]), growth=float(growth))
+    return FlowSigns(right=float(mean[0]), growth=float(growth))
 
 
 def flow_magnitude(frames: np.ndarray) -> float:
-    """Mean length of the optical flow, pixels a frame, between neighbouring frames uint8 `[T >= 2,
-    H, W, 3]`.
+    """Mean length of the optical flow in pixels per frame, between neighbouring frames uint8 `[T >=
+    2, H, W, 3]`.
     """
     return float(np.linalg.norm(_flow(frames), axis=-1).mean())
 
@@ -212,7 +208,7 @@ def _flow(frames: np.ndarray) -> np.ndarray:
     2]`.
     """
     if frames.ndim != 4 or len(frames) < 2:
-        raise UserError(
+        raise ValueError(
             "optical flow needs at least two frames [T, H, W, 3], got an array of shape "
             f"{frames.shape}"
         )

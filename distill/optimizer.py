@@ -1,17 +1,17 @@
-"""The optimisers of a recipe: AdamW, or Muon for the blocks' matrices with AdamW for everything
+"""The optimizers of a recipe: AdamW, or Muon for the blocks' matrices with AdamW for everything
 else.
 """
 
 import torch
 from torch import nn
 
-from distill.config import Optimiser
+from distill.config import Optimizer
 from worldmodel.errors import UserError
 
 
-class Joint:
-    """Several optimisers that act as one, as far as the training loop and the run folder are
-    concerned.
+class JointOptimizer:
+    """Several optimizers with the interface of one, as far as the training loop and the run folder
+    use it.
     """
 
     def __init__(self, parts: list[torch.optim.Optimizer]):
@@ -30,7 +30,7 @@ class Joint:
             part.step()
 
     def state_dict(self) -> dict:
-        """Like an optimiser's own: the parts' parameters are counted on."""
+        """As an optimizer's own; parameters are numbered through all parts."""
         state = {}
         count = 0
         for part in self._parts:
@@ -39,7 +39,7 @@ class Joint:
         return {"state": state, "param_groups": self.param_groups}
 
     def load_state_dict(self, saved: dict) -> None:
-        """Takes `saved["state"]`; the groups stay as they are."""
+        """Load `saved["state"]`; the groups stay as they are."""
         count = 0
         for part in self._parts:
             size = sum(len(group["params"]) for group in part.param_groups)
@@ -55,27 +55,28 @@ class Joint:
 
 
 def make_optimizer(
-    module: nn.Module, lr: float, kind: str, options: Optimiser
-) -> torch.optim.Optimizer | Joint:
-    """`kind` adamw or muon; weight decay on matrices, none on vectors and modulation tables.
+    module: nn.Module, lr: float, kind: str, options: Optimizer
+) -> torch.optim.Optimizer | JointOptimizer:
+    """An optimizer of the trainable parameters; `kind` is adamw or muon.
 
-    `muon` (Jordan et al. 2024; torch 2.9 or newer) orthogonalises the update of every matrix inside
-    the blocks, scaled so that AdamW's learning rates fit. From random weights it learns faster a
-    step; for fine-tuning large models the references use AdamW.
+    Matrices have weight decay, vectors and modulation tables have none. `muon` (Jordan et al. 2024;
+    torch 2.9 or newer) orthogonalises the update of every matrix inside the blocks, scaled so that
+    AdamW's learning rates fit. From random weights it learns faster per step; the references use
+    AdamW to fine-tune large models. Raises UserError where torch has no Muon.
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     plain = [p for name, p in named if p.ndim < 2 or name.endswith("scale_shift_table")]
-    apart = {id(p) for p in plain}
-    matrices = [(name, p) for name, p in named if id(p) not in apart]
+    separate = {id(p) for p in plain}
+    matrices = [(name, p) for name, p in named if id(p) not in separate]
     inside = (
         [p for name, p in matrices if name.startswith("blocks.") and p.ndim == 2]
         if kind == "muon"
         else []
     )
-    apart |= {id(p) for p in inside}
+    separate |= {id(p) for p in inside}
     groups = [
         {
-            "params": [p for _, p in matrices if id(p) not in apart],
+            "params": [p for _, p in matrices if id(p) not in separate],
             "weight_decay": options.weight_decay,
         },
         {"params": plain, "weight_decay": 0.0},
@@ -85,10 +86,10 @@ def make_optimizer(
         return adamw
     if not hasattr(torch.optim, "Muon"):
         raise UserError(
-            f"the optimiser muon needs torch 2.9 or newer, got {torch.__version__}: update torch "
+            f"the optimizer muon needs torch 2.9 or newer, got {torch.__version__}: update torch "
             "or use adamw"
         )
     muon = torch.optim.Muon(
         inside, lr=lr, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
-    return Joint([muon, adamw])
+    return JointOptimizer([muon, adamw])

@@ -1,8 +1,8 @@
 """Several processes on one run: `torchrun --standalone --nproc_per_node=2 -m distill train ...`.
 
 Every process holds the whole model, takes its share of each batch and averages gradients with the
-others. Two processes of one thread each also train faster on two CPU cores than one with two
-threads: nothing waits at a barrier after every small operation.
+others. On two CPU cores, two processes of one thread each also train faster than one process of two
+threads: there is no barrier after every small operation.
 """
 
 from dataclasses import dataclass
@@ -32,8 +32,8 @@ class Processes:
         return self.rank == 0
 
     def share(self, batch: int) -> int:
-        """Samples of a batch that this process takes; ValueError when they cannot be shared out
-        evenly.
+        """Number of samples of a batch that this process takes. Raises UserError when the batch is
+        not a multiple of the processes.
         """
         if batch % self.count:
             raise UserError(
@@ -43,13 +43,13 @@ class Processes:
         return batch // self.count
 
     def seed(self, seed: int, step: int) -> int:
-        """Seed of the random draws of one step: a function of the step, so that a continued run
-        draws what it would have drawn.
+        """Seed of the random draws of one step: a function of the step, so that a resumed run
+        repeats them.
         """
         return hash((seed, step, self.rank)) % 2**63
 
     def average(self, gradients: list[Tensor]) -> None:
-        """Replaces gradients by their mean over all processes, in one message."""
+        """Replace gradients by their mean over all processes, in one message."""
         if self.count == 1:
             return
         flat = torch.cat([g.flatten() for g in gradients])
@@ -69,6 +69,6 @@ class Processes:
         return bool(flags)
 
     def wait(self) -> None:
-        """Waits for the others."""
+        """Wait for the other processes."""
         if self.count > 1:
             dist.barrier()

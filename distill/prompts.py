@@ -1,5 +1,5 @@
-"""Prompt embeddings of a recipe: stored ones, or drawn from the captions themselves where no text
-encoder is wanted.
+"""Prompt embeddings of a recipe: stored ones, or random ones seeded by the captions, which need no
+text encoder.
 """
 
 import hashlib
@@ -13,8 +13,8 @@ from worldmodel.models.prompts import PromptBook
 
 
 def make_prompt_book(captions: Iterable[str], length: int, dim: int) -> PromptBook:
-    """A fixed random embedding `[length, dim]` of unit variance for every caption, the same on
-    every machine.
+    """A random embedding `[length, dim]` of unit variance for every caption, the same on every
+    machine.
 
     Differs: a world with a handful of captions needs names, not language; a caption's SHA-256 seeds
     its embedding.
@@ -29,8 +29,9 @@ def make_prompt_book(captions: Iterable[str], length: int, dim: int) -> PromptBo
 
 
 def open_prompts(recipe: Recipe, captions: Iterable[str]) -> PromptBook:
-    """The book in `data.prompts`, or one made from the captions; ValueError when it does not fit
-    captions or model.
+    """The embeddings in `data.prompts`, or random ones of the captions.
+
+    Raises UserError when `data.prompts` lacks a caption or does not fit the model.
     """
     captions = sorted(set(captions))
     if not recipe.data.prompts:

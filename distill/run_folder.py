@@ -2,12 +2,12 @@
 exported result.
 
     runs/<recipe>/<stage>/
-        checkpoints/step-00000500/   one safetensors file a network and an optimiser, state.json
+        checkpoints/step-00000500/   one safetensors file a network and an optimizer, state.json
         metrics.jsonl                one line a log step
         samples/step-00000500.png
         export/                      what the next stage and the bundle start from
 
-Everything is written under another name and renamed. Nothing is pickled.
+Everything is written under a temporary name and renamed. Nothing is pickled.
 """
 
 import json
@@ -21,11 +21,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from distill.config import current_names
+from distill.stages.stage import Stage
 from worldmodel.errors import UserError, first_line
 from worldmodel.files import exclusive, remove_leftovers, replacing_folder, write_file
 from worldmodel.images import write_png
 
 KEEP = 2  # checkpoints
+FORMER_NAMES = {"fake_score": "critic"}  # of networks and their optimizers, in older checkpoints
 _STEP = "step-" + 8 * "[0-9]"
 _UNREADABLE = (
     OSError,
@@ -39,11 +42,11 @@ _UNREADABLE = (
 
 
 class RunFolder:
-    """Reads and writes one stage's run; `config` is the plain dictionary that a checkpoint must
-    agree with.
+    """Reads and writes one stage's run.
 
-    defaults: the same of a recipe that names nothing: what a checkpoint was trained with that is
-    older than an option.
+    config: the options, by section, that a checkpoint must agree with.
+    defaults: the same of an empty recipe: the values of options that a checkpoint is too old to
+    name.
     """
 
     def __init__(self, root: Path, config: dict, defaults: dict):
@@ -53,19 +56,18 @@ class RunFolder:
         self.checkpoints = self.root / "checkpoints"
 
     def held(self) -> AbstractContextManager[None]:
-        """Keeps other trainings out of this run; ValueError when one is in it."""
+        """Keep other trainings out of this run. Raises UserError while one is in it."""
         return exclusive(self.root)
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint, or None."""
         return max(self.checkpoints.glob(_STEP), default=None)
 
-    def save(self, step: int, stage, drawn: int) -> Path:
-        """Writes all that the next step depends on; `drawn` samples have been taken from the
-        dataset so far.
+    def save(self, step: int, stage: Stage, drawn: int) -> Path:
+        """Write everything that the next step depends on.
 
-        Random draws are functions of the seed and the step, so there is no generator's state to
-        keep.
+        drawn: samples taken from the dataset so far. Random draws are functions of the seed and the
+        step, so no generator's state is stored.
         """
         final = self.checkpoints / f"step-{step:08d}"
         remove_leftovers(self.checkpoints)
@@ -80,11 +82,11 @@ class RunFolder:
             shutil.rmtree(old)
         return final
 
-    def restore(self, stage) -> tuple[int, int]:
-        """Puts the newest checkpoint into `stage`; returns (step, drawn). (0, 0) where there is
-        none.
+    def restore(self, stage: Stage) -> tuple[int, int]:
+        """Load the newest checkpoint into `stage`; return (step, drawn), (0, 0) without a
+        checkpoint.
 
-        ValueError when the checkpoint belongs to another config or is not what this stage needs.
+        Raises UserError when the checkpoint belongs to another config or does not fit the stage.
         """
         folder = self.newest()
         if folder is None:
@@ -95,28 +97,28 @@ class RunFolder:
             saved = {section: dict(values) for section, values in state["config"].items()}
         except _UNREADABLE as error:
             raise _unreadable(folder, error) from error
-        self._check_config(saved, folder)
+        self._check_config(current_names(saved, str(folder)), folder)
         try:
             for name, module in stage.modules.items():
-                module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+                module.load_state_dict(load_file(_weights(folder, "", name)))
             for name, optimizer in stage.optimizers.items():
-                _unflatten(optimizer, load_file(folder / f"optimizer-{name}.safetensors"))
+                _unflatten(optimizer, load_file(_weights(folder, "optimizer-", name)))
         except _UNREADABLE as error:
             raise _unreadable(folder, error) from error
         return progress
 
     def log(self, line: dict) -> None:
-        """Appends one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl."""
         self.root.mkdir(parents=True, exist_ok=True)
         with (self.root / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def picture(self, step: int, image: np.ndarray) -> None:
-        """Keeps a sample picture, uint8 RGB [H, W, 3]."""
+        """Write a sample picture, uint8 RGB [H, W, 3]."""
         write_png(self.root / "samples" / f"step-{step:08d}.png", image)
 
-    def export(self, stage) -> Path:
-        """Writes the stage's result to `export/`; the one before stays until the new one is
+    def export(self, stage: Stage) -> Path:
+        """Write the stage's result to `export/`; the previous one stays until the new one is
         complete.
         """
         final = self.root / "export"
@@ -135,7 +137,7 @@ class RunFolder:
                     )
 
     def drop_metrics_after(self, step: int) -> None:
-        """Forgets the lines of steps that a run continued from `step` will do again."""
+        """Remove the lines of steps that a run resumed from `step` will repeat."""
         path = self.root / "metrics.jsonl"
         if path.exists():
             lines = [
@@ -146,17 +148,23 @@ class RunFolder:
             write_file(path, "".join(lines))
 
 
+def _weights(folder: Path, prefix: str, name: str) -> Path:
+    """File of a network or optimizer in a checkpoint, which may be older than its name."""
+    path = folder / f"{prefix}{name}.safetensors"
+    if path.is_file() or name not in FORMER_NAMES:
+        return path
+    return folder / f"{prefix}{FORMER_NAMES[name]}.safetensors"
+
+
 def _unreadable(folder: Path, error: Exception) -> UserError:
     return UserError(
-        f"the checkpoint {folder} cannot be read ({first_line(error)}): remove that folder to go "
-        "on from the one before"
+        f"the checkpoint {folder} cannot be read ({first_line(error)}): remove that folder to "
+        "resume from the one before"
     )
 
 
 def _step_of(line: str) -> float:
-    """Step of a metrics line; a line that a killed run left half written counts as later than
-    all.
-    """
+    """Step of a metrics line; infinity for a line that a killed run left incomplete."""
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):
@@ -177,10 +185,10 @@ def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _unflatten(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The groups (learning rate, betas) are those of the config, not of the file.
+    """Load the optimizer's state; the groups (learning rate, betas) stay those of the config.
 
-    A tensor of a parameter's shape takes its memory layout too: fused optimisers walk through both
-    side by side.
+    A tensor of a parameter's shape gets that parameter's memory layout: fused optimizers walk
+    through both in step.
     """
     state: dict[int, dict[str, Tensor]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,6 +1,6 @@
-"""The one training loop. Stages say what a loss is; this does the rest: batches, precision,
-clipping, learning rate, averages, checkpoints, metrics, pictures. A killed run goes on from its
-last checkpoint as if nothing had happened.
+"""The training loop of all stages. A stage defines its losses; this does the rest: batches,
+precision, clipping, learning rate, averages, checkpoints, metrics, pictures. A killed run resumes
+from its last checkpoint and then computes exactly what it would have computed.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from distill.config import Recipe, StageConfig, TransformerConfig, load_recipe
+from distill.config import Recipe, Run, StageConfig, TransformerConfig, load_recipe
 from distill.parallel import Processes
 from distill.run_folder import RunFolder
 from distill.stages import STAGES, build_stage
@@ -30,7 +30,7 @@ from worldmodel.config import as_dict
 from worldmodel.errors import Stopped, UserError
 from worldmodel.files import check_output_folder
 
-# What a continued run may change without becoming another run.
+# Options that a resumed run may change.
 FREE = {"steps", "sample_steps", "autoencoder", "root"}
 
 
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="override, e.g. dmd.lr=2e-5; may be repeated",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the newest checkpoint, if there is one"
+        "--resume", action="store_true", help="resume from the newest checkpoint, if there is one"
     )
     parser.add_argument(
         "--export-only", action="store_true", help="write the newest checkpoint's export/ and stop"
@@ -64,11 +64,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def train(recipe: Recipe, name: str, *, resume: bool = False, export_only: bool = False) -> Path:
-    """Trains stage `name` of a recipe to its end and returns the folder of the exported result.
+    """Train stage `name` of a recipe to its end and return the folder of the exported result.
 
-    SIGTERM and Ctrl-C leave a checkpoint, export nothing and raise `Stopped`. ValueError for a run
-    folder that is in use without `resume`, that another process trains in, or that belongs to
-    another config, and for a loss that is no number.
+    SIGTERM and Ctrl-C leave a checkpoint, export nothing and raise `Stopped`. Raises UserError for
+    a run folder that is in use without `resume`, that another process trains in, or that belongs to
+    another config, and for a loss that is not finite.
     """
     config: StageConfig = getattr(recipe, name)
     folder = RunFolder(
@@ -102,7 +102,7 @@ def train(recipe: Recipe, name: str, *, resume: bool = False, export_only: bool 
             stopped = _loop(recipe, config, stage, folder, processes, accelerator, step, drawn)
             accelerator.end_training()
             if stopped:
-                raise stopped  # what comes next must not begin from half-trained weights
+                raise stopped  # the next stage must not start from half-trained weights
         if processes.is_main:
             folder.export(stage)
     return folder.root / "export"
@@ -114,20 +114,21 @@ def _loop(
     stage: Stage,
     folder: RunFolder,
     processes: Processes,
-    accelerator,
+    accelerator: Accelerator,
     step: int,
     drawn: int,
 ) -> Stopped | None:
-    """Steps `step` .. `config.steps`, or until a signal asks to stop."""
-    options = recipe.run
+    """Run the steps from `step` to `config.steps`, or until a signal asks to stop."""
+    device = accelerator.device
     autocast = torch.autocast(
-        accelerator.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"
+        device.type, torch.bfloat16, enabled=recipe.run.precision == "bfloat16"
     )
     count = config.batch * stage.batches
     saved = time.monotonic()
     stopping = False
     meter = Meter(step)
-    generator = torch.Generator(accelerator.device)
+    generator = torch.Generator(device)
+    grad_clip = recipe.optimizer.grad_clip
     with (
         StopRequest() as stop,
         Batches(stage, count, processes, recipe.run.seed, drawn) as batches,
@@ -136,38 +137,20 @@ def _loop(
         while step < config.steps and not stopping:
             _set_learning_rate(stage, config, step)
             generator.manual_seed(processes.seed(recipe.run.seed, step))
-            for update in train_step(
-                stage,
-                next(batches),
-                step,
-                generator,
-                autocast,
-                recipe.optimiser.grad_clip,
-                processes,
-            ):
+            batch = next(batches)
+            for update in train_step(stage, batch, step, generator, autocast, grad_clip, processes):
                 meter.add(*update)
             step = step + 1
             drawn = drawn + count
             bar.update()
-            stopping = processes.any(stop.number > 0, accelerator.device)
+            stopping = processes.any(stop.number > 0, device)
             if not processes.is_main:
                 continue
-            save = _due(step, config, options, saved, stopping)
-            if save or step % options.log_every == 0:
-                line = meter.line(
-                    step,
-                    count,
-                    {name: o.param_groups[0]["lr"] for name, o in stage.optimizers.items()},
-                )
-                folder.log(line)
-                accelerator.log(
-                    {key: value for key, value in line.items() if key != "step"}, step=step
-                )
-                bar.set_postfix(
-                    {key: f"{value:.4f}" for key, value in line.items() if key.startswith("loss/")}
-                )
-            if options.sample_every and step % options.sample_every == 0:
-                _picture(stage, folder, step, recipe.run.seed, autocast, accelerator.device)
+            save = _due(step, config, recipe.run, saved, stopping)
+            if save or step % recipe.run.log_every == 0:
+                _log(meter.line(step, count, stage.optimizers), folder, accelerator, bar)
+            if recipe.run.sample_every and step % recipe.run.sample_every == 0:
+                _picture(stage, folder, step, recipe.run.seed, autocast, device)
             if save:
                 folder.save(step, stage, drawn)
                 saved = time.monotonic()
@@ -175,10 +158,19 @@ def _loop(
     if step == config.steps:
         return None
     sentence = (
-        f"stopped at step {step} of {config.steps}, export/ is left as it was; --resume goes on "
-        "from there."
+        f"stopped at step {step} of {config.steps}, export/ is unchanged; --resume continues from "
+        "there."
     )
     return Stopped(stop.number or signal.SIGTERM, sentence if processes.is_main else "")
+
+
+def _log(line: dict[str, float], folder: RunFolder, accelerator: Accelerator, bar: tqdm) -> None:
+    """Write one line of metrics to metrics.jsonl, TensorBoard and the progress bar."""
+    folder.log(line)
+    step = line["step"]
+    accelerator.log({key: value for key, value in line.items() if key != "step"}, step=step)
+    losses = {key: f"{value:.4f}" for key, value in line.items() if key.startswith("loss/")}
+    bar.set_postfix(losses)
 
 
 def train_step(
@@ -190,7 +182,7 @@ def train_step(
     grad_clip: float,
     processes: Processes,
 ) -> Iterator[tuple[str, Tensor, Tensor, dict]]:
-    """One step of a stage, lazily: after each of its updates that optimiser's name, the loss, the
+    """Run one step of a stage; yield after each update the optimizer's name, the loss, the
     gradient's norm and the metrics.
     """
     for name, loss, metrics in _under(autocast, stage.losses(batch, step, generator)):
@@ -200,7 +192,9 @@ def train_step(
 def _update(
     stage: Stage, name: str, loss: Tensor, step: int, grad_clip: float, processes: Processes
 ) -> Tensor:
-    """One backward pass and optimiser step; returns the gradient's global norm before clipping."""
+    """Run one backward pass and optimizer step; return the gradient's global norm before
+    clipping.
+    """
     optimizer = stage.optimizers[name]
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -214,7 +208,7 @@ def _update(
 
 
 def _under(autocast, losses: Iterator) -> Iterator:
-    """The losses, each computed under autocast; what the loop does with them is not."""
+    """The losses, each computed under autocast; the caller's code between them is not."""
     while True:
         with autocast:
             item = next(losses, None)
@@ -224,15 +218,15 @@ def _under(autocast, losses: Iterator) -> Iterator:
 
 
 def learning_rate_factor(config: StageConfig, step: int) -> float:
-    """Share of the peak learning rate at a step: linear rise, plateau, decay from `decay_from` to
+    """Factor on the peak learning rate at a step: linear rise, plateau, decay from `decay_from` to
     `lr_end`.
     """
     rise = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     if config.decay == "constant" or config.decay_from >= 1.0:
         return rise
     progress = max(0.0, (step / config.steps - config.decay_from) / (1.0 - config.decay_from))
-    left = 1.0 - progress if config.decay == "linear" else (1.0 + math.cos(math.pi * progress)) / 2
-    return rise * (config.lr_end + (1.0 - config.lr_end) * left)
+    fall = 1.0 - progress if config.decay == "linear" else (1.0 + math.cos(math.pi * progress)) / 2
+    return rise * (config.lr_end + (1.0 - config.lr_end) * fall)
 
 
 def _set_learning_rate(stage: Stage, config: StageConfig, step: int) -> None:
@@ -242,7 +236,7 @@ def _set_learning_rate(stage: Stage, config: StageConfig, step: int) -> None:
             group["lr"] = group["peak_lr"] * factor
 
 
-def _due(step: int, config: StageConfig, options, saved: float, stopping: bool) -> bool:
+def _due(step: int, config: StageConfig, options: Run, saved: float, stopping: bool) -> bool:
     """Whether to write a checkpoint after this step."""
     by_steps = options.checkpoint_every and step % options.checkpoint_every == 0
     by_time = (
@@ -252,7 +246,7 @@ def _due(step: int, config: StageConfig, options, saved: float, stopping: bool) 
 
 
 def _picture(stage: Stage, folder: RunFolder, step: int, seed: int, autocast, device) -> None:
-    """Samples with a generator of their own, so that pictures do not change the training."""
+    """Write a sample picture; its own generator keeps pictures from changing the training."""
     with autocast:
         image = stage.sample(torch.Generator(device).manual_seed(seed))
     if image is not None:
@@ -260,7 +254,7 @@ def _picture(stage: Stage, folder: RunFolder, step: int, seed: int, autocast, de
 
 
 class Meter:
-    """Means of losses, gradient norms and metrics since the last line. Sums stay on the device
+    """Means of losses, gradient norms and metrics since the last line. The sums stay on the device
     until then.
     """
 
@@ -282,9 +276,12 @@ class Meter:
             self._sums[key] = self._sums[key] + value
             self._counts[key] += 1
 
-    def line(self, step: int, samples: int, rates: dict[str, float]) -> dict[str, float]:
-        """One line of metrics.jsonl; ValueError when a loss or gradient is no number: such weights
-        are not saved.
+    def line(
+        self, step: int, samples: int, optimizers: Mapping[str, torch.optim.Optimizer]
+    ) -> dict[str, float]:
+        """One line of metrics.jsonl; `samples` a step.
+
+        Raises UserError when a loss or gradient is not finite: such weights are not saved.
         """
         means = {key: float(total) / self._counts[key] for key, total in self._sums.items()}
         for key, value in means.items():
@@ -299,7 +296,7 @@ class Meter:
         self._counts.clear()
         self._step = step
         self._since = time.monotonic()
-        rates = {f"lr/{name}": rate for name, rate in rates.items()}
+        rates = {f"lr/{name}": o.param_groups[0]["lr"] for name, o in optimizers.items()}
         return {
             "step": step,
             **means,
@@ -310,7 +307,7 @@ class Meter:
 
 
 class Batches:
-    """Endless collated batches (this process's share) from a stage's dataset; the next is fetched
+    """Endless collated batches (this process's share) of a stage's dataset; the next is loaded
     while the current one trains.
     """
 
@@ -319,14 +316,13 @@ class Batches:
         self._count = count
         self._seed = seed
         self._drawn = drawn
-        self._mine = slice(
-            processes.rank * processes.share(count), (processes.rank + 1) * processes.share(count)
-        )
+        share = processes.share(count)
+        self._own = slice(processes.rank * share, (processes.rank + 1) * share)
         self._dataset = stage.dataset()
         self._pool = ThreadPoolExecutor(1)
 
     def __enter__(self) -> "Batches":
-        self._next = self._pool.submit(self._fetch, self._drawn)
+        self._next = self._pool.submit(self._load, self._drawn)
         return self
 
     def __exit__(self, *_) -> None:
@@ -335,16 +331,12 @@ class Batches:
     def __next__(self) -> dict:
         batch = self._next.result()
         self._drawn += self._count
-        self._next = self._pool.submit(self._fetch, self._drawn)
+        self._next = self._pool.submit(self._load, self._drawn)
         return batch
 
-    def _fetch(self, drawn: int) -> dict:
-        return default_collate(
-            [
-                self._dataset[index]
-                for index in self._stage.indices(drawn, self._count, self._seed)[self._mine]
-            ]
-        )
+    def _load(self, drawn: int) -> dict:
+        indices = self._stage.indices(drawn, self._count, self._seed)[self._own]
+        return default_collate([self._dataset[index] for index in indices])
 
 
 class StopRequest:
@@ -353,7 +345,7 @@ class StopRequest:
     """
 
     def __init__(self):
-        self.number = 0  # of the signal
+        self.number = 0  # of the signal; 0 = none
 
     def __enter__(self) -> "StopRequest":
         self._before = {}
@@ -374,9 +366,9 @@ class StopRequest:
 
 
 def _identity(recipe: Recipe, name: str) -> dict:
-    """The options that make a run this run and no other."""
+    """The options that a checkpoint must agree with, by section."""
     config = getattr(recipe, name)
-    sections = {"data": recipe.data, "optimiser": recipe.optimiser, name: config}
+    sections = {"data": recipe.data, "optimizer": recipe.optimizer, name: config}
     if isinstance(config, TransformerConfig):
         sections["model"] = recipe.model
     kept = {

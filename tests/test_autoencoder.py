@@ -13,14 +13,11 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file
 
 from distill.__main__ import main
-from distill.data.clips import LATENTS, write_clip
+from distill.config import AutoencoderConfig
+from distill.data.clips import LATENTS, VideoWindows, write_clip
 from distill.data.encode import encode_clips, encoder_fingerprint, latents_encoder
-from distill.stages.autoencoder import (
-    AutoencoderConfig,
-    AutoencoderStage,
-    VideoWindows,
-    detail_term,
-)
+from distill.objectives.reconstruction import detail_term
+from distill.stages.autoencoder import AutoencoderStage
 from worldmodel.models.tiny_autoencoder import TinyAutoencoder
 from worldmodel.models.wan_autoencoder import WanAutoencoder
 from worldmodel.worlds.weights import open_autoencoder

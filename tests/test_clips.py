@@ -15,7 +15,8 @@ import torch
 import yaml
 
 from distill.__main__ import main
-from distill.data.blocks.renderer import truth
+from distill.data.blocks.collect import BlocksConfig, collect_clip, town_of
+from distill.data.blocks.renderer import render_source
 from distill.data.clips import (
     INDEX,
     LATENTS,
@@ -28,7 +29,7 @@ from distill.data.clips import (
     write_clip,
     write_latents,
 )
-from distill.data.collect import CollectConfig, clip_name, collect_clip, make_missing, town_of
+from distill.data.collect import clip_name, make_missing
 from worldmodel.camera import invert
 from worldmodel.cli import run
 
@@ -181,8 +182,8 @@ def encoded(root, lengths=(6, 9, 3)):
 
 
 def test_latent_windows(tmp_path):
-    clips = LatentClips(encoded(tmp_path), frames=5, first_share=0.5, seed=3)
-    again = LatentClips(tmp_path, frames=5, first_share=0.5, seed=3)
+    clips = LatentClips(encoded(tmp_path), frames=5, first_frame_prob=0.5, seed=3)
+    again = LatentClips(tmp_path, frames=5, first_frame_prob=0.5, seed=3)
     assert len(clips) == 2  # the third is too short
     starts = []
     for index in range(200):
@@ -202,7 +203,7 @@ def test_latent_windows(tmp_path):
     assert {start for number, start in starts if number == 1} == {0, 1, 2, 3, 4}
     share = np.mean([start == 0 for _, start in starts])
     assert 0.5 < share < 0.8  # half by choice, and the rest by chance: 1/2 + 1/2 * (1/2 + 1/5) / 2
-    other = LatentClips(tmp_path, frames=5, first_share=0.5, seed=4)
+    other = LatentClips(tmp_path, frames=5, first_frame_prob=0.5, seed=4)
     assert any(not torch.equal(other[k]["latents"], clips[k]["latents"]) for k in range(20))
 
 
@@ -253,7 +254,7 @@ def test_collect_resumes_to_the_same_clips(tmp_path, capsys):
     ]
     assert captions == ["meadow", "dunes", "snow", "night"]
     clip = read_clip(whole / "blocks-00001")
-    true = truth(clip.source, clip.c2w, clip.intrinsics, 24, 40, samples=1).numpy()
+    true = render_source(clip.source, clip.c2w, clip.intrinsics, 24, 40, samples=1).numpy()
     assert np.abs(clip.frames[::4].astype(int) - true).mean() < 2
 
 
@@ -279,7 +280,7 @@ def one_dies(config, index):
 
 
 def test_a_killed_worker_is_one_sentence_and_finished_clips_stay(tmp_path, capsys):
-    config = CollectConfig("blocks", tmp_path, clips=2, latents=1, height=24, width=40, samples=1)
+    config = BlocksConfig(tmp_path, clips=2, latents=1, height=24, width=40, samples=1)
     assert run("collect", lambda: make_missing(config, one_dies, lambda config, index: {})) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == (
@@ -321,7 +322,7 @@ def test_two_collectors_do_not_share_a_folder(tmp_path, capsys):
 def test_heldout_towns_never_occur_in_training(tmp_path):
     towns = {
         split: {
-            town_of(CollectConfig("blocks", tmp_path, seed=seed, split=split), k).seed
+            town_of(BlocksConfig(tmp_path, seed=seed, split=split), k).seed
             for seed in range(4)
             for k in range(500)
         }

@@ -17,10 +17,10 @@ from distill.__main__ import main
 from distill.data.blocks.renderer import render
 from distill.data.blocks.town import MOODS
 from distill.data.blocks.walker import Gait
-from distill.evaluate import cases as protocol
+from distill.evaluate import cases as towns
 from distill.evaluate import scores
 from distill.evaluate.evaluate import EvaluateOptions, evaluate
-from distill.evaluate.generate import dream, load_transformer, parse_variant, reconstruct
+from distill.evaluate.generate import generate, load_transformer, parse_variant, reconstruct
 from worldmodel.camera import FRAMES_PER_LATENT
 from worldmodel.models.prompts import PromptBook
 from worldmodel.rollout import RolloutConfig
@@ -33,7 +33,7 @@ EMBEDDED = Path("assets/worlds/blocks")
 @pytest.fixture(scope="module")
 def picture():
     """A true picture [1, 3, 96, 160]."""
-    case = protocol.flow_cases(1, 0)[0]
+    case = towns.flow_cases(1, 0)[0]
     return metrics.to_unit(render(case.town, case.c2w[:1], LENS))
 
 
@@ -160,24 +160,24 @@ def test_turning_is_a_different_view():
 
 
 def test_true_footage_flows_as_the_camera_moves():
-    cases = protocol.flow_cases(1, 3)
-    frames = protocol.truth(cases, LENS, 96, 160)
+    cases = towns.flow_cases(1, 3)
+    frames = towns.ground_truth(cases, LENS, 96, 160)
     assert scores.flow_directions(frames, cases) == {"right": 1, "left": 1, "forward": 1, "back": 1}
     backwards = scores.flow_directions(frames[:, ::-1], cases)
     assert backwards["right"] == backwards["left"] == 0
     still = metrics.flow_signs(np.repeat(frames[:1, :1], 3, 1)[0])
-    assert np.abs([still.right, still.down, still.growth]).max() < 0.01
+    assert np.abs([still.right, still.growth]).max() < 0.01
 
 
 def test_paths_are_seeded_held_out_and_free():
-    cases = protocol.fidelity_cases(5, 8, seed=1)
-    again = protocol.fidelity_cases(5, 8, seed=1)
-    assert [case.kind for case in cases] == list(protocol.KINDS)
+    cases = towns.fidelity_cases(5, 8, seed=1)
+    again = towns.fidelity_cases(5, 8, seed=1)
+    assert [case.kind for case in cases] == list(towns.KINDS)
     for case, twin in zip(cases, again, strict=True):
         np.testing.assert_array_equal(case.c2w, twin.c2w)
         assert case.town.seed % 2 == 1 and len(case.c2w) == 33 and len(case.latents) == 9
-        assert protocol.is_free(case.town, case.c2w)
-    assert not np.array_equal(cases[1].c2w, protocol.fidelity_cases(2, 8, seed=2)[1].c2w)
+        assert towns.is_free(case.town, case.c2w)
+    assert not np.array_equal(cases[1].c2w, towns.fidelity_cases(2, 8, seed=2)[1].c2w)
     forward, turn, strafe = (
         case.latents[0][:3, :3].T @ (case.latents[-1][:3, 3] - case.latents[0][:3, 3])
         for case in cases[1:4]
@@ -188,16 +188,16 @@ def test_paths_are_seeded_held_out_and_free():
 
 
 def test_a_path_through_a_house_is_not_free():
-    case = protocol.fidelity_cases(2, 8, seed=1)[1]
+    case = towns.fidelity_cases(2, 8, seed=1)[1]
     boxes = case.town.boxes(*np.floor(case.c2w[0, [0, 2], 3] / 1.1).astype(int).tolist(), 3)
     inside = case.c2w[:1].copy()
     wall = int(np.argmax(boxes.high[:, 1] > -0.05))
     inside[0, [0, 2], 3] = (boxes.low[wall] + boxes.high[wall])[[0, 2]] / 2
-    assert not protocol.is_free(case.town, inside)
+    assert not towns.is_free(case.town, inside)
 
 
 def test_leave_and_return_leaves_and_returns():
-    for case in protocol.return_cases(1, seed=0):
+    for case in towns.return_cases(1, seed=0):
         start = case.latents[0]
         away = case.latents[case.away]
         back = case.latents[case.back]
@@ -213,8 +213,8 @@ def test_leave_and_return_leaves_and_returns():
 
 def test_gain_is_over_the_away_baseline():
     """The truth gains all there is, a frozen picture and one that forgets gain nothing."""
-    cases = protocol.return_cases(1, seed=0)
-    true = protocol.truth(cases, LENS, 48, 80, every=FRAMES_PER_LATENT)
+    cases = towns.return_cases(1, seed=0)
+    true = towns.ground_truth(cases, LENS, 48, 80, every=FRAMES_PER_LATENT)
     for entry in scores.leave_and_return(true, true, cases):
         assert (
             entry["return"] > 0.98
@@ -233,8 +233,8 @@ def test_gain_is_over_the_away_baseline():
 
 
 def test_scores_tell_truth_blur_and_frozen_apart():
-    cases = protocol.fidelity_cases(10, 8, seed=0)  # some of the free walks stand still for a while
-    true = protocol.truth(cases, LENS, 48, 80, every=FRAMES_PER_LATENT)
+    cases = towns.fidelity_cases(10, 8, seed=0)  # some of the free walks stand still for a while
+    true = towns.ground_truth(cases, LENS, 48, 80, every=FRAMES_PER_LATENT)
     blurred = np.stack(
         [np.stack([cv2.GaussianBlur(frame, (0, 0), 1.5) for frame in film]) for film in true]
     )
@@ -242,7 +242,7 @@ def test_scores_tell_truth_blur_and_frozen_apart():
     rows = [
         {
             "name": n,
-            "dreamed": n != "frozen",
+            "generated": n != "frozen",
             "horizons": scores.fidelity(f, true, cases, [1, 4, 8]),
         }
         for n, f in films.items()
@@ -256,8 +256,8 @@ def test_scores_tell_truth_blur_and_frozen_apart():
     assert soft["sharpness"] < 0.5 and soft["retrieval"]["right"] > 0.5
     assert frozen["retrieval"]["right"] == 0 and frozen["correlation"] < soft["correlation"] < 1
     passed = {
-        (bar["name"], bar["bar"].split()[0]): bar["passed"]
-        for bar in scores.bars(rows, "frozen", "truth")
+        (entry["name"], entry["threshold"].split()[0]): entry["passed"]
+        for entry in scores.thresholds(rows, "frozen", "truth")
     }
     assert passed[("truth", "sharpness")] and not passed[("blurred", "sharpness")]
     assert (
@@ -315,21 +315,21 @@ def test_variants_are_read_from_text(town_bundle):
             parse_variant(text, rollout)
 
 
-def test_cases_of_a_batch_are_dreams_of_their_own(town_bundle):
+def test_cases_of_a_batch_are_independent(town_bundle):
     """Cases of a batch do not see each other, and the first frame is the ceiling's."""
     world = World.from_pretrained(town_bundle, dtype=torch.float32)
     world = replace(
         world, transformer=load_transformer(town_bundle / "transformer", world.device, world.dtype)
     )
-    cases = protocol.fidelity_cases(3, 4, seed=0)
-    film = protocol.truth(cases, world.config.intrinsics, 32, 48)
+    cases = towns.fidelity_cases(3, 4, seed=0)
+    film = towns.ground_truth(cases, world.config.intrinsics, 32, 48)
     path = np.stack([case.latents for case in cases])
-    prompts = protocol.moods(cases)
-    frames = [f for f in dream(world, world.config.rollout, film[:, 0], path, prompts, seed=5)]
+    prompts = towns.moods(cases)
+    frames = [f for f in generate(world, world.config.rollout, film[:, 0], path, prompts, seed=5)]
     assert [f.shape for f in frames] == [(3, 1, 32, 48, 3)] + [(3, 4, 32, 48, 3)] * 4
     changed = film[:, 0].copy()
     changed[1:] = 255 - changed[1:]
-    others = [f for f in dream(world, world.config.rollout, changed, path, prompts, seed=5)]
+    others = [f for f in generate(world, world.config.rollout, changed, path, prompts, seed=5)]
     apart = [
         np.abs(frames[4][case].astype(int) - others[4][case].astype(int)).max() for case in range(3)
     ]
@@ -361,13 +361,17 @@ def test_the_command_writes_tables_and_sheets(town_bundle, tmp_path, capsys):
         "a, 1 step",
     ]
     assert set(results["rows"][0]["horizons"]) == {"1", "4"} and results["about"]["seed"] == 0
-    assert {row["name"] for row in results["flow"]} == {"truth", "a, 2 steps (Euler)", "a, 1 step"}
-    assert [row["name"] for row in results["windows"]] == ["truth", "4", "4+1"]
-    assert len(results["drift"]) == 2 and len(results["returns"]) == 9 and results["bars"]
+    assert {row["name"] for row in results["flow"]} == {
+        "ground truth",
+        "a, 2 steps (Euler)",
+        "a, 1 step",
+    }
+    assert [row["name"] for row in results["windows"]] == ["ground truth", "4", "4+1"]
+    assert len(results["drift"]) == 2 and len(results["returns"]) == 9 and results["thresholds"]
     page = output.with_suffix(".md").read_text()
     assert page in capsys.readouterr().out and "a, 2 steps (Euler)" in page
     assert {path.name for path in output.parent.glob("*.png")} == {
-        f"town-{kind}.png" for kind in (*protocol.KINDS, "returns")
+        f"town-{kind}.png" for kind in (*towns.KINDS, "returns")
     }
     sheet = cv2.imread(str(output.parent / "town-walk.png"))
     assert sheet.shape == (24 + 4 * 36, 200 + 3 * 52, 3)

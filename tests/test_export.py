@@ -10,8 +10,7 @@ import torch
 import yaml
 
 from distill.__main__ import main
-from distill.data.blocks.town import MOODS, Town
-from distill.data.clips import write_clip
+from distill.data.blocks.town import MOODS
 from distill.prompts import make_prompt_book
 from worldmodel.bench import benchmark
 from worldmodel.models.tiny_autoencoder import TinyAutoencoder
@@ -126,33 +125,17 @@ def test_weights_are_stored_in_the_type_asked_for(trained, tmp_path):
     assert stored["bfloat16"] < 0.6 * stored["float32"]
 
 
-def test_the_readme_says_how(trained, tmp_path):
-    assert export(trained, tmp_path / "blocks", "--hardware", "an abacus") == 0
-    text = (tmp_path / "blocks" / "README.md").read_text()
-    assert "an abacus" in text and "training 3" in text and "# how the footage was made" in text
-    assert "--stage dmd` | 9 | 6 | 0.0001 | 1.50 |" in text and "Not evaluated" in text
-
-
-def test_the_readme_tells_the_footage_from_the_clips(trained, tmp_path):
-    town = Town("meadow", 2 * 5 * 1_000_003)
-    frames = np.zeros((5, 32, 48, 3), np.uint8)
-    sizes = {"latents": 2, "height": 32, "width": 48, "samples": 2}
-    poses = np.tile(np.eye(4), (2, 1, 1))
-    write_clip(
-        trained / "clips",
-        "blocks-00000",
-        frames,
-        poses,
-        (0.5, 0.75, 0.5, 0.5),
-        "meadow",
-        16,
-        town.source,
-        "",
-        **sizes,
-    )
+def test_the_readme_is_given_or_kept_or_short(trained, tmp_path):
+    readme = tmp_path / "blocks" / "README.md"
     assert export(trained, tmp_path / "blocks") == 0
-    text = (tmp_path / "blocks" / "README.md").read_text()
-    assert "--clips 1 --latents 2 --height 32 --width 48 --samples 2 --seed 5`" in text
+    short = readme.read_text()
+    assert short.startswith("# blocks\n") and len(short.splitlines()) <= 5
+    assert "32x48 pixels" in short and f"--world {tmp_path / 'blocks'}`" in short
+    (tmp_path / "card.md").write_text("# My card — made by hand\n")
+    assert export(trained, tmp_path / "blocks", "--readme", tmp_path / "card.md") == 0
+    assert readme.read_text() == "# My card — made by hand\n"
+    assert export(trained, tmp_path / "blocks") == 0
+    assert readme.read_text() == "# My card — made by hand\n"
 
 
 def test_one_step_and_euler_are_options(trained, tmp_path):
@@ -168,11 +151,12 @@ def test_one_step_and_euler_are_options(trained, tmp_path):
 def test_a_failed_export_leaves_the_old_bundle(trained, tmp_path, capsys, monkeypatch):
     assert export(trained, tmp_path / "blocks") == 0
     before = World.from_pretrained(tmp_path / "blocks").fingerprint
-    (tmp_path / "bad.json").write_text('{"rows": []}')
+    (tmp_path / "bad.md").write_bytes(b"\xff\xfe")
     for words in (
         ["--transformer", "teacher_forcing"],
         ["--autoencoder", tmp_path / "nowhere"],
-        ["--evaluation", tmp_path / "bad.json"],
+        ["--readme", tmp_path / "nowhere.md"],
+        ["--readme", tmp_path / "bad.md"],
         ["--images", 0],
         ["--set", "dmd.windw=3"],
         ["--height", 40],
@@ -190,7 +174,7 @@ def test_a_failed_export_leaves_the_old_bundle(trained, tmp_path, capsys, monkey
     monkeypatch.setattr("distill.export.save_world", full_disk)
     assert export(trained, tmp_path / "blocks") != 0 and "No space left" in capsys.readouterr().err
     assert World.from_pretrained(tmp_path / "blocks").fingerprint == before
-    assert {path.name for path in tmp_path.iterdir()} == {"blocks", "bad.json", "mine"}
+    assert {path.name for path in tmp_path.iterdir()} == {"blocks", "bad.md", "mine"}
 
 
 # -------------------- benchmark

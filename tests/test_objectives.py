@@ -11,17 +11,16 @@ from safetensors.torch import load_file
 
 from distill.objectives.consistency import consistency_loss, draw_pair, predict_x0, teacher_step
 from distill.objectives.distribution_matching import (
-    RolloutDraws,
-    coarse_loss,
-    critic_loss,
     distribution_gradient,
     distribution_loss,
+    fake_score_loss,
+    ground_truth_loss,
+    low_pass_loss,
     noised,
     score_sigma,
-    self_rollout,
-    truth_loss,
 )
 from distill.objectives.flow_matching import flow_matching_loss, grid_sigma
+from distill.stages.self_rollout import RolloutDraws, self_rollout
 from distill.stages.stage import Windows, bidirectional, teacher_forced
 from worldmodel.rollout import Rollout, RolloutConfig
 from worldmodel.schedule import add_noise, sigma_grid, training_weight
@@ -213,30 +212,30 @@ def test_distribution_matching_agrees_with_the_reference(
     check_gradients(model, case, prefix)
 
 
-def test_the_truth_pulls_what_is_near_and_lets_go_of_what_is_far():
+def test_the_ground_truth_term_saturates_far_from_it():
     truth = torch.zeros(1, 2, 1, 1, 2)
     samples = torch.tensor([0.1, 10.0]).expand(1, 2, 1, 1, 2).clone().requires_grad_()
     for scale, expected in ((0.0, [0.1, 10.0]), (0.2, [0.1 / 1.05, 10 / 501])):
-        (gradient,) = torch.autograd.grad(truth_loss(samples, truth, scale), samples)
+        (gradient,) = torch.autograd.grad(ground_truth_loss(samples, truth, scale), samples)
         close(gradient[0, 0, 0, 0] * samples.numel(), torch.tensor(expected), 1e-6)
 
 
-def test_the_coarse_truth_pulls_the_mean_of_four_cells_and_leaves_what_is_inside():
+def test_the_low_pass_term_compares_means_of_four_cells():
     truth = torch.randn(1, 2, 3, 5, 6)
     samples = torch.randn(1, 2, 3, 5, 6)
     checks = torch.ones(5, 6)
     checks[::2, ::2] = checks[
         1::2, 1::2
     ] = -1  # sums to 0 in every cell of 2x2, the last row's of 1x2 too
-    torch.testing.assert_close(coarse_loss(truth + checks, truth), torch.tensor(0.0))
-    torch.testing.assert_close(coarse_loss(truth + 0.5, truth), torch.tensor(0.125))
+    torch.testing.assert_close(low_pass_loss(truth + checks, truth), torch.tensor(0.0))
+    torch.testing.assert_close(low_pass_loss(truth + 0.5, truth), torch.tensor(0.125))
     torch.testing.assert_close(
-        coarse_loss(samples + 3 * checks, truth), coarse_loss(samples, truth)
+        low_pass_loss(samples + 3 * checks, truth), low_pass_loss(samples, truth)
     )
 
 
 @pytest.mark.parametrize(("name", "chunk", "exit_step"), DMD)
-def test_critic_agrees_with_the_reference(name, chunk, exit_step):
+def test_the_fake_score_agrees_with_the_reference(name, chunk, exit_step):
     case = golden(name)
     model = network("dmd_fake")
     with torch.no_grad():
@@ -246,7 +245,7 @@ def test_critic_agrees_with_the_reference(name, chunk, exit_step):
     close(samples, latents(case["critic.generated"]))
     *_, index, noise = [case[key] for key in sorted(case) if key.startswith("critic.draw_")]
     sigma = score_sigma(index, SHIFT, (0.02, 0.98)).expand(-1, samples.shape[2])
-    loss = critic_loss(
+    loss = fake_score_loss(
         bidirectional(model, windows(case)),
         samples,
         sigma,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill.data.blocks.renderer import _rays, _View, render, truth
+from distill.data.blocks.renderer import _rays, _View, render, render_source
 from distill.data.blocks.town import CELL, MOODS, Town
 from distill.data.blocks.walker import Gait, Walker, walk
 
@@ -148,7 +148,9 @@ def test_town_is_endless_and_seeded():
     fast, plain = (render(town, far, LENS, 24, 40, plain=flag).int() for flag in (False, True))
     assert ((fast - plain).abs().amax(-1) > 1).float().mean() < 5e-3 and fast.float().std() > 10
     assert Town.from_source(town.source) == town
-    assert torch.equal(truth(town.source, far, LENS, 24, 40), render(town, far, LENS, 24, 40))
+    assert torch.equal(
+        render_source(town.source, far, LENS, 24, 40), render(town, far, LENS, 24, 40)
+    )
 
 
 def test_moods_differ():

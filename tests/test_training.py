@@ -20,12 +20,13 @@ from torch import nn
 
 from distill import train as training
 from distill.__main__ import main
-from distill.config import StageConfig, load_recipe
+from distill.config import RENAMED, StageConfig, current_names, load_recipe
 from distill.data.clips import write_clip, write_latents
 from distill.ema import MovingAverage
 from distill.prompts import make_prompt_book
 from distill.stages import STAGES, build_stage
 from distill.train import learning_rate_factor, train
+from worldmodel.errors import UserError
 from worldmodel.files import LOCK, exclusive
 from worldmodel.worlds.checkpoint import load_transformer
 
@@ -135,6 +136,26 @@ def killed(clips, straight, tmp_path_factory) -> tuple[Path, list[str]]:
     return folder, options
 
 
+def make_former(checkpoint: Path) -> None:
+    """Gives a checkpoint the names of options and files that the first edition wrote."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    former = {new: old for old, new in RENAMED.items()}
+    sections = {
+        former.get(section, section): {
+            former.get(f"{section}.{key}", f"{section}.{key}").partition(".")[2]: value
+            for key, value in values.items()
+        }
+        for section, values in state["config"].items()
+    }
+    sections["dmd"] |= {"sigma_lookup": "exact", "cache_gradient": "detached"}
+    del sections["dmd"]["context_sigma"]
+    assert {"optimiser", "dmd"} < sections.keys() and "start_share" in sections["dmd"]
+    (checkpoint / "state.json").write_text(json.dumps({**state, "config": sections}))
+    for file in checkpoint.glob("*fake_score.safetensors"):
+        file.rename(file.with_name(file.name.replace("fake_score", "critic")))
+    assert (checkpoint / "critic.safetensors").is_file()
+
+
 @pytest.mark.parametrize("name", list(STAGES))
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(name, clips, straight, killed):
     folder, options = killed
@@ -147,6 +168,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(name, clips, straight, 
         "dmd": "consistency",
     }
     assert name not in starts or (straight / starts[name] / "export" / "config.json").is_file()
+    if name == "dmd":  # as an older version left it
+        make_former(folder / name / "checkpoints" / "step-00000002")
     train(load_recipe(TINY, options), name, resume=True)
     ours, theirs = (path / name / "checkpoints" / "step-00000004" for path in (folder, straight))
     files = sorted(path.name for path in theirs.glob("*.safetensors"))
@@ -187,9 +210,9 @@ def test_a_run_folder_in_use_is_left_alone(clips, straight):
     before = {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=r"holds a run already .*--resume"):
         train(load_recipe(TINY, overrides(clips, straight)), "bidirectional")
-    with pytest.raises(ValueError, match=r"trained with optimiser.grad_clip = 1.0, not 2.0"):
+    with pytest.raises(ValueError, match=r"trained with optimizer.grad_clip = 1.0, not 2.0"):
         train(
-            load_recipe(TINY, overrides(clips, straight, "optimiser.grad_clip=2")),
+            load_recipe(TINY, overrides(clips, straight, "optimizer.grad_clip=2")),
             "bidirectional",
             resume=True,
         )
@@ -205,12 +228,12 @@ def test_a_run_older_than_an_option_goes_on_with_its_default(clips, tmp_path):
     train(load_recipe(TINY, options), "bidirectional")
     state = tmp_path / "bidirectional/checkpoints/step-00000004/state.json"
     saved = json.loads(state.read_text())
-    del saved["config"]["bidirectional"]["optimiser"], saved["config"]["optimiser"]
+    del saved["config"]["bidirectional"]["optimizer"], saved["config"]["optimizer"]
     state.write_text(json.dumps(saved))
     train(load_recipe(TINY, options), "bidirectional", resume=True)
     for change, was in (
-        ("bidirectional.optimiser=muon", "adamw, not muon"),
-        ("optimiser.grad_clip=2", "1.0, not 2.0"),
+        ("bidirectional.optimizer=muon", "adamw, not muon"),
+        ("optimizer.grad_clip=2", "1.0, not 2.0"),
     ):
         with pytest.raises(ValueError, match=f"{change.partition('=')[0]} = {was}: set it back"):
             train(load_recipe(TINY, [*options, change]), "bidirectional", resume=True)
@@ -273,7 +296,7 @@ def test_a_stopped_training_leaves_a_checkpoint_and_no_export(
         patch.setattr(training, "build_stage", asked_to_stop)
         assert main(command) == status
     assert (
-        "train: stopped at step 3 of 4, export/ is left as it was; --resume goes on"
+        "train: stopped at step 3 of 4, export/ is unchanged; --resume continues"
         in capsys.readouterr().err.splitlines()[-1]
     )
     assert signal.getsignal(number) is handler
@@ -349,7 +372,7 @@ def test_weights_without_a_camera_become_pose_conditioned(clips, tmp_path, capsy
     )
     stage = build_stage("bidirectional", recipe, torch.device("cpu"))
     plain = load_transformer(file)
-    assert "has no camera weights: they begin as zeros" in capsys.readouterr().err
+    assert "has no camera weights: they start as zeros" in capsys.readouterr().err
     latents = torch.randn(1, 16, 3, 4, 4)
     text = torch.randn(1, 2, 24)
     projection = torch.randn(1, 3, 4, 4) + 4 * torch.eye(4)
@@ -425,36 +448,35 @@ def test_every_stage_draws_a_picture_with_an_autoencoder(clips, straight):
         assert name == "autoencoder" or image.shape == (4 * 32, latents * 32, 3)
 
 
-@pytest.mark.parametrize(("shared", "judged"), [("false", 0), ("true", 2)])
-def test_each_loss_of_dmd_moves_the_network_it_names_alone(clips, straight, shared, judged):
-    recipe = load_recipe(
-        TINY, overrides(clips, straight, f"dmd.shared={shared}", f"dmd.judged={judged}")
-    )
+@pytest.mark.parametrize(("reuse", "window"), [("false", 0), ("true", 2)])
+def test_each_loss_of_dmd_moves_the_network_it_names_alone(clips, straight, reuse, window):
+    options = f"dmd.reuse_rollouts={reuse}", f"dmd.score_window={window}"
+    recipe = load_recipe(TINY, overrides(clips, straight, *options))
     stage = build_stage("dmd", recipe, torch.device("cpu"))
-    assert stage.batches == (1 if recipe.dmd.shared else 3)
+    assert stage.batches == (1 if recipe.dmd.reuse_rollouts else 3)
     batch = torch.utils.data.default_collate(
         [stage.dataset()[i] for i in range(stage.batches * recipe.dmd.batch)]
     )
     names = []
     for name, loss, _ in stage.losses(batch, 0, torch.Generator().manual_seed(0)):
         names.append(name)
-        for module in (stage.student, stage.critic):
+        for module in (stage.student, stage.fake_score):
             module.zero_grad(set_to_none=True)
         loss.backward()
         touched = {
             kind
-            for kind, module in (("student", stage.student), ("critic", stage.critic))
+            for kind, module in (("student", stage.student), ("fake_score", stage.fake_score))
             if any(p.grad is not None for p in module.parameters())
         }
         assert touched == {name}
         assert all(p.grad is None for p in stage.real.parameters())
-    assert names == ["student", "critic", "critic"]
+    assert names == ["student", "fake_score", "fake_score"]
 
 
 def test_rollouts_of_dmd_end_anywhere_in_the_window_and_only_their_end_learns(clips, straight):
     stage = build_stage(
         "dmd",
-        load_recipe(TINY, overrides(clips, straight, "dmd.start_share=1")),
+        load_recipe(TINY, overrides(clips, straight, "dmd.gt_first_chunk_prob=1")),
         torch.device("cpu"),
     )
     windows = stage.prepare(
@@ -465,27 +487,30 @@ def test_rollouts_of_dmd_end_anywhere_in_the_window_and_only_their_end_learns(cl
     starts = []
     for seed in range(24):
         draws = (torch.Generator().manual_seed(seed) for _ in range(2))
-        samples, judged, anchored = stage.dream_along(windows, *draws, grad=True)
-        assert samples.shape[2] == judged.viewmats.shape[1] == 4
+        samples, scored, anchored = stage.generate_sample(windows, *draws, grad=True)
+        assert samples.shape[2] == scored.viewmats.shape[1] == 4
         start = next(
-            i for i in range(3) if torch.equal(judged.viewmats, windows.viewmats[:, i : i + 4])
+            i for i in range(3) if torch.equal(scored.viewmats, windows.viewmats[:, i : i + 4])
         )
         given = torch.equal(samples[:, :, 0], windows.latents[:, :, start])
         starts.append((start, given))
         assert anchored
         assert samples[:, :, -1].requires_grad
-    # the part that is judged is the end of a longer rollout, or begins with the given first latent
-    # of a shorter one, anywhere
+    # the scored part is the end of a longer rollout, or begins with the given first latent of a
+    # shorter one, anywhere
     assert set(starts) == {(0, True), (1, True), (2, True), (1, False), (2, False)}
 
 
-@pytest.mark.parametrize(("option", "metric"), [("truth", "truth"), ("truth_coarse", "coarse")])
-@pytest.mark.parametrize("start_share", [0, 1])
-def test_the_truth_pulls_rollouts_that_began_with_it(clips, straight, start_share, option, metric):
+@pytest.mark.parametrize(
+    ("option", "metric"),
+    [("ground_truth_weight", "ground_truth"), ("ground_truth_low_pass_weight", "low_pass")],
+)
+@pytest.mark.parametrize("given", [0, 1])
+def test_the_ground_truth_pulls_rollouts_that_began_with_it(clips, straight, given, option, metric):
     losses = []
     for weight in (0, 2):
         options = overrides(
-            clips, straight, f"dmd.start_share={start_share}", f"dmd.{option}={weight}"
+            clips, straight, f"dmd.gt_first_chunk_prob={given}", f"dmd.{option}={weight}"
         )
         stage = build_stage("dmd", load_recipe(TINY, options), torch.device("cpu"))
         batch = torch.utils.data.default_collate(
@@ -493,22 +518,22 @@ def test_the_truth_pulls_rollouts_that_began_with_it(clips, straight, start_shar
         )
         (_, loss, metrics), *_ = stage.losses(batch, 0, torch.Generator().manual_seed(0))
         losses.append(loss)
-    assert (metric in metrics) == bool(start_share)
+    assert (metric in metrics) == bool(given)
     torch.testing.assert_close(losses[1] - losses[0], 2 * metrics.get(metric, torch.tensor(0.0)))
-    assert bool(start_share) == bool(losses[1] > losses[0])
+    assert bool(given) == bool(losses[1] > losses[0])
 
 
 def test_scores_compare_at_noise_levels_of_their_own(clips, straight):
     drawn = {}
     for shift in (0, 1, 5):
         recipe = load_recipe(
-            TINY, overrides(clips, straight, f"dmd.score_shift={shift}", "dmd.shift=5")
+            TINY, overrides(clips, straight, f"dmd.score_timestep_shift={shift}", "dmd.shift=5")
         )
         stage = build_stage("dmd", recipe, torch.device("cpu"))
         drawn[shift], _ = stage._score_draws(
             torch.zeros(400, 16, 1, 1, 1), torch.Generator().manual_seed(0)
         )
-        assert stage._reading()["shift"] == (shift or 5) and stage.sampling().shift == 5
+        assert stage._sigma_lookup()["shift"] == (shift or 5) and stage.sampling().shift == 5
     torch.testing.assert_close(drawn[0], drawn[5])
     torch.testing.assert_close(drawn[1].mean(), torch.tensor(0.5), atol=0.05, rtol=0)  # uniform
     assert (drawn[5] >= drawn[1]).all()
@@ -608,9 +633,9 @@ def test_every_recipe_is_valid(path):
     ("text", "overrides", "message"),
     [
         (
-            "dmd: {critic_update: 3}",
+            "dmd: {fake_score_update: 3}",
             [],
-            "unknown key 'critic_update'; did you mean 'critic_updates'",
+            "unknown key 'fake_score_update'; did you mean 'fake_score_updates'",
         ),
         ("consistancy: {lr: 1}", [], "unknown key 'consistancy'; did you mean 'consistency'"),
         ("dmd: {lr: fast}", [], "lr must be a number, got 'fast'"),
@@ -618,8 +643,23 @@ def test_every_recipe_is_valid(path):
         ("dmd: {steps: 0}", [], "steps must be at least 1, got 0"),
         ("dmd: {chunk: 4}", [], "data.frames is 10, not a multiple of dmd.chunk = 4"),
         ("dmd: {rollout: 8}", [], "dmd.rollout must be 0, or at least data.frames = 10"),
-        ("dmd: {judged: 4}", [], "dmd.judged must be 0 or a divisor of data.frames = 10, got 4"),
-        ("dmd: {sigma_lookup: near}", [], "must be one of exact, grid, got 'near'"),
+        (
+            "dmd: {score_window: 4}",
+            [],
+            "score_window must be 0 or a divisor of data.frames = 10",
+        ),
+        ("dmd: {sigma_lookup: grid}", [], "dmd.sigma_lookup = 'grid' is no longer supported"),
+        ("", ["dmd.cache_gradient=straight_through"], "only 'detached' is: remove the option"),
+        (
+            "dmd: {critic: a, fake_score: b}",
+            [],
+            "its former name: keep 'fake_score'",
+        ),
+        (
+            "optimiser: {}\noptimizer: {}",
+            [],
+            "its former name: keep 'optimizer'",
+        ),
         ("dmd: [1]", [], "expected a mapping"),
         ("dmd: {lr: 1", [], "not valid YAML"),
         ("", ["dmd.lrr=1"], "did you mean 'lr'"),
@@ -633,20 +673,48 @@ def test_a_wrong_option_is_one_sentence(tmp_path, text, overrides, message):
     assert "\n" not in str(caught.value)
 
 
+def test_former_names_of_options_are_read(tmp_path):
+    text = """
+    optimiser: {grad_clip: 2}
+    data: {first_share: 0.5}
+    teacher_forcing: {optimiser: muon}
+    consistency: {sigma_lookup: exact}
+    dmd: {critic: a, critic_lr: 1, critic_updates: 2, shared: true, judged: 5, skew: 3,
+          start_share: 1, truth: 1, truth_scale: 0.5, truth_coarse: 2, score_shift: 3}
+    """
+    (tmp_path / "recipe.yaml").write_text(text)
+    former = load_recipe(tmp_path / "recipe.yaml", ["dmd.truth=4", "optimiser.eps=1"])
+    text = """
+    optimizer: {grad_clip: 2, eps: 1}
+    data: {first_frame_prob: 0.5}
+    teacher_forcing: {optimizer: muon}
+    dmd: {fake_score: a, fake_score_lr: 1, fake_score_updates: 2, reuse_rollouts: true,
+          score_window: 5, length_exponent: 3, gt_first_chunk_prob: 1, ground_truth_weight: 4,
+          ground_truth_scale: 0.5, ground_truth_low_pass_weight: 2, score_timestep_shift: 3}
+    """
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert load_recipe(tmp_path / "recipe.yaml") == former
+    saved = {"dmd": {"cache_gradient": "straight_through"}}
+    with pytest.raises(UserError, match=r"step-8: dmd.cache_gradient = 'straight_through'.*remove"):
+        current_names(saved, "step-8")
+
+
 def test_numbers_are_read_as_people_write_them(tmp_path):
     (tmp_path / "recipe.yaml").write_text(
         "dmd: {lr: 1e-4, clamp: [0, 1]}\nautoencoder: {start: some/folder}"
     )
-    recipe = load_recipe(tmp_path / "recipe.yaml", ["dmd.critic_lr=3"])
-    assert recipe.dmd.lr == 1e-4 and recipe.dmd.critic_lr == 3.0 and recipe.dmd.clamp == (0.0, 1.0)
+    recipe = load_recipe(tmp_path / "recipe.yaml", ["dmd.fake_score_lr=3"])
+    assert (
+        recipe.dmd.lr == 1e-4 and recipe.dmd.fake_score_lr == 3.0 and recipe.dmd.clamp == (0.0, 1.0)
+    )
     assert recipe.autoencoder.start == "some/folder"
 
 
 def test_muon_learns_and_goes_on_exactly(clips, tmp_path):
-    """The joint optimiser is saved and restored like a plain one, and its updates are not
+    """The joint optimizer is saved and restored like a plain one, and its updates are not
     AdamW's.
     """
-    muon = ["bidirectional.optimiser=muon", "bidirectional.steps=4"]
+    muon = ["bidirectional.optimizer=muon", "bidirectional.steps=4"]
     for folder, steps in (("straight", 4), ("stopped", 2), ("stopped", 4)):
         recipe = load_recipe(
             TINY, overrides(clips, tmp_path / folder, muon[0], f"bidirectional.steps={steps}")

@@ -10,8 +10,7 @@ import pytest
 from distill.__main__ import main
 from distill.data import vizdoom
 from distill.data.clips import list_clips, read_clip
-from distill.data.collect import CollectConfig
-from distill.data.vizdoom import Game, Lens, camera_pose, collect_clips, levels_of
+from distill.data.vizdoom import Game, Lens, VizdoomConfig, camera_pose, collect_clips, levels_of
 from worldmodel.camera import invert, rotation
 
 HEIGHT = 96
@@ -116,7 +115,6 @@ def test_sideways_steps_are_to_scale(standing):
 
 def options(folder, **changes):
     given = {
-        "source": "vizdoom",
         "output": folder,
         "clips": 2,
         "latents": 3,
@@ -125,7 +123,7 @@ def options(folder, **changes):
         "levels": ("map01",),
         "workers": 2,
     }
-    return CollectConfig(**given | changes)
+    return VizdoomConfig(**given | changes)
 
 
 def test_clips_are_collected_resumed_and_repeated(game, tmp_path, monkeypatch):

@@ -1,15 +1,16 @@
 """The clip format: one folder a clip, written by collectors, importers and by play itself, read by
 training.
 
-`video.mp4` (H.264), `poses.json` (WorldPlay's format: per latent frame camera-to-world and K in
-pixels), `meta.yaml` (caption, fps, source, licence), `latents.safetensors` (one float16 tensor
-`latents` [C, F, h, w], made by `distill encode`). `index.jsonl` beside the clips holds one line a
-clip. Pixel frame 0 is latent 0, latent k covers pixel frames 4k-3..4k and its pose is that of pixel
-frame 4k, so F latents are 4F-3 pixel frames.
+A clip folder holds `video.mp4` (H.264), `poses.json` (WorldPlay's format: per latent frame
+camera-to-world and K in pixels), `meta.yaml` (caption, fps, source, licence) and, after `distill
+encode`, `latents.safetensors` (one float16 tensor `latents` [C, F, h, w]). The folder of clips
+holds `index.jsonl`, one line a clip. F latents are 4F - 3 video frames, see
+`worldmodel.camera.FRAMES_PER_LATENT`.
 """
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from worldmodel.camera import (
     FRAMES_PER_LATENT,
@@ -51,12 +53,17 @@ class Clip:
     fps: float  # video frames a second
     source: str  # where it comes from, e.g. blocks:meadow:12
     licence: str
-    extra: dict = field(default_factory=dict)  # whatever else meta.yaml holds
+    extra: dict = field(default_factory=dict)  # the other entries of meta.yaml
 
 
 def frames_of(latents: int) -> int:
-    """Video frames of a clip of so many latent frames."""
+    """Number of video frames of `latents` latent frames."""
     return FRAMES_PER_LATENT * (latents - 1) + 1
+
+
+def latents_of(frames: int) -> int:
+    """Number of complete latent frames in `frames` video frames."""
+    return (frames - 1) // FRAMES_PER_LATENT + 1
 
 
 def write_clip(
@@ -71,8 +78,8 @@ def write_clip(
     licence: str,
     **extra,
 ) -> Path:
-    """Writes the clip folder root/name: whole under another name first, then renamed, so that a
-    clip is there or it is not.
+    """Write the clip folder root/name under a temporary name and rename it, so that a clip is
+    complete or absent.
 
     Args:
         frames: uint8 [T, H, W, 3], T = 4F - 3, H and W even.
@@ -80,8 +87,8 @@ def write_clip(
         intrinsics: [4] normalised, constant over the clip.
         extra: further entries of meta.yaml (plain values).
     Raises:
-        ValueError: frames that do not fit the poses, poses that are no poses, odd sizes, a clip of
-        this name exists already.
+        UserError: frames do not fit the poses, a pose is not valid, sizes are odd, or a clip of
+        this name exists.
     """
     root = Path(root)
     frames = np.asarray(frames)
@@ -101,24 +108,22 @@ def write_clip(
     if (root / name).exists():
         raise UserError(f"{root / name} exists already; remove it or choose another name")
     meta = {"caption": caption, "fps": fps, "source": source, "licence": licence, **extra}
-    with replacing_folder(root / name) as folder:
-        _write_video(folder / VIDEO, frames, fps)
-        write_pose_json(folder / POSES, c2w, intrinsics, frames.shape[2], frames.shape[1])
-        (folder / META).write_text(
-            yaml.safe_dump(meta, sort_keys=False, allow_unicode=True), encoding="utf-8"
-        )
+    with replacing_folder(root / name) as partial:
+        _write_video(partial / VIDEO, frames, fps)
+        write_pose_json(partial / POSES, c2w, intrinsics, frames.shape[2], frames.shape[1])
+        write_meta(partial, meta)
     with open(root / INDEX, "a", encoding="utf-8") as index:
         index.write(json.dumps(_index_entry(root / name)) + "\n")
     return root / name
 
 
 def read_clip(folder, trim: bool = False) -> Clip:
-    """Reads a clip folder (or a recording made by play).
+    """Read a clip folder (or a recording made by play).
 
-    trim: keep the latents for which video and poses are both complete (a recording that was cut
-    off) instead of raising.
+    trim: keep the latents for which video and poses are both complete (a recording that was
+    interrupted) instead of raising.
     Raises:
-        ValueError: a file is missing or broken, intrinsics change within the clip, or the counts do
+        UserError: a file is missing or broken, intrinsics change within the clip, or the counts do
         not fit (T = 4F - 3).
     """
     folder = Path(folder)
@@ -133,7 +138,7 @@ def read_clip(folder, trim: bool = False) -> Clip:
         )
     frames = _read_video(folder / VIDEO)
     if trim:
-        latents = min(len(c2w), (len(frames) + 3) // 4)
+        latents = min(len(c2w), latents_of(len(frames)))
         frames = frames[: frames_of(latents)]
         c2w = c2w[:latents]
     _check_count(len(frames), len(c2w), str(folder))
@@ -144,6 +149,8 @@ def read_clip(folder, trim: bool = False) -> Clip:
 def read_meta(folder) -> dict:
     """meta.yaml of a clip, with at least caption, fps, source and licence (the last two "" where
     the file has none).
+
+    Raises UserError when the file is missing, is no YAML, or has no valid caption or fps.
     """
     path = Path(folder) / META
     if not path.is_file():
@@ -171,11 +178,17 @@ def read_meta(folder) -> dict:
     return {"source": "", "licence": "", **meta}
 
 
+def write_meta(folder, meta: dict) -> None:
+    """Write meta.yaml of a clip."""
+    text = yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)
+    (Path(folder) / META).write_text(text, encoding="utf-8")
+
+
 def list_clips(root) -> list[Path]:
-    """Folders of all clips under `root`, by name. index.jsonl is rebuilt when it does not name
+    """Folders of all clips under `root`, by name. Rebuilds index.jsonl when it does not name
     exactly these.
 
-    Raises ValueError when there are none.
+    Raises UserError when there are none.
     """
     root = Path(root)
     names = sorted(
@@ -195,8 +208,8 @@ def list_clips(root) -> list[Path]:
 
 
 def write_latents(folder, latents: torch.Tensor, metadata: dict[str, str] | None = None) -> Path:
-    """Writes latents [C, F, h, w] beside a clip's video, as float16; a reader sees the whole file
-    or none.
+    """Write latents [C, F, h, w] into a clip's folder, as float16; a reader sees the whole file or
+    none.
     """
     path = Path(folder) / LATENTS
     stored = latents.detach().to("cpu", torch.float16).contiguous()
@@ -206,20 +219,19 @@ def write_latents(folder, latents: torch.Tensor, metadata: dict[str, str] | None
 
 
 class LatentClips(torch.utils.data.Dataset):
-    """Random windows of `frames` latents out of the clips under `root` that are long enough.
+    """Random windows of `frames` latents from the clips under `root` that are long enough.
 
-    Item i depends on (seed, i) only: every len(self) items go once through all clips in a new
-    order, and any i >= 0 may be asked for, so a sampler that counts on gives fresh windows for ever
-    and resumes anywhere. With probability `first_share` a window begins at the clip's first latent
-    (which stands for one pixel frame, not four). An item: "latents" [C, F, h, w] float32,
-    "viewmats" [F, 4, 4] float32 world-to-camera relative to the first, "intrinsics" [4] float32,
-    "caption".
-    Raises ValueError when clips have no latents, do not fit their poses, or none is long enough.
+    Item i depends on (seed, i) only: every len(self) items visit all clips once in a new order, and
+    any i >= 0 is valid, so consecutive indices give new windows without end and training resumes
+    anywhere. With probability `first_frame_prob` a window begins at the clip's first latent (which
+    stands for one video frame, not four). An item: "latents" [C, F, h, w] float32, "viewmats" [F,
+    4, 4] float32 world-to-camera relative to the first, "intrinsics" [4] float32, "caption".
+    Raises UserError when clips have no latents, do not fit their poses, or none is long enough.
     """
 
-    def __init__(self, root, frames: int, first_share: float = 0.3, seed: int = 0):
+    def __init__(self, root, frames: int, first_frame_prob: float = 0.3, seed: int = 0):
         self.frames = frames
-        self.first_share = first_share
+        self.first_frame_prob = first_frame_prob
         self.seed = seed
         clips = [_LatentClip.open(folder) for folder in list_clips(root)]
         other = next((clip for clip in clips if clip.size != clips[0].size), None)
@@ -243,14 +255,13 @@ class LatentClips(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         if index < 0:
             raise IndexError(f"expected an index of at least 0, got {index}")
-        epoch, place = divmod(index, len(self.clips))
-        clip = self.clips[
-            np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.clips))[place]
-        ]
+        epoch, position = divmod(index, len(self.clips))
+        order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.clips))
+        clip = self.clips[order[position]]
         draws = np.random.default_rng([self.seed, 1, index])
         start = (
             0
-            if draws.random() < self.first_share
+            if draws.random() < self.first_frame_prob
             else int(draws.integers(0, len(clip.c2w) - self.frames + 1))
         )
         window = slice(start, start + self.frames)
@@ -264,9 +275,63 @@ class LatentClips(torch.utils.data.Dataset):
         }
 
 
+class VideoWindows(torch.utils.data.Dataset):
+    """Every window of the footage under `root`: {"video": uint8 [3, T, H, W]}, T = 4 * window - 3.
+
+    The index determines clip, first frame and crop. All frames are held in memory as uint8 (a clip
+    of 161 frames at 96x160 is 7.4 MB).
+
+    crop: height and width in pixels of the visible part, () = the whole frame: small parts of many
+    scenes teach faster.
+    Raises UserError when a clip is shorter than a window, or smaller than the crop.
+    """
+
+    def __init__(self, root, window: int, crop: Sequence[int] = ()):
+        self.crop = tuple(crop)
+        self.frames = frames_of(window)
+        folders = list_clips(root)
+        self.clips = [
+            torch.from_numpy(read_clip(folder).frames)
+            for folder in tqdm(folders, "frames", unit="clip")
+        ]
+        for folder, clip in zip(folders, self.clips, strict=True):
+            if len(clip) < self.frames:
+                raise UserError(
+                    f"expected clips of at least {self.frames} frames, but {folder} is shorter: "
+                    "collect longer clips"
+                )
+        height, width = (min(clip.shape[axis] for clip in self.clips) for axis in (1, 2))
+        if self.crop and (
+            len(self.crop) != 2 or not (0 < self.crop[0] <= height and 0 < self.crop[1] <= width)
+        ):
+            raise UserError(
+                f"expected crop [height, width] of at most {height}x{width} pixels (the smallest "
+                f"clip), got {list(self.crop)}"
+            )
+        self._ends = np.cumsum([len(clip) - self.frames + 1 for clip in self.clips])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        clip = int(np.searchsorted(self._ends, index, side="right"))
+        start = index - (int(self._ends[clip - 1]) if clip else 0)
+        video = self.clips[clip][start : start + self.frames].permute(3, 0, 1, 2)
+        if self.crop:
+            room = [video.shape[2 + axis] - self.crop[axis] for axis in range(2)]
+            top, left = (
+                int(
+                    torch.randint(r + 1, (), generator=torch.Generator().manual_seed(2 * index + i))
+                )
+                for i, r in enumerate(room)
+            )
+            video = video[:, :, top : top + self.crop[0], left : left + self.crop[1]]
+        return {"video": video}
+
+
 @dataclass(frozen=True)
 class _LatentClip:
-    """What LatentClips keeps of a clip."""
+    """The part of a clip that LatentClips keeps in memory."""
 
     path: Path
     size: tuple[int, int, int]  # C, h, w
@@ -279,7 +344,7 @@ class _LatentClip:
         path = folder / LATENTS
         if not path.is_file():
             raise UserError(
-                f"{folder}: expected {LATENTS} beside the video, found none; run `python -m "
+                f"{folder}: expected {LATENTS} in the clip's folder, found none; run `python -m "
                 "distill encode` first"
             )
         try:
@@ -310,11 +375,11 @@ def _check_count(frames: int, latents: int, name: str) -> None:
 
 
 def _write_video(path: Path, frames: np.ndarray, fps: float) -> None:
-    """H.264 with full colour resolution, so that flat colours keep their edges; equal frames give
+    """H.264 with full colour resolution, which keeps the edges of flat colours; equal frames give
     equal files.
 
-    No lookahead: with it, libx264 reads memory that it never wrote, and the files differ from run
-    to run.
+    Without lookahead: there libx264 reads uninitialised memory, and the files differ from run to
+    run.
     """
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
@@ -357,7 +422,7 @@ def _index_entry(folder: Path) -> dict:
 
 
 def _indexed(root: Path) -> list[str]:
-    """Names in index.jsonl; a missing file or a broken line names nothing."""
+    """Names in index.jsonl; none for a missing file or a broken line."""
     names = []
     if (root / INDEX).is_file():
         for line in (root / INDEX).read_text(encoding="utf-8", errors="replace").splitlines():

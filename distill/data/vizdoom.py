@@ -1,23 +1,21 @@
 """Footage of a real game: a wanderer in Freedoom's levels (ViZDoom, extra `collect`), with the
 engine's own camera.
 
-Two things stand between Doom's picture and the pinhole camera that a pose file describes, and one
-homography removes
-both: the engine draws heights 1.2 times too tall, and it looks up and down by shifting rows (walls
-stay upright) instead of tilting the camera. So levels are rendered larger and wider than asked for,
-and every picture is re-projected (`Lens`) to square pixels, 90 degrees across, and a camera that
-really tilts.
+Doom's picture differs in two ways from that of the pinhole camera that a pose file describes, and
+one homography corrects both: the engine draws heights 1.2 times too tall, and it looks up and down
+by shifting rows (walls stay upright) instead of tilting the camera. So levels are rendered larger
+and wider than requested, and every picture is re-projected (`Lens`) to square pixels, 90 degrees
+across, and a camera that tilts.
 
-The game counts 35 tics a second; a frame is taken every second one, so clips say 17.5 frames a
-second.
+The game runs at 35 tics per second; a frame is taken every second tic, so clips have 17.5 frames
+per second.
 """
 
-import importlib
 import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import cv2
 import numpy as np
@@ -28,21 +26,15 @@ from worldmodel.camera import FRAMES_PER_LATENT, rotation
 from worldmodel.errors import UserError
 from worldmodel.files import write_file
 
-UNITS_PER_MAP_UNIT = (
-    1 / 512
-)  # world units; a walking player makes 66 map units a latent, so 0.13 units
+# world units; a walking player moves 66 map units per latent, so 0.13 units
+UNITS_PER_MAP_UNIT = 1 / 512
 TICS_PER_FRAME = 2
 FPS = 35 / TICS_PER_FRAME  # 17.5
 LICENCE = "BSD-3-Clause (Freedoom)"
 
 RENDER_FOV = 120.0  # degrees across, of the engine's picture; the clip's 90 are cut out of it
-RENDER_SIZES = (
-    (640, 480),
-    (800, 600),
-    (1024, 768),
-    (1280, 960),
-    (1600, 1200),
-)  # width, height in pixels, all 4:3
+# width, height in pixels, all 4:3
+RENDER_SIZES = ((640, 480), (800, 600), (1024, 768), (1280, 960), (1600, 1200))
 HEIGHT_STRETCH = 1.2  # the engine's vertical focal length over its horizontal one
 MOST_PITCH = 20.0  # degrees up or down, less where the clip's picture is tall
 
@@ -70,22 +62,31 @@ _BUTTONS = (
 )
 _WALK = 25.0  # the engine's units for full walking speed
 _STRAFE = 24.0
-_SETTLE_TICS = 24  # after the start of a level the player cannot move for half a second
-_WARM_UP_FRAMES = 12  # wandered before the first frame of a clip, so that it begins in motion
+_START_TICS = 24  # at the start of a level the player cannot move for half a second
+_WARM_UP_FRAMES = 12  # before the first frame of a clip, so that it begins in motion
 _MOST_TRIES = 40  # starts tried for one clip
 _CLOSE = 24.0  # `Game.openness` ahead below which the wanderer turns away, 100 to 200 map units
-_LEAST_WAY = 0.03  # world units a latent, on average over a clip: below, the wanderer was stuck
+_LEAST_WAY = 0.03  # world units per latent, average over a clip: below, the wanderer was stuck
 
 
 # -------------------- clips
 
 
-def collect_clips(config: CollectConfig) -> None:
-    """Records the clips that are not there yet; see `make_missing`.
+@dataclass(frozen=True)
+class VizdoomConfig(CollectConfig):
+    """What to record. Train and held-out clips never share a level."""
+
+    source: ClassVar[str] = "vizdoom"
+
+    levels: tuple[str, ...] = ()  # maps; none = a choice of maps of the split
+
+
+def collect_clips(config: VizdoomConfig) -> None:
+    """Record the missing clips; see `make_missing`.
 
     Raises:
-        ValueError: no ViZDoom, an unknown level or one of the other split, a folder with other
-        footage.
+        UserError: ViZDoom is not installed, a level is unknown or belongs to the other split, the
+        folder holds other footage.
     """
     load_engine()
     levels_of(config)
@@ -93,8 +94,8 @@ def collect_clips(config: CollectConfig) -> None:
     make_missing(config, collect_clip, _identity)
 
 
-def collect_clip(config: CollectConfig, index: int) -> Path:
-    """Records and writes clip number `index`; the same numbers give the same walk (see
+def collect_clip(config: VizdoomConfig, index: int) -> Path:
+    """Record and write clip number `index`; the same numbers give the same walk (see
     `record`).
     """
     levels = levels_of(config)
@@ -114,9 +115,11 @@ def collect_clip(config: CollectConfig, index: int) -> Path:
     )
 
 
-def levels_of(config: CollectConfig) -> tuple[str, ...]:
-    """The levels to record in. Every fifth map (MAP05, E1M5, MAP10, ...) is held out and never seen
-    in training.
+def levels_of(config: VizdoomConfig) -> tuple[str, ...]:
+    """The levels to record in. Every fifth map (MAP05, E1M5, MAP10, ...) is held out from
+    training.
+
+    Raises UserError for an unknown level or one of the other split.
     """
     held_out = config.split == "heldout"
     levels = tuple(level.upper() for level in config.levels) or (
@@ -133,7 +136,7 @@ def levels_of(config: CollectConfig) -> tuple[str, ...]:
     return levels
 
 
-def _identity(config: CollectConfig, index: int) -> dict:
+def _identity(config: VizdoomConfig, index: int) -> dict:
     levels = levels_of(config)
     source = f"vizdoom:{levels[index % len(levels)].lower()}:{config.seed}:{index}"
     return {
@@ -166,13 +169,13 @@ def _signed(degrees: float) -> float:
 
 
 class Lens:
-    """Turns the engine's picture into that of a pinhole camera with square pixels, 90 degrees
+    """Converts the engine's picture to that of a pinhole camera with square pixels, 90 degrees
     across.
 
     Args:
         height, width: of the clip, pixels.
     Raises:
-        ValueError: a picture taller than the engine's field of view.
+        UserError: the picture is taller than the engine's field of view.
     """
 
     def __init__(self, height: int, width: int):
@@ -244,18 +247,19 @@ def _focal(width: int) -> float:
 
 
 def load_engine():
-    """The vizdoom package; ValueError with the line that installs it where it is missing."""
+    """The vizdoom package. Raises UserError where it is not installed."""
     try:
-        return importlib.import_module("vizdoom")
+        import vizdoom
     except ImportError as error:
         raise UserError(
             "this source needs ViZDoom, which is not installed: run `python -m pip install vizdoom`"
         ) from error
+    return vizdoom
 
 
 def _write_config(folder: Path) -> str:
-    """The engine's settings file. Without these sections it leaves a folder `_vizdoom` where the
-    user stands.
+    """Write the engine's settings file. Without these sections the engine creates a folder
+    `_vizdoom` in the working directory.
     """
     path = folder / "engine.ini"
     games = ("Doom", "Heretic", "Hexen", "Strife", "Chex")
@@ -273,7 +277,8 @@ class Game:
         engine = load_engine()
         self.lens = lens
         self.folder = tempfile.TemporaryDirectory()
-        self.game = game = engine.DoomGame()
+        game = engine.DoomGame()
+        self.game = game
         level = level.upper()
         wad = "freedoom2.wad" if level.startswith("MAP") else "freedoom1.wad"
         game.set_doom_game_path(str(Path(engine.__file__).parent / wad))
@@ -309,33 +314,33 @@ class Game:
         self.folder.cleanup()
 
     def restart(self) -> None:
-        """The level from its beginning, with a player who cannot be hurt."""
+        """Start the level from its beginning, with a player who cannot be hurt."""
         self.game.new_episode()
         for command in ("god", f"fov {RENDER_FOV:.0f}"):
             self.game.send_game_command(command)
-        self.act(tics=_SETTLE_TICS)
+        self.act(tics=_START_TICS)
 
     @property
     def over(self) -> bool:
-        """Whether the level has ended (an exit was used)."""
+        """Whether the level has ended (the player used an exit)."""
         return self.game.is_episode_finished()
 
     def act(
         self, forward=0.0, right=0.0, turn=0.0, look=0.0, use=False, tics: int = TICS_PER_FRAME
     ) -> None:
-        """Holds these for some tics: speeds in the engine's units, `turn` right and `look` up in
-        degrees a tic.
+        """Apply these for some tics: speeds in the engine's units, `turn` right and `look` up in
+        degrees per tic.
         """
         self.game.make_action([forward, right, turn, look, float(use)], tics)
         self.state = self.game.get_state()
 
     def warp(self, x: float, y: float) -> None:
-        """Puts the player on the floor at x, y in map units."""
+        """Move the player to the floor at x, y in map units."""
         self.game.send_game_command(f"warp {x:.0f} {y:.0f}")
-        self.act(tics=_SETTLE_TICS)
+        self.act(tics=_START_TICS)
 
     def places(self) -> list[tuple[float, float]]:
-        """Where things lie in this level, in map units: places a player can stand at."""
+        """Positions of the level's things in map units: places where a player can stand."""
         things = self.state.objects
         return [
             (thing.position_x, thing.position_y) for thing in things if "Barrel" not in thing.name
@@ -346,8 +351,8 @@ class Game:
         return np.asarray(self.state.game_variables, np.float64)
 
     def openness(self) -> np.ndarray:
-        """How far it is to the left, ahead, to the right, at eye level: [3] in 0 (touching) to 255
-        (far).
+        """Free distance to the left, ahead and to the right at eye level: [3], from 0 (touching) to
+        255 (far).
         """
         height, width = self.state.depth_buffer.shape
         rows = self.state.depth_buffer[
@@ -356,7 +361,7 @@ class Game:
         return np.array([part.mean() for part in np.array_split(rows, 3, axis=1)])
 
     def picture(self) -> np.ndarray:
-        """What the camera sees, uint8 [height,width,3]."""
+        """The camera's picture, uint8 [height,width,3]."""
         return self.lens.straighten(self.state.screen_buffer, -_signed(self.variables()[4]))
 
 
@@ -365,30 +370,30 @@ class Game:
 
 @dataclass
 class Wish:
-    """What the wanderer is about to do."""
+    """What the wanderer does for the next frames."""
 
     forward: float = 0.0  # share of walking speed, negative = backwards
     right: float = 0.0  # share of walking speed
-    turn: float = 0.0  # degrees right a tic
+    turn: float = 0.0  # degrees right per tic
     pitch: float = 0.0  # degrees up
 
 
 class Wanderer:
-    """A player who walks, strafes, stops, turns and looks about, tries doors and turns away from
-    walls; seeded.
+    """A seeded player who walks, strafes, stops, turns and looks around, tries doors and turns away
+    from walls.
     """
 
     def __init__(self, game: Game, rng: np.random.Generator):
         self.game = game
         self.rng = rng
-        self.wish = Wish()  # frames until the next wish
-        self.patience = 0
-        self.turn = 0.0  # degrees a tic, as they are now
-        self.look = 0.0
+        self.wish = Wish()
+        self.patience = 0  # frames until the next wish
+        self.turn = 0.0  # current speed, degrees per tic
+        self.look = 0.0  # likewise
         self.place = game.variables()
 
     def step(self) -> None:
-        """Plays one frame."""
+        """Play one frame."""
         self.patience -= 1
         now = self.game.variables()
         moved = np.linalg.norm(now[:2] - self.place[:2])
@@ -403,7 +408,7 @@ class Wanderer:
         self.look += 0.3 * (
             np.clip(0.1 * (self.wish.pitch + _signed(now[4])), -1.0, 1.0) - self.look
         )
-        use = stuck and self.rng.random() < 0.3  # something is in the way: perhaps a door
+        use = stuck and self.rng.random() < 0.3  # the obstacle may be a door
         self.game.act(
             _WALK * self.wish.forward, _STRAFE * self.wish.right, self.turn, self.look, use
         )
@@ -437,16 +442,16 @@ class Wanderer:
 
 
 def record(level: str, count: int, seed, lens: Lens) -> tuple[np.ndarray, np.ndarray]:
-    """Wanders through a level from a random place of it.
+    """Wander through a level from a random place.
 
     Args:
         count: video frames.
-        seed: anything `numpy.random.default_rng` takes; the same seed gives the same walk. (The
-        engine moves animated textures by the computer's clock, so pictures with one may differ a
-        little.)
+        seed: anything `numpy.random.default_rng` accepts; the same seed gives the same walk. (The
+        engine moves animated textures by the computer's clock, so pictures with one may differ
+        slightly.)
     Returns: frames uint8 [count,H,W,3] and the camera of each, c2w float64 [count,4,4].
     Raises:
-        ValueError: no start was found from which the player gets anywhere.
+        UserError: the player could not move away from any of the starts.
     """
     rng = np.random.default_rng(seed)
     with Game(level, lens, seed=int(rng.integers(2**31))) as game:
@@ -478,8 +483,8 @@ def _wander(
         if game.over:
             return None
     way = np.linalg.norm(np.diff([pose[:3, 3] for pose in c2w], axis=0), axis=1)
-    if (
-        way.mean() * FRAMES_PER_LATENT < _LEAST_WAY or way.max() > 0.2
-    ):  # stuck, or sent elsewhere by a teleporter
+    stuck = way.mean() * FRAMES_PER_LATENT < _LEAST_WAY
+    teleported = way.max() > 0.2
+    if stuck or teleported:
         return None
     return np.stack(frames), np.stack(c2w)

@@ -1,8 +1,8 @@
-"""What is asked of a dream: held-out towns, free starts and camera paths, all seeded; the renderer
-knows the truth.
+"""The cases of an evaluation: held-out towns, free starts and camera paths, all seeded, with ground
+truth from the renderer.
 
-A path is a list of `Order`s (keys held for so many video frames) followed with the walker's
-momentum from a free place on a street. Paths that would touch a wall are thrown away and another
+A path is a list of `Order`s (keys held for a number of video frames), followed with the walker's
+momentum from a free place on a street. A path that would touch a wall is discarded and another
 start is drawn.
 """
 
@@ -14,18 +14,19 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from distill.data.blocks.collect import BlocksConfig, town_of
 from distill.data.blocks.renderer import render
 from distill.data.blocks.town import CELL, MOODS, Town
 from distill.data.blocks.walker import Gait, Order, Walker, walk
 from distill.data.clips import frames_of
-from distill.data.collect import CollectConfig, town_of, worker_pool
+from distill.data.collect import worker_pool
 from worldmodel.camera import FRAMES_PER_LATENT, advance
 from worldmodel.errors import UserError
 
 KINDS = ("walk", "forward", "turn", "strafe", "mix")
 RETURNS = ("turn 30 degrees", "turn 90 degrees", "out and back")
 FLOWS = ("right", "left", "forward", "back")
-ATTEMPTS = 400  # starts tried before a town is given up
+ATTEMPTS = 400  # starts tried in a town before it counts as too narrow
 REST = 12  # video frames in which the momentum dies away
 
 
@@ -35,7 +36,7 @@ class Case:
 
     kind: str
     town: Town
-    c2w: np.ndarray  # float64 [4F-3, 4, 4], one pose a video frame
+    c2w: np.ndarray  # float64 [4F-3, 4, 4], one pose per video frame
     away: int = 0  # leave-and-return: the latent farthest from the start
     back: int = 0  # leave-and-return: the latent at which the camera is back
 
@@ -46,7 +47,7 @@ class Case:
 
 
 def fidelity_cases(count: int, latents: int, seed: int) -> list[Case]:
-    """`count` cases of `latents` + 1 latents (the first is given); kinds and moods take turns."""
+    """`count` cases of `latents` + 1 latents (the first is given); kinds and moods alternate."""
     frames = frames_of(latents + 1)
     cases = []
     for index in tqdm(range(count), "paths", unit="case", leave=False):
@@ -56,18 +57,13 @@ def fidelity_cases(count: int, latents: int, seed: int) -> list[Case]:
         if kind == "walk":
             cases.append(Case(kind, town, walk(town, frames, [seed, 2, index])))
         else:
-            cases.append(
-                Case(
-                    kind,
-                    town,
-                    free_path(town, _script(kind, frames - 1, rng), rng, across=kind == "strafe"),
-                )
-            )
+            orders = _script(kind, frames - 1, rng)
+            cases.append(Case(kind, town, free_path(town, orders, rng, across=kind == "strafe")))
     return cases
 
 
 def return_cases(count: int, seed: int) -> list[Case]:
-    """`count` cases of each leave-and-return path, filled up with standing still to one length."""
+    """`count` cases of each leave-and-return path, padded with standing still to one length."""
     scripts = {name: _return_script(name) for name in RETURNS}
     frames = max(sum(order.frames for order in orders) for orders, _ in scripts.values())
     frames += -frames % FRAMES_PER_LATENT
@@ -77,13 +73,11 @@ def return_cases(count: int, seed: int) -> list[Case]:
         for index in range(count):
             rng = np.random.default_rng([seed, 3, number, index])
             side = 1 if rng.random() < 0.5 else -1
-            turned = [Order(o.frames, o.forward, o.strafe, side * o.yaw) for o in orders] + [
-                Order(frames - length)
-            ]
+            script = [Order(o.frames, o.forward, o.strafe, side * o.yaw) for o in orders]
+            script.append(Order(frames - length))
             town = held_out_town(seed, 1000 * (number + 1) + index)
-            cases.append(
-                Case(name, town, free_path(town, turned, rng), away, length // FRAMES_PER_LATENT)
-            )
+            path = free_path(town, script, rng)
+            cases.append(Case(name, town, path, away, length // FRAMES_PER_LATENT))
     return cases
 
 
@@ -100,11 +94,8 @@ def flow_cases(count: int, seed: int) -> list[Case]:
         for index in range(count):
             town = held_out_town(seed, 5000 + 100 * number + index)
             rng = np.random.default_rng([seed, 4, number, index])
-            cases.append(
-                Case(
-                    kind, town, free_path(town, [Order(4 * FRAMES_PER_LATENT, **orders[kind])], rng)
-                )
-            )
+            order = Order(4 * FRAMES_PER_LATENT, **orders[kind])
+            cases.append(Case(kind, town, free_path(town, [order], rng)))
     return cases
 
 
@@ -118,13 +109,13 @@ def drift_cases(count: int, latents: int, seed: int) -> list[Case]:
 
 
 def held_out_town(seed: int, index: int) -> Town:
-    """A town that no training clip shows; the moods take turns."""
-    return town_of(CollectConfig("blocks", Path(), seed=seed, split="heldout"), index)
+    """A town of no training clip; the moods alternate."""
+    return town_of(BlocksConfig(Path(), seed=seed, split="heldout"), index)
 
 
 @contextmanager
 def renderers(workers: int) -> Iterator[Callable]:
-    """A `map` for `truth` that spreads over so many processes; 1 renders in this one."""
+    """A `map` for `ground_truth` over this many processes; 1 renders in this process."""
     if workers == 1:
         yield map
         return
@@ -132,18 +123,20 @@ def renderers(workers: int) -> Iterator[Callable]:
         yield pool.map
 
 
-def truth(
+def ground_truth(
     cases: list[Case], intrinsics, height: int, width: int, every: int = 1, spread: Callable = map
 ) -> np.ndarray:
-    """True frames of the cases, uint8 [B, T, H, W, 3]; with `every` only each so-many-th. spread:
-    see `renderers`.
+    """Rendered frames of the cases, uint8 [B, T, H, W, 3].
+
+    every: step between the frames. spread: a `map`, see `renderers`.
     """
     jobs = [(case.town, case.c2w[::every], intrinsics, height, width) for case in cases]
-    return np.stack(list(tqdm(spread(_film, jobs), "truth", len(jobs), unit="case", leave=False)))
+    bar = tqdm(spread(_film, jobs), "ground truth", len(jobs), unit="case", leave=False)
+    return np.stack(list(bar))
 
 
 def _film(job: tuple) -> np.ndarray:
-    """Renders one case: (town, poses, intrinsics, height, width) -> uint8 [T, H, W, 3]."""
+    """Render one case: (town, poses, intrinsics, height, width) -> uint8 [T, H, W, 3]."""
     return render(*job).numpy()
 
 
@@ -173,9 +166,8 @@ def _return_script(name: str) -> tuple[list[Order], int]:
         gone = Order(32, forward=1.0)
         home = Order(32, forward=-1.0)
     else:
-        out = {"turn 30 degrees": 12, "turn 90 degrees": 36}[
-            name
-        ]  # video frames at 10 degrees a latent
+        # video frames at 10 degrees per latent
+        out = {"turn 30 degrees": 12, "turn 90 degrees": 36}[name]
         gone = Order(out, yaw=1.0)
         home = Order(out, yaw=-1.0)
     return [gone, Order(REST), home, Order(REST)], (out + REST) // FRAMES_PER_LATENT
@@ -188,10 +180,11 @@ def free_path(
     across: bool = False,
     gait: Gait = Gait(),
 ) -> np.ndarray:
-    """A path [T, 4, 4] (start included) that follows the orders exactly from a street, without
-    touching a wall.
+    """A path [T, 4, 4] (start included) that follows the orders exactly from a street and touches
+    no wall.
 
-    across: look across the street instead of along it (a walk sideways then goes along it).
+    across: look across the street instead of along it (a sideways walk then follows it).
+    Raises UserError when no start allows such a path.
     """
     for _ in range(ATTEMPTS):
         start = Walker(town, int(rng.integers(2**31)), gait).pose()
@@ -207,11 +200,9 @@ def free_path(
 
 
 def follow(start: np.ndarray, orders: list[Order], gait: Gait = Gait()) -> np.ndarray:
-    """Poses [T, 4, 4] from `start` along the orders: the walker's momentum without its will and
-    without walls.
-    """
-    path = [start]  # forward, strafe (units a frame), yaw, pitch (degrees a frame)
-    speed = np.zeros(4)
+    """Poses [T, 4, 4] from `start` along the orders, with the walker's momentum and no walls."""
+    path = [start]
+    speed = np.zeros(4)  # forward, strafe (units per frame), yaw, pitch (degrees per frame)
     full = np.array([gait.walk, gait.strafe, gait.yaw, gait.pitch]) / FRAMES_PER_LATENT
     for order in orders:
         wanted = full * [order.forward, order.strafe, order.yaw, order.pitch]
@@ -226,8 +217,8 @@ def follow(start: np.ndarray, orders: list[Order], gait: Gait = Gait()) -> np.nd
 
 
 def is_free(town: Town, path: np.ndarray, gait: Gait = Gait()) -> bool:
-    """Whether every pose [T, 4, 4] keeps the walker's radius from everything that stands at the
-    height of its body.
+    """Whether every pose [T, 4, 4] keeps the walker's radius from all boxes at the height of its
+    body.
     """
     places = path[:, [0, 2], 3]
     cells = np.floor(places / CELL).astype(int)
@@ -248,7 +239,9 @@ def moods(cases: list[Case]) -> list[str]:
 
 
 def check_prompts(names: tuple[str, ...]) -> None:
-    """ValueError unless the world's prompts are the town's moods, whose truth we can render."""
+    """Raise UserError unless the world's prompts are the town's moods, whose frames can be
+    rendered.
+    """
     absent = [mood for mood in MOODS if mood not in names]
     if absent:
         raise UserError(

@@ -1,5 +1,5 @@
-"""Dreams to be judged: transformers, each with its steps and sampler, run over a batch of given
-camera paths.
+"""Frames to evaluate: transformers, each with its steps and sampler, run along a batch of camera
+paths.
 """
 
 import re
@@ -34,11 +34,12 @@ class Variant:
 
 
 def parse_variant(text: str, rollout: RolloutConfig) -> list[Variant]:
-    """`[NAME=]FOLDER[@STEPS,...]` -> one variant for each count of steps, `e` behind a count for
+    """`[NAME=]FOLDER[@STEPS,...]` -> one variant per count of steps; an `e` after a count selects
     the Euler solver.
 
-    Without STEPS the world's own list is used. Example: `stage 1=runs/stage1/export@16e,2`.
+    Without STEPS the world's own steps are used. Example: `stage 1=runs/stage1/export@16e,2`.
     Few-step models re-noise between steps (no letter), diffusion models follow the velocity (`e`).
+    Raises UserError for a folder without a transformer or a count that is not valid.
     """
     name, equals, rest = text.partition("=")
     rest = rest if equals else text
@@ -75,26 +76,28 @@ def _describe(config: RolloutConfig) -> str:
 def load_transformer(
     folder: Path, device: torch.device, dtype: torch.dtype
 ) -> CausalWanTransformer:
-    """The transformer of an export folder, to answer only; ValueError when it cannot be read."""
+    """The transformer of an export folder, for inference. Raises UserError when it cannot be
+    read.
+    """
     return load_network(CausalWanTransformer, folder, device, dtype).requires_grad_(False)
 
 
 @torch.inference_mode()
-def dream(
+def generate(
     world: World,
     config: RolloutConfig,
     first: np.ndarray,
     c2w: np.ndarray,
     prompts: list[str],
     seed: int,
-    label: str = "dream",
+    label: str = "generate",
 ) -> Iterator[np.ndarray]:
-    """Dreams on from true first frames along given cameras; yields the frames of one latent after
-    the other.
+    """Generate frames from ground-truth first frames along given cameras; yields those of one
+    latent at a time.
 
     Args:
-        first: uint8 [B, H, W, 3], the true first frames; they become latent 0.
-        c2w: [B, F, 4, 4] one camera a latent, in any world.
+        first: uint8 [B, H, W, 3], the ground-truth first frames; they become latent 0.
+        c2w: [B, F, 4, 4], one camera per latent, in any coordinate frame.
         prompts: B names.
         seed: of all noise; equal seeds and batches give every variant the same first noise.
         label: of the progress bar.
@@ -128,9 +131,8 @@ def dream(
     yield to_frames(decoder.step(latents))
     count = viewmats.shape[1]
     chunk = config.chunk
-    padded = torch.cat(
-        [viewmats, viewmats[:, -1:].expand(-1, chunk - 1, -1, -1)], 1
-    )  # a last chunk may be part-filled
+    # the last chunk may need fewer frames than it has
+    padded = torch.cat([viewmats, viewmats[:, -1:].expand(-1, chunk - 1, -1, -1)], 1)
     with tqdm(total=count - 1, desc=label, unit="latent", leave=False) as bar:
         for start in range(1, count, chunk):
             latents = rollout.step(padded[:, start : start + chunk], lens, generator=generator)
@@ -141,10 +143,10 @@ def dream(
 
 @torch.inference_mode()
 def reconstruct(autoencoder: Autoencoder, frames: np.ndarray, batch: int = 8) -> np.ndarray:
-    """True frames uint8 [B, 4F-3, H, W, 3] through the autoencoder -> the last frame of every
-    latent [B, F, H, W, 3].
+    """Encode and decode frames uint8 [B, 4F-3, H, W, 3] -> the last frame of every latent [B, F, H,
+    W, 3].
 
-    This is the best that any dream through this autoencoder can be.
+    This is the best that generated frames can be with this autoencoder.
     """
     clips = []
     for part in tqdm(
@@ -156,15 +158,8 @@ def reconstruct(autoencoder: Autoencoder, frames: np.ndarray, batch: int = 8) ->
             part[:, :1],
             *np.split(part[:, 1:], (frames.shape[1] - 1) // FRAMES_PER_LATENT, 1),
         ]
-        clips.append(
-            np.stack(
-                [
-                    to_frames(decoder.step(encoder.step(to_video(p, autoencoder))))[:, -1]
-                    for p in pieces
-                ],
-                1,
-            )
-        )
+        latents = (encoder.step(to_video(piece, autoencoder)) for piece in pieces)
+        clips.append(np.stack([to_frames(decoder.step(z))[:, -1] for z in latents], 1))
     return np.concatenate(clips)
 
 

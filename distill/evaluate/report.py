@@ -1,4 +1,4 @@
-"""Results for people: Markdown tables and contact sheets."""
+"""The report of an evaluation: Markdown tables and contact sheets."""
 
 import cv2
 import numpy as np
@@ -8,7 +8,7 @@ GAP = 4  # pixels
 
 
 def markdown(results: dict) -> str:
-    """The results of `evaluate` as a Markdown page: what was asked, then one table a question."""
+    """The results of `evaluate` as a Markdown page: the settings, then one table per question."""
     about = results["about"]
     parts = [
         f"`{about['command']}`",
@@ -21,12 +21,12 @@ def markdown(results: dict) -> str:
     ]
     parts += [drift_table(results["drift"])] if results["drift"] else []
     parts += [windows_table(results["windows"], about["late"])] if results.get("windows") else []
-    parts += [bars_table(results["bars"])] if results["bars"] else []
+    parts += [thresholds_table(results["thresholds"])] if results["thresholds"] else []
     return "\n\n".join(parts) + "\n"
 
 
 def fidelity_table(rows: list[dict]) -> str:
-    """One line a model and horizon."""
+    """One line per model and horizon."""
     head = [
         "model",
         "latent",
@@ -60,8 +60,8 @@ def fidelity_table(rows: list[dict]) -> str:
                 ]
             )
     return (
-        "Against the truth (sharpness: Laplacian energy, dream / truth; retrieval among the "
-        "clip's true frames)\n\n"
+        "Against the ground truth (sharpness: Laplacian energy, generated / true; retrieval among "
+        "the clip's true frames)\n\n"
     ) + table(head, lines)
 
 
@@ -102,25 +102,23 @@ def flow_table(rows: list[dict]) -> str:
 
 
 def drift_table(rows: list[dict]) -> str:
-    """Sharpness and saturation over a long walk, relative to the first frame, dream / the same for
-    the truth.
-    """
+    """Sharpness and saturation over a long walk, relative to the first frame, generated / true."""
     head = ["model", "measure", *(f"{second:.0f} s" for second in rows[0]["seconds"])]
     lines = []
     for row in rows:
         for measure in ("sharpness", "saturation"):
             pairs = zip(row[measure], row[f"{measure}_of_truth"], strict=True)
             lines.append(
-                [row["name"], measure, *(f"{dream:.2f} / {true:.2f}" for dream, true in pairs)]
+                [row["name"], measure, *(f"{ours:.2f} / {true:.2f}" for ours, true in pairs)]
             )
     return (
         "Drift over a long walk (mean of the span that ends there, relative to the first frame: "
-        "dream / truth)\n\n"
+        "generated / true)\n\n"
     ) + table(head, lines)
 
 
 def windows_table(rows: list[dict], late: int) -> str:
-    """What is left of the picture late in a long walk, by window."""
+    """The picture late in a long walk relative to an early one, by window."""
     lines = [
         [row["name"], *(f"{row[measure]:.2f}" for measure in ("sharpness", "saturation", "flow"))]
         for row in rows
@@ -130,13 +128,13 @@ def windows_table(rows: list[dict], late: int) -> str:
     )
 
 
-def bars_table(bars: list[dict]) -> str:
-    """What the embedded world must reach."""
+def thresholds_table(thresholds: list[dict]) -> str:
+    """The requirements on the embedded world."""
     lines = [
-        [bar["name"], bar["bar"], bar["value"], "yes" if bar["passed"] else "**no**"]
-        for bar in bars
+        [entry["name"], entry["threshold"], entry["value"], "yes" if entry["passed"] else "**no**"]
+        for entry in thresholds
     ]
-    return "Bars\n\n" + table(["model", "bar", "measured", "passed"], lines)
+    return "Thresholds\n\n" + table(["model", "threshold", "measured", "passed"], lines)
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
@@ -154,19 +152,19 @@ def contact_sheet(rows: list[tuple[str, np.ndarray]], columns: list[str]) -> np.
         255,
         np.uint8,
     )
-    for place, title in enumerate(columns):
-        _write(picture, title, (LABEL_WIDTH + place * (width + GAP), 17))
+    for column, title in enumerate(columns):
+        _write(picture, title, (LABEL_WIDTH + column * (width + GAP), 17))
     for line, (label, frames) in enumerate(rows):
         top = 24 + line * (height + GAP)
         _write(picture, label, (4, top + height // 2))
-        for place, frame in enumerate(frames):
-            left = LABEL_WIDTH + place * (width + GAP)
+        for column, frame in enumerate(frames):
+            left = LABEL_WIDTH + column * (width + GAP)
             picture[top : top + height, left : left + width] = frame
     return picture
 
 
-def _write(picture: np.ndarray, text: str, place: tuple[int, int]) -> None:
-    cv2.putText(picture, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
+def _write(picture: np.ndarray, text: str, position: tuple[int, int]) -> None:
+    cv2.putText(picture, text, position, cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
 
 
 def _percent(share: float | None) -> str:

@@ -1,5 +1,5 @@
-"""From frames to figures: dreams and truths of a batch of cases in, plain numbers for one row
-out.
+"""Scores of generated frames: from frames and ground truth of a batch of cases to plain numbers for
+one row.
 """
 
 import numpy as np
@@ -19,47 +19,45 @@ from distill.metrics import (
     ssim,
     to_unit,
 )
+from worldmodel.camera import FRAMES_PER_LATENT
 
-SAME_VIEW = (
-    0.02,
-    0.5,
-    # units and degrees under which two poses show one view: a fifth and a twentieth of a latent's
-    # motion
-)
-SHARPNESS_BAR = (0.7, 1.4)  # dream / truth
-RETRIEVAL_BAR = 0.8  # right or neighbour
-RETRIEVAL_LATENT = 8
-FLOW_START = 5  # frames that the momentum takes
+# units and degrees below which two poses show one view: a fifth and a twentieth of a latent's
+# motion
+SAME_VIEW = (0.02, 0.5)
+SHARPNESS_RANGE = (0.7, 1.4)  # required ratio generated / ground truth
+RETRIEVAL_SHARE = 0.8  # required, right or neighbour
+RETRIEVAL_LATENT = 8  # where that is required
+FLOW_START = 5  # frames in which the momentum builds up
 
 
 def fidelity(
-    dream: np.ndarray, true: np.ndarray, cases: list[Case], horizons: list[int]
+    generated: np.ndarray, true: np.ndarray, cases: list[Case], horizons: list[int]
 ) -> dict[str, dict]:
-    """Scores at each horizon. dream, true: uint8 [B, F, H, W, 3], one frame a latent, latent 0
-    given.
+    """Scores at each horizon. generated, true: uint8 [B, F, H, W, 3], one frame per latent, latent
+    0 given.
     """
     candidates = [distinct_poses(case.latents, *SAME_VIEW) for case in cases]
-    truths = [to_unit(frames) for frames in true]
+    targets = [to_unit(frames) for frames in true]
     scores = {}
     for horizon in horizons:
-        image = to_unit(dream[:, horizon])
-        truth = to_unit(true[:, horizon])
+        image = to_unit(generated[:, horizon])
+        target = to_unit(true[:, horizon])
         sharp = sharpness(image)
-        sharp_truth = sharpness(truth)
-        ratio = (sharp / sharp_truth.clamp_min(1e-9)).numpy()
-        related = correlation(image, truth)
+        sharp_target = sharpness(target)
+        ratio = (sharp / sharp_target.clamp_min(1e-9)).numpy()
+        related = correlation(image, target)
         found = [
-            retrieve(correlation_table(image[i : i + 1], truths[i])[0].numpy(), horizon, views)
+            retrieve(correlation_table(image[i : i + 1], targets[i])[0].numpy(), horizon, views)
             for i, views in enumerate(candidates)
-            if views.size > len(views.group) / 2
-            and views.group[horizon] != views.group[0]  # enough motion to tell by
+            # only clips with enough motion to distinguish views
+            if views.size > len(views.group) / 2 and views.group[horizon] != views.group[0]
         ]
         scores[str(horizon)] = {
-            "psnr": _number(psnr(image, truth).mean()),
-            "ssim": _number(ssim(image, truth).mean()),
+            "psnr": _number(psnr(image, target).mean()),
+            "ssim": _number(ssim(image, target).mean()),
             "correlation": _number(related.mean()),
             "correlation_by_case": [_number(value) for value in related],
-            "sharpness": _number(sharp.sum() / sharp_truth.sum()),
+            "sharpness": _number(sharp.sum() / sharp_target.sum()),
             "sharpness_p10": _number(np.percentile(ratio, 10)),
             "sharpness_p90": _number(np.percentile(ratio, 90)),
             "retrieval": {
@@ -73,23 +71,23 @@ def fidelity(
     return scores
 
 
-def leave_and_return(dream: np.ndarray, true: np.ndarray, cases: list[Case]) -> list[dict]:
-    """One entry a path. dream, true: uint8 [B, F, H, W, 3].
+def leave_and_return(generated: np.ndarray, true: np.ndarray, cases: list[Case]) -> list[dict]:
+    """One entry per path. generated, true: uint8 [B, F, H, W, 3].
 
-    With S, R, A the similarity to the true first frame of the dream at the start, on return and
-    away from it: gain = R - A, share = mean(R - A) / mean(S - A) (R2M-Bench's MemoryGain and NMR).
-    A frozen picture gains 0; where nothing was lost on the way out, no share is told.
+    With S, R, A the similarity of the generated frame at the start, on return and away from it to
+    the ground truth's first frame: gain = R - A, share = mean(R - A) / mean(S - A) (R2M-Bench's
+    MemoryGain and NMR). A frozen picture gains 0; share is None where S - A is too small.
     """
     entries = []
     for path in dict.fromkeys(case.kind for case in cases):
         chosen = [index for index, case in enumerate(cases) if case.kind == path]
         reference = to_unit(true[chosen, 0])
-        places = {
+        positions = {
             "start": [0] * len(chosen),
             "away": [cases[i].away for i in chosen],
             "return": [cases[i].back for i in chosen],
         }
-        seen = {name: to_unit(dream[chosen, latents]) for name, latents in places.items()}
+        seen = {name: to_unit(generated[chosen, latents]) for name, latents in positions.items()}
         like = {
             name: correlation(frames, reference).double().mean() for name, frames in seen.items()
         }
@@ -113,8 +111,8 @@ def leave_and_return(dream: np.ndarray, true: np.ndarray, cases: list[Case]) -> 
 
 
 def flow_directions(frames: np.ndarray, cases: list[Case]) -> dict[str, float]:
-    """Share of the cases of each kind whose picture moves the way it must. frames: uint8 [B, T, H,
-    W, 3].
+    """Share of the cases of each kind whose picture moves in the right direction. frames: uint8
+    [B, T, H, W, 3].
     """
     right: dict[str, list[bool]] = {}
     for film, case in zip(frames, cases, strict=True):
@@ -129,16 +127,17 @@ def flow_directions(frames: np.ndarray, cases: list[Case]) -> dict[str, float]:
     return {kind: float(np.mean(values)) for kind, values in right.items()}
 
 
-def drift(dream: np.ndarray, true: np.ndarray, fps: float, spans: int = 6) -> dict:
-    """Sharpness and saturation of a long walk, mean of each span over that of the first frame;
-    dream and truth alike.
+def drift(generated: np.ndarray, true: np.ndarray, fps: float, spans: int = 6) -> dict:
+    """Sharpness and saturation of a long walk: mean of each span over that of the first frame, for
+    generated frames and ground truth.
 
-    dream, true: uint8 [B, F, H, W, 3], one frame a latent.
+    generated, true: uint8 [B, F, H, W, 3], one frame per latent.
     """
-    edges = np.linspace(1, dream.shape[1], min(spans, dream.shape[1] - 1) + 1).round().astype(int)
-    entry = {"seconds": [_number(4 * (edge - 1) / fps) for edge in edges[1:]]}
+    latents = generated.shape[1]
+    edges = np.linspace(1, latents, min(spans, latents - 1) + 1).round().astype(int)
+    entry = {"seconds": [_number(FRAMES_PER_LATENT * (edge - 1) / fps) for edge in edges[1:]]}
     for name, measure in (("sharpness", sharpness), ("saturation", saturation)):
-        for suffix, frames in (("", dream), ("_of_truth", true)):
+        for suffix, frames in (("", generated), ("_of_truth", true)):
             values = torch.stack(
                 [measure(to_unit(column)) for column in frames.swapaxes(0, 1)]
             ).mean(1)
@@ -150,8 +149,8 @@ def drift(dream: np.ndarray, true: np.ndarray, fps: float, spans: int = 6) -> di
 
 
 def lateness(early: np.ndarray, late: np.ndarray) -> dict[str, float]:
-    """What a dream's late frames have of its early ones' sharpness, saturation and motion; both
-    uint8 [B, T, H, W, 3].
+    """Sharpness, saturation and motion of late frames over those of early frames, both uint8 [B, T,
+    H, W, 3].
     """
     measures = {
         "sharpness": lambda frames: float(
@@ -168,21 +167,21 @@ def lateness(early: np.ndarray, late: np.ndarray) -> dict[str, float]:
     }
 
 
-def bars(rows: list[dict], baseline: str, reference: str | None) -> list[dict]:
-    """What the embedded world must reach, for every row that was dreamed.
+def thresholds(rows: list[dict], baseline: str, reference: str | None) -> list[dict]:
+    """The requirements on the embedded world, for every row of generated frames.
 
-    baseline: name of the frozen row. reference: name of the row that distillation must beat, or
+    baseline: name of the frozen row. reference: name of the row that distillation must exceed, or
     None. A margin is clear when the mean of the paired differences is above two standard errors at
     every horizon.
     """
     by_name = {row["name"]: row["horizons"] for row in rows}
     found = []
-    for row in (row for row in rows if row["dreamed"]):
+    for row in (row for row in rows if row["generated"]):
         scores = row["horizons"]
         ratios = [score["sharpness"] for score in scores.values()]
-        low, high = SHARPNESS_BAR
+        low, high = SHARPNESS_RANGE
         found.append(
-            _bar(
+            _threshold(
                 row,
                 f"sharpness {low}-{high} at every horizon",
                 f"{min(ratios):.2f}-{max(ratios):.2f}",
@@ -194,17 +193,17 @@ def bars(rows: list[dict], baseline: str, reference: str | None) -> list[dict]:
         if retrieval["clips"]:
             near = round(retrieval["right"] + retrieval["neighbour"], 6)  # 0.1 + 0.7 is below 0.8
             found.append(
-                _bar(
+                _threshold(
                     row,
-                    f"retrieval at {latent} latents right or neighbour in {RETRIEVAL_BAR:.0%}",
+                    f"retrieval at {latent} latents right or neighbour in {RETRIEVAL_SHARE:.0%}",
                     f"{near:.0%}",
-                    near >= RETRIEVAL_BAR,
+                    near >= RETRIEVAL_SHARE,
                 )
             )
         for other in (name for name in (baseline, reference) if name and name != row["name"]):
             value, clear = _margin(scores, by_name[other])
             found.append(
-                _bar(
+                _threshold(
                     row,
                     f"correlation above '{other}' at every horizon, by over 2 standard errors",
                     value,
@@ -215,7 +214,7 @@ def bars(rows: list[dict], baseline: str, reference: str | None) -> list[dict]:
 
 
 def _margin(scores: dict, other: dict) -> tuple[str, bool]:
-    """The smallest lead over `other` in its own standard errors, as text, and whether every lead is
+    """The smallest lead over `other`, in its own standard errors, as text; whether every lead is
     clear.
     """
     leads = []
@@ -232,8 +231,8 @@ def _margin(scores: dict, other: dict) -> tuple[str, bool]:
     return f"{mean:+.3f} ± {error:.3f} at {horizon}", bool(worst > 0)
 
 
-def _bar(row: dict, text: str, value: str, passed: bool) -> dict:
-    return {"name": row["name"], "bar": text, "value": value, "passed": bool(passed)}
+def _threshold(row: dict, text: str, value: str, passed: bool) -> dict:
+    return {"name": row["name"], "threshold": text, "value": value, "passed": bool(passed)}
 
 
 def _number(value) -> float:

@@ -1,12 +1,12 @@
-"""Causal consistency distillation: neighbours on the teacher's trajectory must lead to the same
-clean latents.
+"""Causal consistency distillation: neighbouring points of the teacher's trajectory must lead to the
+same clean latents.
 
 Source: stage 2 of Causal Forcing++ (arXiv 2605.15141) as in minWM
 `model/camera_naive_consistency.py`. Differs: time steps and their differences stay float32 (the
-reference rounds both to bfloat16, single teacher steps are then wrong by up to 64 %); every chunk
+reference rounds both to bfloat16, which changes single teacher steps by up to 64 %); every chunk
 draws its own pair, where the reference draws one for the whole batch; the pairs reach down to sigma
-0, where the average returns its input, so that the chain is anchored; `x0` is read with the exact
-sigma unless `lookup` is "grid".
+0, where the average returns its input, so that the chain is anchored; `x0` is computed with the
+exact sigma unless `lookup` is "grid".
 """
 
 import torch
@@ -71,8 +71,8 @@ def consistency_loss(
 def predict_x0(predict: Predict, x: Tensor, sigma: Tensor, lookup: str, shift: float) -> Tensor:
     """Clean latents that a velocity network predicts from `x` `[B, C, F, H, W]` at sigma `[B, F]`.
 
-    `lookup` "exact" reads them with sigma itself, "grid" with the nearest of the 1000 sigmas of the
-    grid with this shift.
+    `lookup` "exact" computes them with sigma itself, "grid" with the nearest of the 1000 sigmas of
+    the grid with this shift, as the reference does.
     """
-    read = nearest_grid_sigma(sigma, shift) if lookup == "grid" else sigma
-    return to_x0(x, predict(x, sigma).float(), read)
+    used = nearest_grid_sigma(sigma, shift) if lookup == "grid" else sigma
+    return to_x0(x, predict(x, sigma).float(), used)

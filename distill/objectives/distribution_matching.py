@@ -1,12 +1,9 @@
-"""Distribution matching distillation: the student's rollouts move to where the data's score and
-their own score agree.
+"""Distribution matching distillation: move the student's samples to where the score of the data and
+the score of the student's own distribution agree.
 
-Source: stage 3 of Causal Forcing++ (DMD2 with self-forcing) as in minWM `model/dmd.py`,
-`pipeline/self_forcing_training.py`. The fake score is trained with `flow_matching_loss` on the
-student's samples.
+Source: stage 3 of Causal Forcing++ (DMD2 with self-forcing) as in minWM `model/dmd.py`. The fake
+score learns by flow matching on the student's samples.
 """
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,89 +11,33 @@ from torch import Tensor
 
 from distill.objectives.consistency import predict_x0
 from distill.objectives.flow_matching import GRID, Predict
-from worldmodel.rollout import Rollout
 from worldmodel.schedule import add_noise, nearest_grid_sigma, shift_sigma
 
 
-@dataclass(frozen=True)
-class RolloutDraws:
-    """The chance in one self-rollout.
+def ground_truth_loss(samples: Tensor, target: Tensor, scale: float) -> Tensor:
+    """Half the mean square error of samples against the ground truth, both `[B, C, F, H, W]`.
 
-    `noise` `[B, C, F, H, W]` starts every chunk; `renoise` has one list a chunk, one tensor a step
-    but the last.
-    `first_exit` and `exit`: the step (0 = first) after which the first chunk and all later ones
-    stop; gradients pass through it alone.
+    With `scale` above 0 a cell's square error e (mean over its channels) counts as `scale log(1 + e
+    / scale)` (Cauchy's robust loss): cells near the truth are pulled to it, and cells that nobody
+    can predict are not pulled to the grey mean of their possible contents.
     """
-
-    noise: Tensor
-    exit: int
-    first_exit: int
-    renoise: list[list[Tensor]] | None = None  # None: drawn from the generator
-    context: Tensor | None = (
-        # [B, C, F, H, W], used where the rollout has a context_sigma; None: drawn from the
-        # generator
-        None
-    )
-
-
-def self_rollout(
-    rollout: Rollout,
-    viewmats: Tensor,
-    intrinsics: Tensor,
-    draws: RolloutDraws,
-    *,
-    grad: bool,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Lets the student dream chunk after chunk into its own cache, from wherever `rollout` stands.
-
-    `viewmats` `[B, F, 4, 4]`, `intrinsics` `[B, F, 4]`: cameras of the new frames. Returns `[B, C,
-    F, H, W]`; `grad` lets gradients through.
-    """
-    chunk = rollout.config.chunk
-    samples = []
-    for index, start in enumerate(range(0, viewmats.shape[1], chunk)):
-        frames = slice(start, start + chunk)
-        samples.append(
-            rollout.step(
-                viewmats[:, frames],
-                intrinsics[:, frames],
-                noise=draws.noise[:, :, frames],
-                renoise=draws.renoise[index] if draws.renoise else None,
-                generator=generator,
-                exit_step=draws.first_exit if rollout.frames == 0 else draws.exit,
-                grad=grad,
-                context_noise=None if draws.context is None else draws.context[:, :, frames],
-            )
-        )
-    return torch.cat(samples, dim=2)
-
-
-def truth_loss(samples: Tensor, truth: Tensor, scale: float) -> Tensor:
-    """Half the mean square distance of samples `[B, C, F, H, W]` from the truth; with `scale` above
-    0 far-off cells hardly count.
-
-    A cell's square error e (mean over its channels) counts as `scale log(1 + e / scale)` (Cauchy's
-    robust loss): what is known is pulled to its place, and what nobody can know is not pulled to
-    the grey mean of all that it might be.
-    """
-    error = (samples - truth).square().mean(dim=1)
+    error = (samples - target).square().mean(dim=1)
     return 0.5 * (scale * torch.log1p(error / scale) if scale else error).mean()
 
 
-def coarse_loss(samples: Tensor, truth: Tensor) -> Tensor:
-    """Half the mean square distance of the means over 2x2 latent cells, samples and truth `[B, C,
-    F, H, W]`.
+def low_pass_loss(samples: Tensor, target: Tensor) -> Tensor:
+    """Half the mean square error of means over 2x2 latent cells, samples and target `[B, C, F, H,
+    W]`.
 
-    Its optimum is the expected layout of what a frame shows. What lies inside the cells, edges
-    above all, is left to the score.
+    Its optimum is the expected layout of a frame. Everything inside the cells, above all edges, is
+    left to the score.
     """
-    error = (samples - truth).flatten(1, 2)
+    error = (samples - target).flatten(1, 2)
     return 0.5 * F.avg_pool2d(error, 2, ceil_mode=True).square().mean()
 
 
 def score_sigma(index: Tensor, shift: float, clamp: tuple[float, float]) -> Tensor:
-    """Noise level at which samples are judged, from uniform integers in [0, 1000): shifted,
+    """Noise level at which the scores are compared, from uniform integers in [0, 1000): shifted and
     clamped, same shape.
     """
     return shift_sigma(index.float() / GRID, shift).clamp(*clamp)
@@ -127,7 +68,7 @@ def distribution_gradient(
     """`(x0_fake - x0_real) / mean |x - x0_real|` at one noise level a sample.
 
     `samples` `[B, C, F, H, W]`, `sigma` `[B, F]`. The real score is guided `c + guidance (c - u)`:
-    0 needs no `u`.
+    0 needs no `u`. `lookup` and `shift` as in `predict_x0`.
     """
     noisy = noised(samples, noise, sigma, lookup, shift)
     fake_x0 = predict_x0(fake, noisy, sigma, lookup, shift)
@@ -145,7 +86,7 @@ def distribution_loss(samples: Tensor, gradient: Tensor) -> Tensor:
     return 0.5 * (samples - (samples - gradient).detach()).square().mean()
 
 
-def critic_loss(
+def fake_score_loss(
     fake: Predict, samples: Tensor, sigma: Tensor, noise: Tensor, *, lookup: str, shift: float
 ) -> Tensor:
     """Flow matching of the fake score on the student's samples (no gradient into them)."""

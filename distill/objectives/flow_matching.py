@@ -13,9 +13,8 @@ from worldmodel.schedule import add_noise, sigma_grid
 
 GRID = 1000  # noise levels that training draws from
 
-Predict = Callable[
-    [Tensor, Tensor], Tensor
-]  # noisy latents [B, C, F, H, W], sigma [B, F] -> velocity [B, C, F, H, W]
+# noisy latents [B, C, F, H, W], sigma [B, F] -> velocity [B, C, F, H, W]
+Predict = Callable[[Tensor, Tensor], Tensor]
 
 
 def draw_index(
@@ -31,8 +30,8 @@ def draw_index(
 
 
 def grid_sigma(index: Tensor, shift: float, count: int = GRID) -> Tensor:
-    """Noise level of each grid index, float32, same shape. Uniform indices lie dense near 1 once
-    shifted.
+    """Noise level of each grid index, float32, same shape. The shift makes uniform indices dense
+    near 1.
     """
     return sigma_grid(count, shift).to(index.device)[index]
 

@@ -1,21 +1,26 @@
 """The stages of a recipe, by name, in the order in which they build on each other."""
 
-import importlib
+import torch
 
-# Each stage is the class named here. Only the chosen one is imported.
-STAGES = {
-    "autoencoder": "distill.stages.autoencoder:AutoencoderStage",
-    "bidirectional": "distill.stages.bidirectional:BidirectionalStage",
-    "teacher_forcing": "distill.stages.teacher_forcing:TeacherForcingStage",
-    "consistency": "distill.stages.consistency:ConsistencyStage",
-    "dmd": "distill.stages.dmd:DmdStage",
+from distill.config import Recipe
+from distill.stages.autoencoder import AutoencoderStage
+from distill.stages.bidirectional import BidirectionalStage
+from distill.stages.consistency import ConsistencyStage
+from distill.stages.dmd import DmdStage
+from distill.stages.stage import Stage
+from distill.stages.teacher_forcing import TeacherForcingStage
+
+STAGES: dict[str, type[Stage]] = {
+    "autoencoder": AutoencoderStage,
+    "bidirectional": BidirectionalStage,
+    "teacher_forcing": TeacherForcingStage,
+    "consistency": ConsistencyStage,
+    "dmd": DmdStage,
 }
 
 
-def build_stage(name: str, recipe, device):
+def build_stage(name: str, recipe: Recipe, device: torch.device) -> Stage:
     """The stage `name` (a key of STAGES) of a recipe."""
-    module, kind = STAGES[name].split(":")
-    stage = getattr(importlib.import_module(module), kind)
     if name == "autoencoder":
-        return stage(recipe.autoencoder, recipe.data.root, device)
-    return stage(recipe, device)
+        return AutoencoderStage(recipe.autoencoder, recipe.data.root, device)
+    return STAGES[name](recipe, device)

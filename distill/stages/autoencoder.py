@@ -1,5 +1,5 @@
 """Trains the tiny autoencoder on windows of footage: crisp edges, bounded latents, a decoder that
-forgives small errors.
+is robust against small errors of the latents.
 """
 
 import copy
@@ -8,82 +8,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional
-from torch.utils.data import Dataset
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from distill.config import AutoencoderConfig
-from distill.data.clips import list_clips, read_clip
+from distill.data.clips import VideoWindows
 from distill.ema import MovingAverage
-from distill.growth import grow_autoencoder
-from distill.metrics import luma, second_differences, sharpness
+from distill.metrics import sharpness
+from distill.objectives.reconstruction import detail_term, psnr, reconstruction_terms
 from distill.stages.stage import Loss, Stage
 from worldmodel.camera import FRAMES_PER_LATENT
 from worldmodel.errors import UserError
 from worldmodel.images import to_uint8, to_unit_range
-from worldmodel.models.tiny_autoencoder import TinyAutoencoder
+from worldmodel.models.tiny_autoencoder import (
+    ENCODING_KEYS,
+    MemBlock,
+    TGrow,
+    TinyAutoencoder,
+    TPool,
+)
 from worldmodel.worlds.weights import load_network
 
-
-class VideoWindows(Dataset):
-    """Every window of the footage, {"video": uint8 [3,T,H,W]} with T = 4 * window - 3; the index
-    says clip, first frame and crop.
-
-    `crop`: height and width in pixels of the part that is shown, () = the whole frame: smaller
-    parts of more scenes teach faster. All frames are held in memory as uint8 (a clip of 161 frames
-    at 96x160 is 7.4 MB).
-    """
-
-    def __init__(self, root: Path, window: int, crop: Sequence[int] = ()):
-        self.crop = tuple(crop)
-        self.frames = FRAMES_PER_LATENT * (window - 1) + 1
-        folders = list_clips(root)
-        self.clips = [
-            torch.from_numpy(read_clip(folder).frames)
-            for folder in tqdm(folders, "frames", unit="clip")
-        ]
-        short = [
-            folder
-            for folder, clip in zip(folders, self.clips, strict=True)
-            if len(clip) < self.frames
-        ]
-        if short or not folders:
-            what = f"{short[0]} is shorter" if short else f"{root} holds none"
-            raise UserError(
-                f"expected clips of at least {self.frames} frames, but {what}: collect longer clips"
-            )
-        height, width = (min(clip.shape[axis] for clip in self.clips) for axis in (1, 2))
-        if self.crop and (
-            len(self.crop) != 2 or not (0 < self.crop[0] <= height and 0 < self.crop[1] <= width)
-        ):
-            raise UserError(
-                f"expected crop [height, width] of at most {height}x{width} pixels (the smallest "
-                f"clip), got {list(self.crop)}"
-            )
-        self._ends = np.cumsum([len(clip) - self.frames + 1 for clip in self.clips])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        clip = int(np.searchsorted(self._ends, index, side="right"))
-        start = index - (int(self._ends[clip - 1]) if clip else 0)
-        video = self.clips[clip][start : start + self.frames].permute(3, 0, 1, 2)
-        if self.crop:
-            room = [video.shape[2 + axis] - self.crop[axis] for axis in range(2)]
-            top, left = (
-                int(
-                    torch.randint(r + 1, (), generator=torch.Generator().manual_seed(2 * index + i))
-                )
-                for i, r in enumerate(room)
-            )
-            video = video[:, :, top : top + self.crop[0], left : left + self.crop[1]]
-        return {"video": video}
+_SIZE_KEYS = ("encoder_widths", "encoder_blocks", "decoder_widths", "decoder_blocks")
+_LAYOUT_KEYS = ("latent_channels", "image_channels", "strides", "patch_size")  # cannot grow
 
 
 class AutoencoderStage(Stage):
-    """The stage `autoencoder`: one network, whose `average` follows it and is exported."""
+    """The stage `autoencoder`: one network; its `average` follows it and is exported."""
 
     def __init__(self, config: AutoencoderConfig, clips: Path, device: torch.device | str = "cpu"):
         self.config = config
@@ -111,13 +62,13 @@ class AutoencoderStage(Stage):
         self._windows: VideoWindows | None = None
 
     def dataset(self) -> VideoWindows:
-        """All footage; decoded once."""
+        """All footage, decoded once."""
         if self._windows is None:
             self._windows = VideoWindows(self.clips, self.config.window, self.config.crop)
         return self._windows
 
     def losses(self, batch: dict, step: int, generator: torch.Generator) -> Iterator[Loss]:
-        """The reconstruction of a batch {"video": uint8 [B,3,T,H,W]}."""
+        """The reconstruction loss of a batch {"video": uint8 [B,3,T,H,W]}."""
         video = to_unit_range(batch["video"].to(self.device))
         latents = self.autoencoder.encode(video).float()
         _, std = self.autoencoder.latent_statistics()
@@ -145,17 +96,17 @@ class AutoencoderStage(Stage):
             "latent_norm": norm,
             "psnr": psnr(decoded.clamp(-1, 1), video),
         }
-        energy, truth = (
+        energy, target = (
             sharpness(film.detach().transpose(1, 2).flatten(0, 1)).mean()
             for film in (decoded, video)
         )
-        metrics["sharpness"] = energy / truth.clamp(min=1e-9)
+        metrics["sharpness"] = energy / target.clamp(min=1e-9)
         yield "autoencoder", loss, {name: value.detach() for name, value in metrics.items()}
 
     @torch.no_grad()
     def sample(self, generator: torch.Generator) -> np.ndarray:
-        """Truth above, reconstruction below: first and last frames of four windows, uint8 [2H, 8W,
-        3].
+        """Ground truth above, reconstruction below: first and last frames of four windows, uint8
+        [2H, 8W, 3].
         """
         windows = self.dataset()
         chosen = torch.randint(
@@ -170,10 +121,9 @@ class AutoencoderStage(Stage):
         return to_uint8(picture.permute(1, 2, 0)).cpu().numpy()
 
     def export(self, folder: Path) -> None:
-        """Measures the latents' mean and std over the footage and writes the averaged autoencoder
-        to a folder.
+        """Measure the latents' mean and std over the footage and write the averaged autoencoder.
 
-        With `freeze_encoder` the statistics stay as they are: latents made before remain valid.
+        With `freeze_encoder` the statistics stay as they are, so that existing latents stay valid.
         """
         if not self.config.freeze_encoder:
             measure_latents(self.average, self.dataset().clips, self.device)
@@ -181,23 +131,17 @@ class AutoencoderStage(Stage):
 
 
 def build_autoencoder(config: AutoencoderConfig) -> TinyAutoencoder:
-    """A network of the config's sizes; with `start` it goes on from the trained one there, which
-    may be smaller (see `distill.growth`).
+    """A network of the config's sizes; with `start`, from the trained one there, which may be
+    smaller (see `grow_autoencoder`).
+
+    Raises UserError where `start` is missing or does not fit.
     """
     if config.freeze_encoder and not config.start:
         raise UserError(
-            "expected `start` with freeze_encoder: an untrained encoder cannot be kept; name a "
-            "trained folder"
+            "expected `start` with freeze_encoder: an encoder with random weights cannot be kept; "
+            "name a trained folder"
         )
-    names = (
-        "latent_channels",
-        "encoder_widths",
-        "encoder_blocks",
-        "decoder_widths",
-        "decoder_blocks",
-        "strides",
-        "patch_size",
-    )
+    names = ("latent_channels", *_SIZE_KEYS, "strides", "patch_size")
     network = TinyAutoencoder(**{name: vars(config)[name] for name in names})
     if config.start:
         trained = load_network(TinyAutoencoder, config.start)
@@ -205,49 +149,11 @@ def build_autoencoder(config: AutoencoderConfig) -> TinyAutoencoder:
     return network
 
 
-def reconstruction_terms(decoded: Tensor, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean absolute errors [B,3,T,H,W]: of pixels, of differences to the right and lower neighbour,
-    of 4x4 means.
-    """
-    error = decoded - video
-    edge = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    return error.abs().mean(), edge, functional.avg_pool2d(error.flatten(0, 2), 4).abs().mean()
-
-
-def detail_term(decoded: Tensor, video: Tensor) -> Tensor:
-    """How far the local edge energy of `decoded` [B,3,T,H,W] is from that of `video`, at least 0.
-
-    The energies are means of squares over 5x5 pixels; their distance is Poisson's deviance, whose
-    optimum is the expected energy. So what the latents leave open is drawn as crisp as the truth
-    is, somewhere near, where pointwise terms average it away. Of the luma, since the energies of
-    three colours can be matched with coloured noise.
-    Source: local filter energies as in texture models (Portilla and Simoncelli 2000; DISTS, arXiv
-    2004.07728).
-    """
-    pairs = zip(_edge_energies(decoded), _edge_energies(video), strict=True)
-    return sum((true * (true / ours).log() - true + ours).mean() for ours, true in pairs)
-
-
-def _edge_energies(video: Tensor) -> Iterator[Tensor]:
-    """Local energy [B*T,1,H',W'] of the luma's first and second differences along both axes and of
-    its Laplacian, above 0.
-    """
-    grey = luma(video.transpose(1, 2).flatten(0, 1))
-    across, down = second_differences(grey)
-    for edges in (grey.diff(dim=-1), grey.diff(dim=-2), across, down, across + down):
-        yield functional.avg_pool2d(edges.square(), 5, 2) + 3e-4
-
-
-def psnr(decoded: Tensor, video: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of video in [-1, 1], over all elements."""
-    return -10 * torch.log10((decoded - video).square().mean() / 4)
-
-
 @torch.no_grad()
 def measure_latents(
     autoencoder: TinyAutoencoder, clips: Sequence[Tensor], device: torch.device, frames: int = 17
 ) -> None:
-    """Sets the autoencoder's per-channel statistics from the raw latents of the middle `frames` (4F
+    """Set the autoencoder's per-channel statistics from the raw latents of the middle `frames` (4F
     - 3) of every clip.
 
     clips: uint8 [T,H,W,3] each.
@@ -262,3 +168,97 @@ def measure_latents(
         latents.append(autoencoder.encode(video[None])[0].flatten(1).float())
     std, mean = torch.std_mean(torch.cat(latents, 1), 1)
     autoencoder.set_latent_statistics(mean, std.clamp(min=1e-6))
+
+
+@torch.no_grad()
+def grow_autoencoder(
+    network: TinyAutoencoder, trained: TinyAutoencoder, name: str, same_encoder: bool = False
+) -> None:
+    """Give `network` the weights and latent statistics of `trained`, which has its sizes or smaller
+    ones, so that both compute the same.
+
+    New channels read their inputs but no existing channel reads them; new blocks pass their input
+    on. Source: Net2Net (arXiv 1511.05641), with zeros instead of copies for what is new.
+
+    Args:
+        name: of `trained`, in error messages.
+        same_encoder: the encoder must not grow, since existing latents must stay valid.
+    Raises:
+        UserError: `trained` is larger somewhere or has another layout.
+    """
+    for key in _LAYOUT_KEYS + (ENCODING_KEYS if same_encoder else ()):
+        if _as_list(network.config[key]) != _as_list(trained.config[key]):
+            raise UserError(
+                f"{name}: an autoencoder with {key} {trained.config[key]}, the recipe says "
+                f"{network.config[key]}: its encoder does not fit; set autoencoder.{key}, or "
+                "leave autoencoder.start empty"
+            )
+    for key in _SIZE_KEYS:
+        if any(
+            old > new for new, old in zip(network.config[key], trained.config[key], strict=True)
+        ):
+            sizes = f"{key} {trained.config[key]} cannot shrink to {network.config[key]}"
+            raise UserError(f"{name}: an autoencoder with {sizes}: raise autoencoder.{key}")
+    for layers, old_layers in (
+        (network.encoder, trained.encoder),
+        (network.decoder, trained.decoder),
+    ):
+        old = dict(_layers_by_key(old_layers))
+        for key, layer in _layers_by_key(layers):
+            if key in old:
+                _grow_layer(layer, old[key])
+            else:  # a new block
+                nn.init.zeros_(layer.conv[-1].weight)
+                nn.init.zeros_(layer.conv[-1].bias)
+    network.set_latent_statistics(*(values.flatten() for values in trained.latent_statistics()))
+
+
+def _layers_by_key(layers: nn.Sequential) -> Iterator[tuple[tuple, nn.Module]]:
+    """Every layer with a key that stays when blocks are added: (level, "block" or "layer",
+    number).
+    """
+    level = 0
+    numbers = {}
+    for layer in layers:
+        kind = "block" if isinstance(layer, MemBlock) else "layer"
+        if isinstance(layer, TPool | TGrow):
+            level = level + 1
+            numbers = {}
+        numbers[kind] = numbers.get(kind, -1) + 1
+        yield (level, kind, numbers[kind]), layer
+
+
+def _grow_layer(layer: nn.Module, old: nn.Module) -> None:
+    """Copy `old` into `layer` of the same kind; the old outputs do not read the new inputs."""
+    if isinstance(layer, MemBlock):
+        _grow_conv(layer.conv[0], old.conv[0], inputs=2)  # this frame and the one before
+        _grow_conv(layer.conv[2], old.conv[2])
+        _grow_conv(layer.conv[4], old.conv[4])
+    elif isinstance(layer, TPool):
+        _grow_conv(layer.conv, old.conv, inputs=layer.stride)
+    elif isinstance(layer, TGrow):
+        _grow_conv(layer.conv, old.conv, outputs=layer.stride)
+    elif isinstance(layer, nn.Conv2d):
+        _grow_conv(layer, old)
+
+
+def _grow_conv(conv: nn.Conv2d, old: nn.Conv2d, inputs: int = 1, outputs: int = 1) -> None:
+    """Channels come in `inputs` and `outputs` groups of equal size; every group grows at its
+    end.
+    """
+
+    def grouped(weight: Tensor) -> Tensor:  # [outputs, channels, inputs, channels, 3, 3], a view
+        return weight.unflatten(1, (inputs, -1)).unflatten(0, (outputs, -1))
+
+    weight = grouped(conv.weight)
+    before = grouped(old.weight)
+    rows = before.shape[1]
+    columns = before.shape[3]
+    weight[:, :rows, :, columns:] = 0
+    weight[:, :rows, :, :columns] = before
+    if conv.bias is not None:
+        conv.bias.unflatten(0, (outputs, -1))[:, :rows] = old.bias.unflatten(0, (outputs, -1))
+
+
+def _as_list(value: object) -> object:
+    return list(value) if isinstance(value, tuple | list) else value

@@ -1,5 +1,5 @@
-"""Stage 0: a pose-conditioned video diffusion model that sees whole clips; it later judges what the
-student makes.
+"""Stage 0: a pose-conditioned video diffusion model of whole clips; in stage 3 it scores the
+student's samples.
 """
 
 from collections.abc import Iterator
@@ -30,18 +30,11 @@ class BidirectionalStage(TransformerStage):
             self.device
         )
         weight = training_weight(sigma, self.config.shift) if self.config.weighting else None
-        yield (
-            "student",
-            flow_matching_loss(
-                bidirectional(self.student, windows), windows.latents, sigma, noise, weight
-            ),
-            {},
-        )
+        predict = bidirectional(self.student, windows)
+        yield "student", flow_matching_loss(predict, windows.latents, sigma, noise, weight), {}
 
-    def dream(self, windows: Windows, generator: torch.Generator) -> Tensor:
-        """Euler steps from pure noise: the whole clip is invented, only its cameras and caption are
-        given.
-        """
+    def generate(self, windows: Windows, generator: torch.Generator) -> Tensor:
+        """Euler steps from pure noise: the whole clip is generated from its cameras and caption."""
         predict = bidirectional(self.average, windows)
         x = torch.randn(windows.latents.shape, generator=generator, device=generator.device).to(
             self.device

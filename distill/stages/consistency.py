@@ -61,13 +61,13 @@ class ConsistencyStage(TransformerStage):
             sigma,
             x_next,
             sigma_next,
-            lookup=config.sigma_lookup,
+            lookup="exact",
             shift=config.shift,
         )
         yield "student", loss, {}
 
     def sampling(self) -> RolloutConfig:
-        """A few steps with fresh noise between them, as the model is meant to be used."""
+        """A few steps with new noise between them, as the model is used in play."""
         config = RolloutConfig(
             shift=self.config.shift, chunk=self.config.chunk, window=self.recipe.data.frames
         )

@@ -1,5 +1,5 @@
-"""Stage 3, asymmetric DMD: the student dreams whole clips and learns what a bidirectional model
-thinks of them.
+"""Stage 3, asymmetric DMD: the student generates whole clips and learns from the score of a
+bidirectional model.
 """
 
 from collections.abc import Iterator
@@ -10,41 +10,46 @@ from torch import Tensor
 
 from distill.config import Recipe
 from distill.objectives.distribution_matching import (
-    RolloutDraws,
-    coarse_loss,
-    critic_loss,
     distribution_gradient,
     distribution_loss,
+    fake_score_loss,
+    ground_truth_loss,
+    low_pass_loss,
     score_sigma,
-    self_rollout,
-    truth_loss,
 )
 from distill.objectives.flow_matching import GRID, draw_index
 from distill.optimizer import make_optimizer
+from distill.stages.self_rollout import RolloutDraws, self_rollout
 from distill.stages.stage import Loss, TransformerStage, Windows, bidirectional
 from worldmodel.errors import UserError
 from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.rollout import Rollout, RolloutConfig
 
 
-class Dream(NamedTuple):
-    """What a self-rollout left to be judged."""
+class RolloutSample(NamedTuple):
+    """The part of a self-rollout that is scored."""
 
-    samples: Tensor  # [B, C, F, H, W]
-    windows: Windows  # the clips' own frames at the same places
-    # whether the rollout began with the clips' true first chunk, so that their frames are what it
-    # should show
-    anchored: bool
+    latents: Tensor  # [B, C, F, H, W]
+    windows: Windows  # the clips' own frames at the same cameras
+    anchored: bool  # whether the rollout started from the clips' first chunk, so that it should
+    # show their frames
+
+
+class RolloutPlan(NamedTuple):
+    """Which frames of the windows a self-rollout covers."""
+
+    first: int  # frame of the windows at which the rollout starts
+    unscored: int  # frames generated before the scored ones
 
 
 class DmdStage(TransformerStage):
-    """One step of the student, then `critic_updates` steps of the fake score.
+    """One step of the student, then `fake_score_updates` steps of the fake score.
 
-    Differs: with `dmd.shared` the fake score learns from the rollouts that the student has just
-    learnt from, with noise of its own for every update, instead of from fresh ones. With
-    `dmd.truth` or `dmd.truth_coarse` above 0 rollouts that begin with a clip's true first chunk are
-    also pulled towards its own frames. The score alone only asks whether a dream looks real; this
-    asks, along the student's own past, whether it is the place that it began in.
+    Differs: with `dmd.reuse_rollouts` the fake score learns from the rollouts that the student has
+    just learnt from, with new noise for every update, instead of from new rollouts. With
+    `dmd.ground_truth_weight` or `dmd.ground_truth_low_pass_weight` above 0, rollouts that start
+    from a clip's first chunk are also pulled to that clip's frames: the scores only ask whether a
+    sample looks real; this asks, along the student's own past, whether it still is the same place.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device):
@@ -56,115 +61,100 @@ class DmdStage(TransformerStage):
             )
         super().__init__(recipe, config, device, config.rollout)
         self.real = self.load_frozen(config.real)
-        self.critic = self.load(config.critic or config.real)
-        self.modules["critic"] = self.critic
-        for score in (self.real, self.critic):  # they always see windows of one length
+        self.fake_score = self.load(config.fake_score or config.real)
+        self.modules["fake_score"] = self.fake_score
+        for score in (self.real, self.fake_score):  # their windows have one length
             super().compile(score)
-        self.optimizers["critic"] = make_optimizer(
-            self.critic, config.critic_lr, config.optimiser, recipe.optimiser
+        self.optimizers["fake_score"] = make_optimizer(
+            self.fake_score, config.fake_score_lr, config.optimizer, recipe.optimizer
         )
-        self.judged = config.judged or recipe.data.frames
-        self.score_shift = config.score_shift or config.shift
-        self.batches = 1 if config.shared else config.critic_updates + 1
+        self.score_window = config.score_window or recipe.data.frames
+        self.score_shift = config.score_timestep_shift or config.shift
+        self.batches = 1 if config.reuse_rollouts else config.fake_score_updates + 1
 
     def losses(self, batch: dict, step: int, generator: torch.Generator) -> Iterator[Loss]:
-        shape = torch.Generator().manual_seed(
-            self.recipe.run.seed * 1_000_003 + step
-        )  # alike in all processes: none waits for another
+        # the same in all processes, so that none waits for a longer rollout of another
+        shape = torch.Generator().manual_seed(self.recipe.run.seed * 1_000_003 + step)
         windows = self.prepare(batch, generator)
-        student_part, *critic_parts = windows.split(len(windows.latents) // self.batches)
-        dream = self.dream_along(student_part, generator, shape, grad=True)
-        yield "student", *self._student_loss(dream, generator)
-        for index in range(self.config.critic_updates):
-            if not self.config.shared:
+        student_part, *fake_score_parts = windows.split(len(windows.latents) // self.batches)
+        sample = self.generate_sample(student_part, generator, shape, grad=True)
+        yield "student", *self._student_loss(sample, generator)
+        for index in range(self.config.fake_score_updates):
+            if not self.config.reuse_rollouts:
                 with torch.no_grad():
-                    dream = self.dream_along(critic_parts[index], generator, shape, grad=False)
-            start = _below(dream.samples.shape[2] - self.judged + 1, shape)
-            part = slice(start, start + self.judged)
-            samples = dream.samples[:, :, part].detach()
-            sigma, noise = self._score_draws(samples, generator)
-            yield (
-                "critic",
-                critic_loss(
-                    bidirectional(self.critic, dream.windows.cut(part)),
-                    samples,
-                    sigma,
-                    noise,
-                    **self._reading(),
-                ),
-                {},
-            )
+                    sample = self.generate_sample(
+                        fake_score_parts[index], generator, shape, grad=False
+                    )
+            start = _randint(sample.latents.shape[2] - self.score_window + 1, shape)
+            part = slice(start, start + self.score_window)
+            latents = sample.latents[:, :, part].detach()
+            sigma, noise = self._score_draws(latents, generator)
+            fake = bidirectional(self.fake_score, sample.windows.cut(part))
+            loss = fake_score_loss(fake, latents, sigma, noise, **self._sigma_lookup())
+            yield "fake_score", loss, {}
 
     def _student_loss(
-        self, dream: Dream, generator: torch.Generator
+        self, sample: RolloutSample, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        samples, windows, anchored = dream
+        latents, windows, anchored = sample
         parts = [
-            slice(start, start + self.judged) for start in range(0, samples.shape[2], self.judged)
+            slice(start, start + self.score_window)
+            for start in range(0, latents.shape[2], self.score_window)
         ]
         gradient = torch.cat(
             [
-                self._gradient(samples[:, :, part].detach(), windows.cut(part), generator)
+                self._gradient(latents[:, :, part].detach(), windows.cut(part), generator)
                 for part in parts
             ],
             dim=2,
         )
-        loss = distribution_loss(samples, gradient)
-        metrics = {"gradient": gradient.abs().mean(), "spread": samples.detach().std()}
-        if self.config.truth and anchored:
-            pull = truth_loss(samples, windows.latents, self.config.truth_scale)
-            loss = loss + self.config.truth * pull
-            metrics["truth"] = pull.detach()
-        if self.config.truth_coarse and anchored:
-            pull = coarse_loss(samples, windows.latents)
-            loss = loss + self.config.truth_coarse * pull
-            metrics["coarse"] = pull.detach()
+        loss = distribution_loss(latents, gradient)
+        metrics = {"gradient": gradient.abs().mean(), "spread": latents.detach().std()}
+        config = self.config
+        if config.ground_truth_weight and anchored:
+            term = ground_truth_loss(latents, windows.latents, config.ground_truth_scale)
+            loss = loss + config.ground_truth_weight * term
+            metrics["ground_truth"] = term.detach()
+        if config.ground_truth_low_pass_weight and anchored:
+            term = low_pass_loss(latents, windows.latents)
+            loss = loss + config.ground_truth_low_pass_weight * term
+            metrics["low_pass"] = term.detach()
         return loss, metrics
 
     def _gradient(self, samples: Tensor, windows: Windows, generator: torch.Generator) -> Tensor:
-        """Where both scores want samples `[B, C, F, H, W]` to go."""
+        """Direction in which the two scores want samples `[B, C, F, H, W]` to move."""
         sigma, noise = self._score_draws(samples, generator)
         return distribution_gradient(
             samples,
             sigma,
             noise,
-            fake=bidirectional(self.critic, windows),
+            fake=bidirectional(self.fake_score, windows),
             real=bidirectional(self.real, windows),
             real_unconditional=bidirectional(self.real, windows.without_text()),
             guidance=self.config.guidance,
-            **self._reading(),
+            **self._sigma_lookup(),
         )
 
     def compile(self, network: CausalWanTransformer) -> None:
-        """Nothing for the student: every latent of a rollout sees a longer past, and each length
-        would be compiled anew.
+        """Nothing for the student: every latent of a rollout has a longer past, and each length
+        would be compiled again.
         """
 
-    def dream_along(
+    def generate_sample(
         self, windows: Windows, generator: torch.Generator, shape: torch.Generator, *, grad: bool
-    ) -> Dream:
-        """The last `data.frames` latents of a self-rollout, and the windows cut to them.
+    ) -> RolloutSample:
+        """The last `data.frames` latents of a self-rollout, with the windows cut to them.
 
-        The rollout's length and place are drawn (from `shape`, as is the step that learns), up to
-        all of the windows; a share of the rollouts begins with the true first chunk. What comes
-        before the last frames is dreamed as in play, without gradient, so that the student meets
-        its own long past (Self-Forcing++, arXiv 2510.02283).
+        `shape` draws the rollout's place in the windows, its length up to all of them, the
+        denoising step that learns, and whether the rollout starts from the ground truth's first
+        chunk. The frames before the scored ones are generated as in play, without gradient, so that
+        the student meets its own long past (Self-Forcing++, arXiv 2510.02283).
         """
-        frames = self.recipe.data.frames
-        chunk = self.config.chunk
-        longest = (windows.latents.shape[2] - frames) // chunk
-        start = int((longest + 1) * _share(shape) ** self.config.skew)
-        place = (
-            0
-            if _share(shape) < self.recipe.data.first_share
-            else _below(longest - start + 1, shape)
-        )
-        start = chunk * start
-        place = chunk * place
-        windows = windows.cut(slice(place, place + start + frames))
+        config = self.config
+        plan = self._plan(windows.latents.shape[2], shape)
+        scored = plan.unscored
+        windows = windows.cut(slice(plan.first, plan.first + scored + self.recipe.data.frames))
         latents = windows.latents
-        steps = len(self.config.denoise)
-        first_steps = len(self.config.first_denoise)
         batch, _, _, height, width = latents.shape
         rollout = Rollout(
             self.student,
@@ -178,39 +168,36 @@ class DmdStage(TransformerStage):
         noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(
             self.device
         )
-        exits = _below(steps, shape), _below(first_steps, shape)
-        given = chunk if _share(shape) < self.config.start_share else 0
+        last = len(config.denoise) - 1
+        first_last = len(config.first_denoise) - 1
+        exits = _randint(last + 1, shape), _randint(first_last + 1, shape)
+        given = config.chunk if _rand(shape) < config.gt_first_chunk_prob else 0
+        parts = [latents[:, :, :given]]
         if given:
             with torch.no_grad():
-                rollout.commit(
-                    latents[:, :, :given],
-                    windows.viewmats[:, :given],
-                    windows.intrinsics[:, :given],
-                )
-        parts = [latents[:, :, :given]]
-        if given < start:
-            before = windows.cut(slice(given, start))
-            draws = RolloutDraws(noise[:, :, given:start], steps - 1, first_steps - 1)
-            parts.append(
-                self_rollout(
-                    rollout,
-                    before.viewmats,
-                    before.intrinsics,
-                    draws,
-                    grad=False,
-                    generator=generator,
-                )
-            )
-        judged = windows.cut(slice(max(given, start), None))
-        draws = RolloutDraws(noise[:, :, max(given, start) :], *exits)
-        parts.append(
-            self_rollout(
-                rollout, judged.viewmats, judged.intrinsics, draws, grad=grad, generator=generator
-            )
+                rollout.commit(parts[0], windows.viewmats[:, :given], windows.intrinsics[:, :given])
+        if given < scored:
+            past = windows.cut(slice(given, scored))
+            draws = RolloutDraws(noise[:, :, given:scored], last, first_last)
+            parts.append(_generate(rollout, past, draws, generator, grad=False))
+        learning = windows.cut(slice(max(given, scored), None))
+        draws = RolloutDraws(noise[:, :, max(given, scored) :], *exits)
+        parts.append(_generate(rollout, learning, draws, generator, grad=grad))
+        return RolloutSample(
+            torch.cat(parts, dim=2)[:, :, scored:], windows.cut(slice(scored, None)), given > 0
         )
-        return Dream(
-            torch.cat(parts, dim=2)[:, :, start:], windows.cut(slice(start, None)), given > 0
+
+    def _plan(self, frames: int, shape: torch.Generator) -> RolloutPlan:
+        """Length and place of a rollout within windows of `frames` latents, in whole chunks."""
+        chunk = self.config.chunk
+        longest = (frames - self.recipe.data.frames) // chunk
+        unscored = int((longest + 1) * _rand(shape) ** self.config.length_exponent)
+        first = (
+            0
+            if _rand(shape) < self.recipe.data.first_frame_prob
+            else _randint(longest - unscored + 1, shape)
         )
+        return RolloutPlan(chunk * first, chunk * unscored)
 
     def sampling(self) -> RolloutConfig:
         config = self.config
@@ -221,11 +208,11 @@ class DmdStage(TransformerStage):
             chunk=config.chunk,
             window=config.window,
             sinks=config.sinks,
-            cache_gradient=config.cache_gradient,
+            context_sigma=config.context_sigma,
         )
 
     def _score_draws(self, samples: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """One noise level a sample, `[B, F]`, and noise like the samples."""
+        """One noise level a sample, `[B, F]`, and noise of the samples' shape."""
         batch, _, frames = samples.shape[:3]
         index = draw_index(batch, frames, frames, GRID, generator).to(self.device)
         noise = torch.randn(samples.shape, generator=generator, device=generator.device).to(
@@ -233,13 +220,29 @@ class DmdStage(TransformerStage):
         )
         return score_sigma(index, self.score_shift, self.config.clamp), noise
 
-    def _reading(self) -> dict:
-        return {"lookup": self.config.sigma_lookup, "shift": self.score_shift}
+    def _sigma_lookup(self) -> dict:
+        """Arguments of the objectives that say how a sigma is read: exactly, under this shift."""
+        return {"lookup": "exact", "shift": self.score_shift}
 
 
-def _share(generator: torch.Generator) -> float:
+def _generate(
+    rollout: Rollout,
+    windows: Windows,
+    draws: RolloutDraws,
+    generator: torch.Generator,
+    *,
+    grad: bool,
+) -> Tensor:
+    return self_rollout(
+        rollout, windows.viewmats, windows.intrinsics, draws, grad=grad, generator=generator
+    )
+
+
+def _rand(generator: torch.Generator) -> float:
+    """Uniform in [0, 1)."""
     return float(torch.rand((), generator=generator, device=generator.device))
 
 
-def _below(count: int, generator: torch.Generator) -> int:
+def _randint(count: int, generator: torch.Generator) -> int:
+    """Uniform in 0 .. count - 1."""
     return int(torch.randint(count, (), generator=generator, device=generator.device))

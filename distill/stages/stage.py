@@ -1,5 +1,5 @@
-"""What a stage of a recipe is to the training loop, and what the stages that train the transformer
-share.
+"""The interface between a stage of a recipe and the training loop, and what all stages that train
+the transformer have in common.
 """
 
 import copy
@@ -20,9 +20,10 @@ from distill.config import Recipe, TransformerConfig
 from distill.data.clips import LatentClips
 from distill.ema import MovingAverage
 from distill.objectives.flow_matching import Predict
-from distill.optimizer import Joint, make_optimizer
+from distill.optimizer import JointOptimizer, make_optimizer
 from distill.prompts import open_prompts
 from worldmodel.errors import UserError
+from worldmodel.images import to_uint8
 from worldmodel.models.prope import projection
 from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.models.wan_autoencoder import Autoencoder
@@ -32,22 +33,20 @@ from worldmodel.worlds.weights import open_autoencoder
 
 logger = logging.getLogger(__name__)
 
-Loss = tuple[str, Tensor, dict[str, float | Tensor]]  # optimiser name, scalar loss, metrics
+Loss = tuple[str, Tensor, dict[str, float | Tensor]]  # optimizer name, scalar loss, metrics
 
 
 class Stage(ABC):
-    """One stage: its networks, how a loss is made, what it leaves behind. The loop
-    (`distill/train.py`) does the rest.
+    """One stage: its networks, its losses, its result. The loop (`distill/train.py`) does the rest.
 
-    `modules`: every network that training changes, by name; saved and restored. `optimizers`:
-    theirs, by name; the learning rate that a group begins with is its peak. `averages`: moving
-    averages, by the name of the optimiser
-    whose steps they follow. `batches`: how many batches one step takes from the dataset, collated
-    into one.
+    modules: every network that training changes, by name; saved and restored.
+    optimizers: their optimizers, by name; a group's initial learning rate is its peak.
+    averages: moving averages, by the name of the optimizer whose steps they follow.
+    batches: how many batches one step takes from the dataset, collated into one.
     """
 
     modules: dict[str, nn.Module]
-    optimizers: dict[str, torch.optim.Optimizer | Joint]
+    optimizers: dict[str, torch.optim.Optimizer | JointOptimizer]
     averages: Mapping[str, MovingAverage] = MappingProxyType({})
     batches: int = 1
 
@@ -58,27 +57,27 @@ class Stage(ABC):
         """
 
     def indices(self, drawn: int, count: int, seed: int) -> list[int]:
-        """The next `count` samples after the first `drawn`: endless passes over the dataset, each
-        in a new order.
+        """Indices of the `count` samples after the first `drawn`: endless passes over the dataset,
+        each in a new order.
         """
         length = len(self.dataset())
         return [
-            _shuffled(length, seed, epoch)[place]
-            for epoch, place in (divmod(i, length) for i in range(drawn, drawn + count))
+            _shuffled(length, seed, epoch)[position]
+            for epoch, position in (divmod(i, length) for i in range(drawn, drawn + count))
         ]
 
     @abstractmethod
     def losses(self, batch: dict, step: int, generator: torch.Generator) -> Iterator[Loss]:
-        """The losses of step `step`, lazily: after each one the loop goes backward and steps the
-        optimiser it names.
+        """Yield the losses of step `step`; after each one the loop runs the backward pass and the
+        optimizer that it names.
         """
 
     @abstractmethod
     def export(self, folder: Path) -> None:
-        """Writes the result (averaged weights) with `save_pretrained`."""
+        """Write the result (averaged weights) with `save_pretrained`."""
 
     def sample(self, generator: torch.Generator) -> np.ndarray | None:
-        """A picture of what the stage can do by now, uint8 [H, W, 3], or None."""
+        """A picture of the stage's progress, uint8 [H, W, 3], or None."""
         return None
 
 
@@ -108,7 +107,7 @@ class Windows:
         return [Windows(*parts) for parts in zip(*(x.split(size) for x in fields), strict=True)]
 
     def cut(self, frames: slice) -> "Windows":
-        """The same windows, some of their frames alone."""
+        """Some frames of the same windows."""
         return Windows(
             self.latents[:, :, frames],
             self.viewmats[:, frames],
@@ -121,7 +120,7 @@ class TransformerStage(Stage):
     """A stage whose result is a `CausalWanTransformer`: `student` is trained, `average` follows it
     and is exported.
 
-    `frames`: latents of a sample, where that is not `data.frames`.
+    frames: latents of a sample; 0 = `data.frames`.
     """
 
     def __init__(
@@ -140,7 +139,7 @@ class TransformerStage(Stage):
         self.average = copy.deepcopy(self.student)
         self.modules = {"student": self.student, "average": self.average}
         self.optimizers = {
-            "student": make_optimizer(self.student, config.lr, config.optimiser, recipe.optimiser)
+            "student": make_optimizer(self.student, config.lr, config.optimizer, recipe.optimizer)
         }
         self._decoder = self._load_decoder()
         self.compile(self.student)
@@ -149,58 +148,64 @@ class TransformerStage(Stage):
         }
 
     def open_clips(self, frames: int) -> LatentClips:
-        """What the stage learns from, in windows of `frames` latents."""
+        """The training data, in windows of `frames` latents."""
         return LatentClips(
-            Path(self.recipe.data.root), frames, self.recipe.data.first_share, self.recipe.run.seed
+            Path(self.recipe.data.root),
+            frames,
+            self.recipe.data.first_frame_prob,
+            self.recipe.run.seed,
         )
 
     def load(self, source: str) -> CausalWanTransformer:
         """A trainable transformer: a stage's export, any weights that `load_transformer` reads, or
         random ones for an empty `source`.
 
-        Weights without a camera get one where the recipe's model has one; at zero, so that the
-        first prediction is theirs.
+        Weights without a camera path get one of zeros where the recipe's model has one, so that the
+        first prediction does not change. Raises UserError where the export is missing, or does not
+        fit the clips or prompts.
         """
         if not source:
             return self._checked(new_transformer(self.recipe).to(self.device), "model")
         folder = self.recipe.export_folder(source)
         if folder != Path(source) and not (folder / "config.json").is_file():
             raise UserError(
-                f"no exported transformer in {folder}: train the stage that makes it first, or "
-                "name another folder"
+                f"no exported transformer in {folder}: train that stage first, or name another "
+                "folder"
             )
-        place = source if folder == Path(source) else folder
-        camera = inspect(place).camera
+        location = source if folder == Path(source) else folder
+        camera = inspect(location).camera
         if self.recipe.model.camera and not camera:
-            logger.warning(f"{place} has no camera weights: they begin as zeros")
+            logger.warning(f"{location} has no camera weights: they start as zeros")
         network = load_transformer(
-            place, dtype=torch.float32, camera=camera or self.recipe.model.camera
+            location, dtype=torch.float32, camera=camera or self.recipe.model.camera
         )
-        return self._checked(network.to(self.device), str(place))
+        return self._checked(network.to(self.device), str(location))
 
     def _checked(self, network: CausalWanTransformer, name: str) -> CausalWanTransformer:
-        """The network, when it reads what the clips and prompts hold."""
-        reads = (network.config.in_channels, network.config.text_dim)
+        """The network, if it fits the clips and the prompts."""
+        expected = (network.config.in_channels, network.config.text_dim)
         given = (self._clips.channels, self.prompts.shape[1])
-        if reads != given:
+        if expected != given:
             raise UserError(
-                f"{name}: a network for latents of {reads[0]} channels and prompts of width "
-                f"{reads[1]}, the clips in {self.recipe.data.root} have {given[0]} and the "
+                f"{name}: a network for latents of {expected[0]} channels and prompts of width "
+                f"{expected[1]}, the clips in {self.recipe.data.root} have {given[0]} and the "
                 f"prompts {given[1]}: choose another network, or change model or data"
             )
         return network
 
     def load_frozen(self, source: str) -> CausalWanTransformer:
-        """A transformer that only answers; it is not part of a checkpoint."""
+        """A transformer for inference only; it is not part of a checkpoint."""
         return self.load(source).requires_grad_(False).eval()
 
     def compile(self, network: CausalWanTransformer) -> None:
-        """Compiles a network's blocks for the stage's one shape, if the recipe asks for it."""
+        """Compile a network's blocks for the stage's one shape if `run.compile` is set."""
         for block in network.blocks if self.recipe.run.compile else ():
             block.compile(dynamic=False)
 
     def _load_decoder(self) -> Autoencoder | None:
-        """For the sample pictures; missing files are found now and not hours later."""
+        """The decoder of the sample pictures; missing files raise UserError now, not hours
+        later.
+        """
         if not self.recipe.data.autoencoder:
             return None
         folder = self.recipe.export_folder(self.recipe.data.autoencoder)
@@ -215,11 +220,11 @@ class TransformerStage(Stage):
         return self._clips
 
     def indices(self, drawn: int, count: int, seed: int) -> list[int]:
-        """LatentClips shuffles by itself and has a fresh window for every number."""
+        """Consecutive numbers: LatentClips shuffles by itself and draws a new window for each."""
         return list(range(drawn, drawn + count))
 
     def prepare(self, batch: dict, generator: torch.Generator) -> Windows:
-        """Moves a batch of `LatentClips` to the device and drops some of its captions."""
+        """Move a batch of `LatentClips` to the device and drop some of its captions."""
         rows = torch.tensor(
             [self._rows[caption] for caption in batch["caption"]], device=self.device
         )
@@ -240,28 +245,28 @@ class TransformerStage(Stage):
 
     @torch.no_grad()
     def sample(self, generator: torch.Generator) -> np.ndarray | None:
-        """Two windows, truth above dream, one column a latent; None without `data.autoencoder`."""
+        """Two windows, ground truth above generated frames, one column a latent; None without
+        `data.autoencoder`.
+        """
         if self._decoder is None:
             return None
         items = [self._clips[index] for index in (0, len(self._clips) // 2)]
         windows = self.prepare(torch.utils.data.default_collate(items), generator)
         rows = [
             self._decoder.decode(x)[:, :, ::4]
-            for x in (windows.latents, self.dream(windows, generator))
+            for x in (windows.latents, self.generate(windows, generator))
         ]
-        return (
-            ((_sheet(rows).float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
-        )
+        return to_uint8(_sheet(rows)).cpu().numpy()
 
-    def dream(self, windows: Windows, generator: torch.Generator) -> Tensor:
-        """What the average makes of the windows' cameras from their first true chunk on, `[B, C, F,
-        h, w]`.
+    def generate(self, windows: Windows, generator: torch.Generator) -> Tensor:
+        """Latents `[B, C, F, h, w]` of the average along the windows' cameras, from their first
+        chunk on.
         """
         return roll_out(self.average, windows, self.sampling(), generator)
 
     def sampling(self) -> RolloutConfig:
-        """How the sample pictures are dreamed: the diffusion sampler with `sample_steps` steps, all
-        frames in view.
+        """Sampling of the pictures: the diffusion sampler with `sample_steps` steps, all frames in
+        the window.
         """
         frames = self.recipe.data.frames
         return with_steps(
@@ -297,7 +302,7 @@ def teacher_forced(
 
 
 def bidirectional(model: nn.Module, windows: Windows) -> Predict:
-    """The model as a function of (noisy latents, sigma), every frame in view of every frame."""
+    """The model as a function of (noisy latents, sigma); every frame attends to every frame."""
     matrices = windows.projection
     return lambda x, sigma: model(x, sigma, windows.text, matrices, mode="bidirectional")
 
@@ -305,8 +310,8 @@ def bidirectional(model: nn.Module, windows: Windows) -> Predict:
 def roll_out(
     model: CausalWanTransformer, windows: Windows, config: RolloutConfig, generator: torch.Generator
 ) -> Tensor:
-    """Dreams along the windows' cameras; the first chunk is the true one. Returns `[B, C, F, h,
-    w]`.
+    """Generate latents `[B, C, F, h, w]` along the windows' cameras; the first chunk is the
+    windows' own.
     """
     batch, _, frames, height, width = windows.latents.shape
     rollout = Rollout(
@@ -323,9 +328,11 @@ def roll_out(
         chunks[0], windows.viewmats[:, : config.chunk], windows.intrinsics[:, : config.chunk]
     )
     for start in range(config.chunk, frames, config.chunk):
-        now = slice(start, start + config.chunk)
+        part = slice(start, start + config.chunk)
         chunks.append(
-            rollout.step(windows.viewmats[:, now], windows.intrinsics[:, now], generator=generator)
+            rollout.step(
+                windows.viewmats[:, part], windows.intrinsics[:, part], generator=generator
+            )
         )
     return torch.cat(chunks, dim=2)
 
@@ -356,7 +363,7 @@ def _shuffled(length: int, seed: int, epoch: int) -> list[int]:
 
 def _sheet(rows: list[Tensor]) -> Tensor:
     """Videos `[B, 3, F, H, W]`, one a row -> picture `[B rows H, F W, 3]`, the rows of one sample
-    under each other.
+    stacked.
     """
     stacked = torch.stack(rows, dim=1)  # [B, rows, 3, F, H, W]
     return stacked.permute(0, 1, 4, 3, 5, 2).flatten(3, 4).flatten(0, 2)

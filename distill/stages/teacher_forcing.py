@@ -15,9 +15,9 @@ from worldmodel.schedule import add_noise, training_weight
 class TeacherForcingStage(TransformerStage):
     """Flow matching with one sigma a chunk.
 
-    Differs: with `context_sigma_max` above 0 every frame of the context is noised by a sigma of its
-    own, which the network is told. Dreams are never as clean as footage, and a model that has seen
-    only clean context drifts on its mistakes.
+    Differs: with `context_sigma_max` above 0 every frame of the context is noised by its own sigma,
+    which is an input of the network. Generated frames are never as clean as footage, and a model
+    trained on clean context alone accumulates its errors.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device):

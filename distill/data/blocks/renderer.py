@@ -80,10 +80,10 @@ def render(
     return frames
 
 
-def truth(
+def render_source(
     source: str, c2w, intrinsics, height: int = 96, width: int = 160, samples: int = 2, device="cpu"
 ) -> torch.Tensor:
-    """True frames of the town of a clip (`source` of its meta.yaml) at any poses; as `render`."""
+    """Pictures of the town of a clip (`source` of its meta.yaml) at any poses; see `render`."""
     return render(Town.from_source(source), c2w, intrinsics, height, width, samples, device)
 
 
