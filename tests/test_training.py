@@ -353,7 +353,7 @@ def test_weights_that_are_missing_are_named_before_training(clips, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["file", "folder", "trainer"])
-def test_weights_without_a_camera_become_pose_conditioned(clips, tmp_path, capsys, form):
+def test_weights_without_a_camera_become_pose_conditioned(clips, tmp_path, caplog, form):
     """A small Wan2.1 in its own names starts with the prediction it has without a camera; a step
     later the camera path has learned.
     """
@@ -372,7 +372,7 @@ def test_weights_without_a_camera_become_pose_conditioned(clips, tmp_path, capsy
     )
     stage = build_stage("bidirectional", recipe, torch.device("cpu"))
     plain = load_transformer(file)
-    assert "has no camera weights: they start as zeros" in capsys.readouterr().err
+    assert "has no camera weights: they start as zeros" in caplog.text
     latents = torch.randn(1, 16, 3, 4, 4)
     text = torch.randn(1, 2, 24)
     projection = torch.randn(1, 3, 4, 4) + 4 * torch.eye(4)
@@ -392,7 +392,7 @@ def test_weights_without_a_camera_become_pose_conditioned(clips, tmp_path, capsy
     ).student.config.camera  # its export goes on as any other
 
 
-def test_weights_stay_without_a_camera_where_the_recipe_has_none(clips, tmp_path, capsys):
+def test_weights_stay_without_a_camera_where_the_recipe_has_none(clips, tmp_path, caplog):
     new = build_stage(
         "bidirectional",
         load_recipe(TINY, overrides(clips, tmp_path, "model.camera=false")),
@@ -405,7 +405,7 @@ def test_weights_stay_without_a_camera_where_the_recipe_has_none(clips, tmp_path
     )
     assert (
         not build_stage("bidirectional", recipe, torch.device("cpu")).student.config.camera
-        and capsys.readouterr().err == ""
+        and caplog.text == ""
     )
 
 
