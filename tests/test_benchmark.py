@@ -59,7 +59,7 @@ def test_operations_are_those_that_torch_counts(camera):
     seen = 6 * 6
     cameras = 2 * (2 * 6) * 48 * 16 if camera else 0
     with FlopCounterMode(display=False) as counter:
-        rollout.step(place, lens, settle=False)
+        rollout.step(place, lens, defer_commit=True)
     expected = 2 * (
         pass_flops(model.config, tokens, seen, 5) + 3 * 4 * cameras
     )  # q, k, v and the result of each layer

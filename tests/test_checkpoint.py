@@ -21,6 +21,7 @@ from worldmodel.client.loop import UNSTEERED, Loop
 from worldmodel.client.paths import tour
 from worldmodel.client.scenes import Scenes
 from worldmodel.controls import MOTIONS
+from worldmodel.models.attention import Bidirectional
 from worldmodel.models.prompts import PromptBook
 from worldmodel.models.tiny_autoencoder import TinyAutoencoder
 from worldmodel.session import Session
@@ -151,10 +152,11 @@ def test_model_agrees_with_diffusers_and_owns_its_memory(weights):
     latents = torch.randn(1, 16, 2, 4, 6)
     text = torch.randn(1, 5, 32)
     sigma = torch.tensor([0.5])
-    projection = torch.randn(1, 2, 4, 4) + 4 * torch.eye(4)
+    projmats = torch.randn(1, 2, 4, 4) + 4 * torch.eye(4)
+    context = Bidirectional(ours.layout(*latents.shape[3:]), 2, projmats)
     with torch.no_grad():
         expected = theirs(latents, 1000 * sigma, text, return_dict=False)[0]
-        got = ours(latents, sigma, text, projection)
+        got = ours(latents, sigma, text, context)
         ours.proj_out.bias.zero_()
     assert torch.allclose(got, expected, atol=2e-5)
     assert weights["head.head.bias"].abs().max() > 0

@@ -575,7 +575,7 @@ def test_a_replay_is_shown_at_the_worlds_rate_and_then_handed_over(tmp_path):
     path = np.tile(np.eye(4), (8, 1, 1))
 
     def film(folder):
-        chunks = ((old.step(path[k][None]) if k else old.start(), path[k][None]) for k in range(8))
+        chunks = ((old.step(path[k][None]) if k else old.first, path[k][None]) for k in range(8))
         return chunks, Scene("dunes", str(folder / "start.png"), 3)
 
     machine.scenes.replay = film

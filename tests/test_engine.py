@@ -27,10 +27,11 @@ from worldmodel.engine.engine import (
     Tier,
     choose_attention,
     demand,
-    fitting,
+    select_tiers,
     tiers_from,
 )
 from worldmodel.engine.quantize import quantize
+from worldmodel.models.attention import Bidirectional
 from worldmodel.models.kv_cache import KVCache
 from worldmodel.models.tiny_autoencoder import StreamingDecoder, StreamingEncoder
 from worldmodel.models.transformer import CausalWanTransformer
@@ -63,12 +64,13 @@ def wan():
 )
 def test_memory_decides_the_tier(wan, free, tier):
     config = RolloutConfig(window=12)
-    assert fitting(TIERS, wan, config, HISTORY, int(free * GIB)) == TIERS[tier:]
+    chosen = select_tiers(TIERS, wan, config, HISTORY, int(free * GIB))
+    assert (chosen[0].name, chosen[1:]) == (TIERS[tier].name, TIERS[tier + 1 :])
+    kept = chosen[0].rollout(config, HISTORY).history  # as many latents to rewind as fit
+    assert wan.of(chosen[0], config, HISTORY) <= 0.95 * free * GIB
+    more = replace(chosen[0], history=kept + 1)
+    assert kept == HISTORY or wan.of(more, config, HISTORY) > 0.95 * free * GIB
     assert wan.of(TIERS[tier], config, HISTORY) < free * GIB
-    merged = wan.of(
-        TIERS[tier], replace(config, merge_clean=True), HISTORY
-    )  # a pass leaves two chunks' keys
-    assert merged == wan.of(TIERS[tier], config, HISTORY) + wan.stored
     assert (
         wan.of(TIERS[tier], replace(config, guidance=3.0), HISTORY)
         > wan.of(TIERS[tier], config, HISTORY) + config.chunk * wan.shown
@@ -80,7 +82,7 @@ def test_full_device_is_one_sentence(wan):
         with pytest.raises(
             ValueError, match=r"needs \d+\.\d GiB .* are free: close other programs"
         ):
-            fitting(TIERS, wan, RolloutConfig(), HISTORY, free)
+            select_tiers(TIERS, wan, RolloutConfig(), HISTORY, free)
 
 
 def test_a_world_opens_in_what_is_free_or_asked_for(tiny_bundle, monkeypatch):
@@ -180,11 +182,11 @@ def test_a_full_memory_goes_down_a_tier_and_loses_nothing(world, monkeypatch, fa
     session = walked()
     expected = walked()
     if 0 not in failing:
-        expected.settle()
+        expected.commit_pending()
     expected.rollout = expected.rollout.fork(SMALL.rollout(expected.config, HISTORY))
     world.engine.tiers = (TIERS[0], SMALL)
     out_of_memory(monkeypatch, world.transformer, "forward", failing)
-    session.settle()
+    session.commit_pending()
     chunk = session.step(WALK[6])
     assert chunk.notice == DOWN
     np.testing.assert_array_equal(chunk.frames, expected.step(WALK[6]).frames)
@@ -205,10 +207,12 @@ def test_the_old_ring_is_gone_before_anything_new_is_made(world, monkeypatch):
         session.step(pose)
     old = weakref.ref(session.rollout.cache)
     ring = [
-        weakref.ref(tensor) for layer in session.rollout.cache._ring.values() for tensor in layer
+        weakref.ref(tensor)
+        for layer in session.rollout.cache._ring.layers.values()
+        for tensor in layer
     ]
     left = []  # of the old ring, when weights are stored and when the new window is made
-    for place, name in ((Engine, "refit"), (KVCache, "_new_window")):
+    for place, name in ((Engine, "apply_tier"), (KVCache, "_filled_ring")):
 
         def watched(owner, *inputs, plain=getattr(place, name)):
             if owner is not old():
@@ -252,7 +256,7 @@ def test_every_failure_is_a_tier_until_there_is_none(world, monkeypatch, kind, w
     assert session.frames == 2 and session.step(WALK[2]).index == 2  # somebody did
 
 
-@pytest.mark.parametrize(("place", "name"), [(KVCache, "_new_window"), (engine, "quantize")])
+@pytest.mark.parametrize(("place", "name"), [(KVCache, "_filled_ring"), (engine, "quantize")])
 def test_a_failure_while_going_down_is_a_tier_too(world, monkeypatch, place, name):
     world.engine.tiers = (
         TIERS[0],
@@ -262,7 +266,7 @@ def test_a_failure_while_going_down_is_a_tier_too(world, monkeypatch, place, nam
     monkeypatch.setattr(engine, "quantize", lambda *_: None)
     session = Session(world)
     session.step(WALK[0])
-    session.settle()
+    session.commit_pending()
     out_of_memory(monkeypatch, world.transformer, "forward", {0})
     out_of_memory(monkeypatch, place, name, {0})
     assert session.step(WALK[1]).notice == DOWN
@@ -295,7 +299,7 @@ def test_another_error_is_none_of_memory(world, monkeypatch):
     [
         (StreamingEncoder, "step"),
         (StreamingDecoder, "frames"),
-        (KVCache, "_new_window"),
+        (KVCache, "_filled_ring"),
         (CausalWanTransformer, "forward"),
         (CausalWanTransformer, "encode_text"),
     ],
@@ -304,9 +308,9 @@ def test_a_start_without_memory_goes_down_a_tier(world, monkeypatch, place, name
     world.engine.tiers = (TIERS[0], SMALL)
     out_of_memory(monkeypatch, place, name, {0})
     session = Session(world, image="grey-0")
-    assert session.start().notice == DOWN and session.config.window == 3 and session.frames == 1
+    assert session.first.notice == DOWN and session.config.window == 3 and session.frames == 1
     expected = Session(world, image="grey-0")
-    np.testing.assert_array_equal(session.start().frames, expected.start().frames)
+    np.testing.assert_array_equal(session.first.frames, expected.first.frames)
     np.testing.assert_array_equal(session.step(WALK[0]).frames, expected.step(WALK[0]).frames)
 
 
@@ -326,9 +330,10 @@ def test_eight_bits_are_close(world, weights, most):
     x = torch.randn(1, 16, 2, 4, 6)
     text = torch.randn(1, 3, 8)
     sigma = torch.tensor([0.7])
-    before = world.transformer(x, sigma, text, torch.eye(4).expand(1, 2, 4, 4))
+    context = Bidirectional(world.transformer.layout(4, 6), 2, torch.eye(4).expand(1, 2, 4, 4))
+    before = world.transformer(x, sigma, text, context)
     quantize(world.transformer, weights, torch.device("cpu"))
-    after = world.transformer(x, sigma, text, torch.eye(4).expand(1, 2, 4, 4))
+    after = world.transformer(x, sigma, text, context)
     assert 1e-4 < (after - before).norm() / before.norm() < most
     assert type(world.transformer.blocks[0].ffn.net[2].weight) is not torch.nn.Parameter
     assert type(world.transformer.blocks[0].attn1.prope_out.weight) is torch.nn.Parameter
@@ -357,8 +362,8 @@ def test_without_torchao_the_weights_stay_full(wan, world, monkeypatch):
     with pytest.raises(
         ValueError, match=r"install torchao \(int8 weights need less\), or play a smaller world"
     ):
-        fitting(tiers_from(EngineOptions()), wan, RolloutConfig(), HISTORY, 7 * GIB)
-    assert tiers_from(EngineOptions(memory="8", weights="full"))[0].missed == ""
+        select_tiers(tiers_from(EngineOptions()), wan, RolloutConfig(), HISTORY, 7 * GIB)
+    assert tiers_from(EngineOptions(memory="8", weights="full"))[0].unavailable_weights == ""
 
 
 def test_weights_that_change_are_compiled_anew(tiny_bundle, monkeypatch):
@@ -403,7 +408,7 @@ def test_compiled_blocks_take_over_and_agree(world):
         eager.step(WALK[0]).frames, plain[0]
     )  # nobody waits for the compiler
     compiled.wait()
-    assert compiled.fault == "" and compiled.ready >= 2
+    assert compiled.error == "" and compiled.ready >= 2
     with torch.compiler.set_stance("fail_on_recompile"):  # one code for all blocks
         frames = Session(world, image="grey-0").step(WALK[0]).frames
     assert np.abs(frames.astype(int) - plain[0]).max() <= 1

@@ -104,7 +104,7 @@ def test_an_exported_bundle_plays(trained, tmp_path):
     )
     np.testing.assert_allclose(world.config.intrinsics, (0.5, 0.75, 0.5, 0.5))
     session = Session(world, "snow", world.images("snow")[0], seed=1)
-    assert session.start().frames.shape == (1, 32, 48, 3)
+    assert session.first.frames.shape == (1, 32, 48, 3)
     assert session.step(np.eye(4)).frames.shape == (4, 32, 48, 3)
 
 

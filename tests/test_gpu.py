@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from worldmodel.graphs import CudaRecorder, Graphs
 
 from distill.data.blocks.renderer import render
 from distill.data.blocks.town import Town
 from worldmodel.camera import advance
 from worldmodel.engine.engine import EngineOptions
-from worldmodel.graphs import CudaRecorder, Graphs
 from worldmodel.rollout import Rollout, RolloutConfig
 from worldmodel.session import Session
 from worldmodel.worlds.checkpoint import load_transformer
@@ -62,8 +62,8 @@ def test_no_chunk_waits_for_the_device(merge):
         torch.cuda.set_sync_debug_mode("error")
         try:
             for _ in range(6):
-                rollout.step(viewmats, lens, settle=False)
-            rollout.settle()
+                rollout.step(viewmats, lens, defer_commit=True)
+            rollout.commit_pending()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -80,7 +80,7 @@ def test_no_step_of_a_session_waits_for_the_device(tiny_bundle):
     try:
         for pose in poses[4:]:  # the window is made anew in between
             session.step(pose)
-            session.settle()
+            session.commit_pending()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -141,7 +141,7 @@ def test_recorded_passes_agree_and_wait_for_nobody(config, merge):
             draws = noise[:, :, :, now].unbind()
             dreams[-1].append(
                 rollout.step(
-                    viewmats[:, now], lens, noise=draws[0], renoise=draws[1:], settle=False
+                    viewmats[:, now], lens, noise=draws[0], renoise=draws[1:], defer_commit=True
                 )
             )
 

@@ -19,9 +19,11 @@ from torch.utils._pytree import tree_leaves
 
 from worldmodel import schedule, session
 from worldmodel.camera import advance
+from worldmodel.device import float64_device
 from worldmodel.models import attention, prope, rope, transformer
-from worldmodel.models.kv_cache import Window
-from worldmodel.rollout import Rollout, RolloutConfig, with_steps
+from worldmodel.models.attention import Bidirectional, TeacherForcing
+from worldmodel.models.kv_cache import Ring
+from worldmodel.rollout import Rollout, RolloutConfig, TrainingStep, with_steps
 from worldmodel.worlds.checkpoint import load_transformer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -82,7 +84,7 @@ def test_prope_matches_reference(case):
     for kind, focal in (("frame", lenses(data[f"{case}.Ks"])), ("noK", torch.ones(4))):
         for width in (4, 8):  # as they are, and repeated along a diagonal
             matrices = prope.camera_matrices(
-                prope.projection(data[f"{case}.viewmats"], focal), torch.float32, width
+                prope.projmats(data[f"{case}.viewmats"], focal), torch.float32, width
             )
             assert matrices.key.shape[-1] == width
             for name, matrix in (
@@ -163,32 +165,36 @@ def test_schedule_conversions_are_inverse():
 
 def test_bidirectional_matches_reference(network):
     data, _ = golden("wan_bidirectional")
-    cameras = prope.projection(data["viewmats"], lenses(data["Ks"]))
-    ours = network(data["x"], data["t"] / 1000, data["context"], cameras)
-    torch.testing.assert_close(ours, data["out_camera"], atol=2e-5, rtol=0)
-    torch.testing.assert_close(
-        network(data["x"], data["t"] / 1000, data["context"]),
-        data["out_nocamera"],
-        atol=2e-5,
-        rtol=0,
-    )
+    cameras = prope.projmats(data["viewmats"], lenses(data["Ks"]))
+    layout = network.layout(*data["x"].shape[3:])
+    for projmats, expected in ((cameras, "out_camera"), (None, "out_nocamera")):
+        context = Bidirectional(layout, data["x"].shape[2], projmats)
+        ours = network(data["x"], data["t"] / 1000, data["context"], context)
+        torch.testing.assert_close(ours, data[expected], atol=2e-5, rtol=0)
+
+
+def teacher_forced(model, data, chunk, sigma, cameras=None, clean_sigma=None):
+    """Velocity of the noisy half of a golden case."""
+    noisy, clean = data["x"], data["clean_x"]
+    frames = noisy.shape[2]
+    context = TeacherForcing(model.layout(*noisy.shape[3:]), frames, chunk, cameras)
+    first = torch.zeros_like(sigma) if clean_sigma is None else clean_sigma
+    both = torch.cat([clean, noisy], dim=2), torch.cat([first, sigma], dim=1)
+    return model(*both, data["context"], context)[:, :, frames:]
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_teacher_forcing_matches_reference(network, chunk):
     data, _ = golden(f"tf_block{chunk}")
-    cameras = prope.projection(data["viewmats"], lenses(data["Ks"]))
-    mode = {"mode": "teacher_forcing", "chunk": chunk, "clean": data["clean_x"]}
+    cameras = prope.projmats(data["viewmats"], lenses(data["Ks"]))
     sigma = data["t"] / 1000
     torch.testing.assert_close(
-        network(data["x"], sigma, data["context"], **mode), data["out_nocamera"], atol=2e-5, rtol=0
+        teacher_forced(network, data, chunk, sigma), data["out_nocamera"], atol=2e-5, rtol=0
     )
-    augmented = network(
-        data["x"], sigma, data["context"], cameras, clean_sigma=data["aug_t"] / 1000, **mode
-    )
+    augmented = teacher_forced(network, data, chunk, sigma, cameras, data["aug_t"] / 1000)
     torch.testing.assert_close(augmented, data["out_aug"], atol=2e-5, rtol=0)
     model = load_transformer(GOLDEN / "weights_big.safetensors", attention_head_dim=24)
-    out = model(data["x"], sigma, data["context"], cameras, **mode)
+    out = teacher_forced(model, data, chunk, sigma, cameras)
     torch.testing.assert_close(out, data["out"], atol=2e-5, rtol=0)
     (out * data["loss_w"]).mean().backward()
     names = {
@@ -224,16 +230,10 @@ def test_teacher_forcing_equals_cached_rollout(network, chunk):
     clean = torch.randn(1, 16, frames, 4, 4)
     noise = torch.randn(1, 16, frames, 4, 4)
     (viewmats, lens) = walk(frames)
-    cameras = prope.projection(viewmats.float(), lens[:, None])
-    whole = network(
-        noise,
-        torch.ones(1, frames),
-        text,
-        cameras,
-        mode="teacher_forcing",
-        chunk=chunk,
-        clean=clean,
-    )
+    cameras = prope.projmats(viewmats.float(), lens[:, None])
+    context = TeacherForcing(network.layout(4, 4), frames, chunk, cameras)
+    sigma = torch.cat([torch.zeros(1, frames), torch.ones(1, frames)], dim=1)
+    whole = network(torch.cat([clean, noise], dim=2), sigma, text, context)[:, :, frames:]
     rollout = Rollout(
         network,
         text,
@@ -258,28 +258,21 @@ def test_gradient_checkpointing_changes_nothing():
     for on in (False, True):
         model.gradient_checkpointing = on
         model.zero_grad()
-        model(
-            x,
-            torch.rand(1, 3, generator=torch.Generator().manual_seed(0)),
-            text,
-            mode="teacher_forcing",
-            clean=clean,
-        ).sum().backward()
+        sigma = torch.rand(1, 3, generator=torch.Generator().manual_seed(0))
+        case = {"x": x, "clean_x": clean, "context": text}
+        teacher_forced(model, case, 1, sigma).sum().backward()
         gradients.append(model.blocks[0].attn1.to_k.weight.grad.clone())
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"mode": "guess"}, "mode must be"),
-        ({"mode": "teacher_forcing"}, "clean goes with"),
-        ({"projection": torch.eye(4).expand(1, 2, 4, 4)}, "one camera a latent frame"),
-    ],
-)
-def test_wrong_calls_say_what_is_wrong(network, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        network(torch.randn(1, 16, 3, 4, 4), torch.ones(1), torch.randn(1, 5, 32), **arguments)
+def test_wrong_contexts_say_what_is_wrong(network):
+    layout = network.layout(4, 4)
+    with pytest.raises(ValueError, match="one camera a latent frame is needed, got 2 for 3 frames"):
+        Bidirectional(layout, 3, torch.eye(4).expand(1, 2, 4, 4))
+    with pytest.raises(ValueError, match="teacher forcing needs a multiple of 2 latent frames"):
+        TeacherForcing(layout, 3, 2)
+    with pytest.raises(ValueError, match="multiple of the patch .*, got 5x4 cells: resize"):
+        network.layout(5, 4)
 
 
 # --- rollout
@@ -343,14 +336,13 @@ def test_rollout_matches_reference(network, name):
         if (
             about["sink_size"] == 0
         ):  # places in the window differ from frame numbers by a constant, which cancels
-            relative = replace(config, positions="window", merge_clean=True)
+            relative = replace(config, positions="window")
             torch.testing.assert_close(
                 play_golden(model, data, about, relative), data["latents"], atol=1e-4, rtol=0
             )
 
 
-@pytest.mark.parametrize("merge_clean", [False, True])
-def test_many_guided_steps_match_reference(merge_clean):
+def test_many_guided_steps_match_reference():
     data, about = golden("unipc_causal")
     model = load_transformer(
         GOLDEN / "weights_cd_teacher.safetensors", attention_head_dim=24
@@ -364,12 +356,16 @@ def test_many_guided_steps_match_reference(merge_clean):
         positions="absolute",
         sampler="unipc",
         guidance=about["guidance_scale"],
-        merge_clean=merge_clean,
     )
     rollout = Rollout(
         model, data["context"], config, height=4, width=4, unconditional=data["context_uncond"]
     )
-    torch.testing.assert_close(torch.stack(rollout.sigmas), data["sigmas"][:-1], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        torch.stack([level.sigma for level in rollout.levels]),
+        data["sigmas"][:-1],
+        atol=1e-6,
+        rtol=0,
+    )
     lens = data["Ks"].flatten(2)[:, :, [0, 4, 2, 5]]
     outputs = []
     with torch.no_grad():
@@ -455,22 +451,8 @@ def dream(network, config, frames=10, origin=0.0):
         ), rollout
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        RolloutConfig(window=4, sinks=1),
-        RolloutConfig(window=5),
-        RolloutConfig(window=6, chunk=2, sinks=1),
-    ],
-)
-def test_merged_clean_pass_equals_separate(network, config):
-    separate, _ = dream(network, config)
-    merged, _ = dream(network, replace(config, merge_clean=True))
-    torch.testing.assert_close(merged, separate, atol=2e-5, rtol=0)
-
-
 @pytest.mark.parametrize("positions", ["window", "absolute"])
-def test_a_window_made_ahead_and_one_with_gradients_give_the_same_dream(network, positions):
+def test_a_ring_prepared_ahead_and_one_with_gradients_give_the_same_rollout(network, positions):
     config = RolloutConfig(window=4, sinks=1, positions=positions)
     plain, _ = dream(network, config)
     viewmats, lens = walk(10)
@@ -481,10 +463,13 @@ def test_a_window_made_ahead_and_one_with_gradients_give_the_same_dream(network,
     draws = [torch.Generator().manual_seed(1) for _ in range(2)]
     for i in range(10):
         with torch.no_grad():
-            latents = ahead.step(viewmats[:, i : i + 1], lens, generator=draws[0], settle=False)
-            ahead.settle()  # makes the next window before its camera is known
+            latents = ahead.step(
+                viewmats[:, i : i + 1], lens, generator=draws[0], defer_commit=True
+            )
+            ahead.commit_pending()  # prepares the ring before the next camera is known
         torch.testing.assert_close(latents, plain[:, :, i : i + 1], atol=2e-5, rtol=0)
-        latents = graded.step(viewmats[:, i : i + 1], lens, generator=draws[1], grad=True)
+        training = TrainingStep(exit_step=1 if i else 3)  # the last of 2, of 4 for the first chunk
+        latents = graded.step(viewmats[:, i : i + 1], lens, generator=draws[1], training=training)
         torch.testing.assert_close(latents.detach(), plain[:, :, i : i + 1], atol=2e-5, rtol=0)
 
 
@@ -501,28 +486,27 @@ RINGS = [
 @pytest.mark.parametrize(
     "config", RINGS, ids=lambda config: f"{config.window}-{config.sinks}-{config.chunk}"
 )
-def test_a_ring_that_lives_on_equals_windows_made_anew(network, config):
+def test_a_ring_that_lives_on_equals_one_from_the_store(network, config):
     lasting, rollout = dream(network, config, frames=18)
     viewmats, lens = walk(18)
-    anew = Rollout(network, rollout.text, config, height=4, width=4)
+    fresh = Rollout(network, rollout.text, config, height=4, width=4)
     generator = torch.Generator().manual_seed(1)
     for i in range(0, 18, config.chunk):
-        anew.cache.restore(anew.cache.frames, anew.cache.committed)
+        fresh.cache.restore(fresh.cache.frames, fresh.cache.committed)
         with torch.no_grad():
-            latents = anew.step(viewmats[:, i : i + config.chunk], lens, generator=generator)
+            latents = fresh.step(viewmats[:, i : i + config.chunk], lens, generator=generator)
         torch.testing.assert_close(latents, lasting[:, :, i : i + config.chunk], atol=2e-5, rtol=0)
 
 
 def ring(rollout):
     """Addresses of the tensors that attention reads."""
-    return [x.data_ptr() for layer in rollout.cache._ring.values() for x in layer]
+    if rollout.cache._ring is None:
+        return []
+    return [x.data_ptr() for layer in rollout.cache._ring.layers.values() for x in layer]
 
 
-@pytest.mark.parametrize("merge", [False, True])
-def test_the_ring_stays_where_it_is(network, merge):
-    config = RolloutConfig(
-        window=4, sinks=1, history=6, merge_clean=merge
-    )  # a new anchor every second latent
+def test_the_ring_stays_where_it_is(network):
+    config = RolloutConfig(window=4, sinks=1, history=6)  # a new reference every second latent
     _, rollout = dream(network, config, frames=3)
     first = ring(rollout)
     (viewmats, lens) = walk(10)
@@ -536,22 +520,19 @@ def test_the_ring_stays_where_it_is(network, merge):
         for one in (rollout, twin):
             one.step(viewmats[:, 6:7], lens)
         assert ring(rollout) == first and not set(ring(twin)) & set(first)
-    rollout.step(viewmats[:, 6:7], lens, grad=True)
-    assert (
-        ring(rollout) == []
-    )  # a graph may hold its own window, and nothing else is kept beside it
+    rollout.step(viewmats[:, 6:7], lens, training=TrainingStep(exit_step=1))
+    assert ring(rollout) == []  # a graph may hold a ring of its own, and no other is kept
 
 
 class Full(Exception):
     """No memory for a pass."""
 
 
-@pytest.mark.parametrize("merge", [False, True])
-def test_a_pass_that_failed_half_way_can_be_tried_again(network, merge, monkeypatch):
-    config = RolloutConfig(window=4, sinks=1, merge_clean=merge)
+def test_a_pass_that_failed_half_way_can_be_tried_again(network, monkeypatch):
+    config = RolloutConfig(window=4, sinks=1)
     plain, broken = (dream(network, config, frames=7)[1] for _ in range(2))
     (viewmats, lens) = walk(9)
-    write = Window.write
+    write = Ring.write
     calls = iter(range(100))
 
     def failing(window, *inputs):
@@ -563,65 +544,50 @@ def test_a_pass_that_failed_half_way_can_be_tried_again(network, merge, monkeypa
         draw = torch.Generator().manual_seed(5)
         return torch.cat(
             [
-                rollout.step(viewmats[:, i : i + 1], lens, generator=draw, settle=False)
+                rollout.step(viewmats[:, i : i + 1], lens, generator=draw, defer_commit=True)
                 for i in (7, 8)
             ],
             2,
         )
 
     with torch.no_grad():
-        monkeypatch.setattr(Window, "write", failing)
+        monkeypatch.setattr(Ring, "write", failing)
         with pytest.raises(Full):
             on(broken)
-        broken.settle()
-        plain.settle()
+        broken.commit_pending()
+        plain.commit_pending()
         torch.testing.assert_close(on(broken), on(plain), atol=2e-5, rtol=0)
 
 
-def test_a_pass_without_velocity_leaves_the_same_memory(network):
+def test_a_pass_for_the_cache_alone_stores_the_same(network):
     rollout = dream(network, RolloutConfig(window=4))[1]
     latents = torch.randn(1, network.config.in_channels, 1, 4, 4)
-    text = rollout.text
     viewmats, lens = walk(1)
-    views = [rollout.cache.view(viewmats, lens[:, None], 2, 2) for _ in range(2)]
+    stored = []
     with torch.no_grad():
-        for (view, projection), velocity in zip(views, (True, False)):
-            result = network(
-                latents,
-                torch.zeros(1),
-                text,
-                projection,
-                mode="cached",
-                view=view,
-                velocity=velocity,
-            )
-            assert (result is None) != velocity
-    (full, _), (short, _) = views
-    assert full.fresh.keys() == short.fresh.keys() and len(full.fresh) == network.config.num_layers
-    assert all(
-        torch.equal(a, b)
-        for layer in full.fresh
-        for a, b in zip(full.fresh[layer], short.fresh[layer])
-    )
+        for cache_only in (False, True):
+            context = rollout.cache.begin_chunk(viewmats, lens[:, None])
+            sigma = torch.zeros(1)
+            result = network(latents, sigma, rollout.text, context, cache_only=cache_only)
+            assert (result is None) == cache_only
+            stored.append(context.new_kv)
+    full, short = stored
+    assert full.keys() == short.keys() and len(full) == network.config.num_layers
+    assert all(torch.equal(a, b) for layer in full for a, b in zip(full[layer], short[layer]))
 
 
-def test_a_window_is_freed_with_its_view(network):
+def test_a_context_is_freed_when_it_is_dropped(network):
     rollout = dream(network, RolloutConfig(window=4))[1]
     viewmats, lens = walk(1)
-    view, projection = rollout.cache.view(viewmats, lens[:, None], 2, 2)
+    latents = torch.zeros(1, network.config.in_channels, 1, 4, 4)
     with torch.no_grad():
-        network(
-            torch.zeros(1, network.config.in_channels, 1, 4, 4),
-            torch.zeros(1),
-            rollout.text,
-            projection,
-            mode="cached",
-            view=view,
-        )
-    gone = weakref.ref(view)
-    gc.disable()  # a cycle would be collected sooner or later, after gigabytes of windows
+        context = rollout.cache.begin_chunk(viewmats, lens[:, None])
+        network(latents, torch.zeros(1), rollout.text, context)
+    gone = weakref.ref(context)
+    gc.disable()  # a cycle would be collected sooner or later, after gigabytes of rings
     try:
-        del view
+        del context
+        rollout.cache.restore(rollout.cache.frames, rollout.cache.committed)
         assert gone() is None
     finally:
         gc.enable()
@@ -644,18 +610,15 @@ class NoWaiting(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("positions", ["window", "absolute"])
-def test_no_chunk_waits_for_the_device(network, merge, positions):
-    config = RolloutConfig(
-        window=4, sinks=1, merge_clean=merge, positions=positions, context_sigma=0.005
-    )
+def test_no_chunk_waits_for_the_device(network, positions):
+    config = RolloutConfig(window=4, sinks=1, positions=positions)
     rollout = Rollout(network, torch.ones(1, 5, network.config.text_dim), config, height=4, width=4)
     viewmats, lens = walk(1)
     with torch.no_grad(), NoWaiting():
         for _ in range(6):
-            rollout.step(viewmats, lens, settle=False)
-        rollout.settle()
+            rollout.step(viewmats, lens, defer_commit=True)
+        rollout.commit_pending()
         with pytest.raises(AssertionError, match="makes the host wait"):
             lens[0, 0].item()
 
@@ -673,7 +636,7 @@ def test_no_step_of_a_session_waits_for_the_device(tiny_world, monkeypatch):
     with NoWaiting():
         for step in range(6):
             player.step(advance(np.eye(4), [0.0, 0.0, 0.1 * step], 0.0, 0.0))
-            player.settle()
+            player.commit_pending()
     assert uploads == [(2, 1, 16, 1, 4, 6), (1, 1, 4, 4)] * 6  # noise and camera
 
 
@@ -704,12 +667,12 @@ class Elsewhere(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("exact", ["cpu", "meta"])  # as on MPS, and as on CUDA
-def test_exact_numbers_stay_where_there_are_such(monkeypatch, exact, merge):
-    monkeypatch.setattr(transformer, "float64_device", lambda device: torch.device(exact))
+def test_float64_stays_where_it_is_supported(monkeypatch, exact):
+    for module in (transformer, attention):
+        monkeypatch.setattr(module, "float64_device", lambda device: torch.device(exact))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # "meta" has none
-    config = RolloutConfig(window=4, sinks=1, merge_clean=merge, context_sigma=0.005, history=4)
+    config = RolloutConfig(window=4, sinks=1, history=4)
     model = transformer.CausalWanTransformer(
         num_attention_heads=2,
         attention_head_dim=24,
@@ -731,19 +694,17 @@ def test_exact_numbers_stay_where_there_are_such(monkeypatch, exact, merge):
     )
     with torch.no_grad(), Elsewhere(exact):
         for _ in range(6):
-            rollout.step(viewmats, lens, settle=False)
-        rollout.settle()
+            rollout.step(viewmats, lens, defer_commit=True)
+        rollout.commit_pending()
         rollout.rewind(4)
         latents = rollout.step(viewmats, lens)
-        rollout.settle()
+        rollout.commit_pending()
     assert latents.device.type == rollout.cache.frames[-1].keys.device.type == "meta"
     assert rollout.cache.frames[-1].viewmats.device.type == exact
 
 
 def test_exact_numbers_have_a_place():
-    places = {
-        name: str(rope.float64_device(torch.device(name))) for name in ("cpu", "cuda:1", "mps:0")
-    }
+    places = {name: str(float64_device(torch.device(name))) for name in ("cpu", "cuda:1", "mps:0")}
     assert places == {"cpu": "cpu", "cuda:1": "cuda:1", "mps:0": "cpu"}
 
 
@@ -777,7 +738,7 @@ def test_two_thousand_latents_stay_finite_and_flat():
     work = []
     viewmats, lens = walk(2000)
     generator = torch.Generator().manual_seed(1)  # in a period the ring is written anew once
-    lap = 10 * rollout.cache.period
+    lap = 10 * rollout.cache.rebase_interval
     with torch.no_grad():
         for index in range(2000):
             if index % lap == 0:
@@ -793,9 +754,8 @@ def test_two_thousand_latents_stay_finite_and_flat():
     )  # flat in memory: window, history, and the sink that outlives both
 
 
-@pytest.mark.parametrize("merge", [False, True])
-def test_rewind_and_fork_give_the_same_future(network, merge):
-    config = RolloutConfig(window=3, history=4, merge_clean=merge)
+def test_rewind_and_fork_give_the_same_future(network):
+    config = RolloutConfig(window=3, history=4)
     _, rollout = dream(network, config, frames=6)
     viewmats, lens = walk(9)
     twin = rollout.fork()
@@ -824,12 +784,12 @@ def test_euler_sampler_follows_the_velocity(network):
     rollout = Rollout(network, torch.ones(1, 5, 32), config, height=4, width=4)
     viewmats, lens = walk(1)
     noise = torch.randn(1, 16, 1, 4, 4)
-    cameras = prope.projection(torch.eye(4).expand(1, 1, 4, 4), lens[:, None])
+    cameras = prope.projmats(torch.eye(4).expand(1, 1, 4, 4), lens[:, None])
     x = noise
     for sigma, after in ((1.0, 5 / 6), (5 / 6, 0.0)):
-        x = x + (after - sigma) * network(
-            x, torch.full((1, 1), sigma), torch.ones(1, 5, 32), cameras
-        )
+        context = Bidirectional(network.layout(4, 4), 1, cameras)
+        velocity = network(x, torch.full((1, 1), sigma), torch.ones(1, 5, 32), context)
+        x = x + (after - sigma) * velocity
     torch.testing.assert_close(rollout.step(viewmats, lens, noise=noise), x, atol=2e-5, rtol=0)
 
 

@@ -160,7 +160,6 @@ def replay(
         chunk=chunk,
         window=20,
         positions="absolute",
-        cache_gradient=cache_gradient,
     )
     assert draws[2][0] == exit_step
     rollout = Rollout(model, case["context"], config, batch=batch, height=height, width=width)
@@ -171,6 +170,7 @@ def replay(
         cameras.intrinsics,
         RolloutDraws(noise, exit_step, exit_step, renoise),
         grad=grad,
+        cache_gradient=cache_gradient,
     )
 
 
@@ -282,13 +282,18 @@ def test_first_chunk_has_its_own_steps_as_in_the_reference(name, steps, first_ex
         steps=steps,
         window=20,
         positions="absolute",
-        cache_gradient="straight_through",
-        context_sigma=float(sigma_grid(1000, SHIFT)[-1]),
     )
     rollout = Rollout(model, case["context"], config, height=cells[0], width=cells[1])
     cameras = torch.eye(4).expand(1, frames, 4, 4), torch.ones(1, frames, 4)
     draws = RolloutDraws(noise, exit_step, first_exit, renoise, torch.cat(context, dim=2))
-    samples = self_rollout(rollout, *cameras, draws, grad=True)
+    samples = self_rollout(
+        rollout,
+        *cameras,
+        draws,
+        grad=True,
+        cache_gradient="straight_through",
+        context_sigma=float(sigma_grid(1000, SHIFT)[-1]),
+    )
     close(samples, latents(case["output"]))
     (samples * latents(case["loss_w"])).mean().backward()
     check_gradients(model, case, "grad.")

@@ -131,7 +131,7 @@ def test_a_world_of_ones_own_game_plays(trained, tmp_path):
     assert list((tmp_path / "mine/images").glob("a-castle-at-dawn-*.png"))
     for caption in (CASTLE, CAVE):
         session = Session(world, caption, world.images(caption)[0])
-        assert session.start().frames.shape == (1, 48, 64, 3) and session.step(
+        assert session.first.frames.shape == (1, 48, 64, 3) and session.step(
             np.eye(4)
         ).frames.shape == (4, 48, 64, 3)
     text = (tmp_path / "mine" / "README.md").read_text()

@@ -43,7 +43,7 @@ while True:
 
 def play(folder, session, poses, prompts=None):
     """Plays `poses` into a recording; returns the frames shown."""
-    shown = [session.start().frames] if session.start() is not None and session.frames == 1 else []
+    shown = [session.first.frames] if session.first is not None and session.frames == 1 else []
     with Recorder(folder, session) as recorder:
         for k, pose in enumerate(poses):
             if prompts and k in prompts:

@@ -47,7 +47,7 @@ def variant(request, tmp_path_factory):
 
 def test_shapes_and_bookkeeping(tiny_world):
     session = Session(tiny_world)
-    assert session.start() is None
+    assert session.first is None
     first = session.step(WALK[0])
     second = session.step(WALK[1])
     assert first.frames.shape == (1, 32, 48, 3) and second.frames.shape == (4, 32, 48, 3)
@@ -61,7 +61,7 @@ def test_shapes_and_bookkeeping(tiny_world):
     )
     np.testing.assert_array_equal(session.poses, WALK[:2])
     pictured = Session(tiny_world, image="loud-0")
-    assert pictured.start().frames.shape == (1, 32, 48, 3) and pictured.frames == 1
+    assert pictured.first.frames.shape == (1, 32, 48, 3) and pictured.frames == 1
     assert pictured.step(WALK[0]).frames.shape == (4, 32, 48, 3)
 
 
@@ -180,7 +180,7 @@ def test_save_and_load(variant, tmp_path):
     session.save(tmp_path / "save")
     future = dream(session, walk[3:])
     loaded = Session.load(tmp_path / "save", world)
-    assert (loaded.prompt, loaded.seed, loaded.steps, loaded.start()) == ("loud", 11, 1, None)
+    assert (loaded.prompt, loaded.seed, loaded.steps, loaded.first) == ("loud", 11, 1, None)
     np.testing.assert_array_equal(loaded.image, session.image)
     same(dream(loaded, walk[3:]), future)
     np.testing.assert_array_equal(loaded.poses, session.poses)
@@ -215,9 +215,9 @@ def test_prompt_and_restart(tiny_world):
     plain = dream(Session(tiny_world, image="grey-0"), WALK[:2])
     assert other.prompt == "loud" and not np.array_equal(other.frames, plain[1])
     with pytest.raises(ValueError, match="did you mean 'loud'"):
-        session.restart(0, "load")
+        session.reset(0, "load")
     assert session.frames == 3
-    session.restart(0, "grey", "grey-0")
+    session.reset(0, "grey", "grey-0")
     same(dream(session, WALK[:2]), plain)
 
 

@@ -536,11 +536,11 @@ def test_scenes_say_what_takes_long_once(world, capsys):
         "Reading the prompt",
         "Dreaming the first picture",
     ]
-    assert scene == Scene(LONG, None, 0) and session.start() is None  # nobody drew a picture for it
+    assert scene == Scene(LONG, None, 0) and session.first is None  # nobody drew a picture for it
     scenes.open(scenes.new_seed(scene))
     assert len(stages) == 3 and capsys.readouterr().err.count("was left out") == 1
     assert scenes.next_prompt(scene).prompt == "grey"
-    assert scenes.open(Scene(CHINESE, "loud-1"))[0].start() is not None
+    assert scenes.open(Scene(CHINESE, "loud-1"))[0].first is not None
 
 
 def test_replay_finds_the_words_again(world, encoder, tmp_path, cache):

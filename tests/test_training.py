@@ -28,6 +28,7 @@ from distill.stages import STAGES, build_stage
 from distill.train import learning_rate_factor, train
 from worldmodel.errors import UserError
 from worldmodel.files import LOCK, exclusive
+from worldmodel.models.attention import Bidirectional
 from worldmodel.worlds.checkpoint import load_transformer
 
 ROOT = Path(__file__).parent.parent
@@ -375,10 +376,12 @@ def test_weights_without_a_camera_become_pose_conditioned(clips, tmp_path, caplo
     assert "has no camera weights: they start as zeros" in caplog.text
     latents = torch.randn(1, 16, 3, 4, 4)
     text = torch.randn(1, 2, 24)
-    projection = torch.randn(1, 3, 4, 4) + 4 * torch.eye(4)
+    projmats = torch.randn(1, 3, 4, 4) + 4 * torch.eye(4)
+    context = Bidirectional(stage.student.layout(*latents.shape[3:]), 3, projmats)
     with torch.no_grad():
-        expected = plain(latents, torch.tensor([0.5]), text)
-        first = stage.student(latents, torch.tensor([0.5]), text, projection)
+        alone = Bidirectional(plain.layout(*latents.shape[3:]), 3)
+        expected = plain(latents, torch.tensor([0.5]), text, alone)
+        first = stage.student(latents, torch.tensor([0.5]), text, context)
     assert not plain.config.camera and stage.student.config.camera
     torch.testing.assert_close(first, expected, rtol=0, atol=1e-5)
     train(recipe, "bidirectional")

@@ -23,6 +23,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -30,15 +31,18 @@ from typing import Self
 
 import av
 import numpy as np
+import torch
 import yaml
 from safetensors import SafetensorError
 from tqdm import tqdm
 
 from worldmodel.camera import check_poses, write_pose_json
+from worldmodel.config import as_dict
 from worldmodel.errors import UserError, first_line
 from worldmodel.files import lock, replacing_file, write_file
 from worldmodel.images import read_image, write_png
-from worldmodel.session import FrameChunk, Session, engine
+from worldmodel.rollout import RolloutConfig
+from worldmodel.session import FrameChunk, Session
 from worldmodel.worlds.world import World
 
 VIDEO = "video.mp4"
@@ -92,11 +96,11 @@ class Log:
 class Recorder:
     """Writes every chunk of `session` into the new folder `folder`, in a thread of its own.
 
-    Make it between two steps of the session. The session's start picture is taken by itself when it
-    is not written.
-    Errors: ValueError when the folder cannot be begun. Later nothing is raised: when the disk is
-    full, or the session was rewound or restarted, recording ends, `error` says why in one sentence,
-    and what was written stays readable.
+    Make it between two steps of the session. The session's first chunk is written before the second
+    one when the caller has not written it.
+    Raises UserError when the folder cannot be begun. Later nothing is raised: when the disk is
+    full, or the session was rewound or reset, recording ends, `error` says why in one sentence, and
+    what was written stays readable.
     """
 
     def __init__(self, folder, session: Session):
@@ -108,7 +112,7 @@ class Recorder:
         self._queue: queue.Queue = queue.Queue(QUEUE)
         if self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir())):
             raise UserError(f"{self.folder} exists already; record into a new folder.")
-        middle = session.frames > (0 if session.start() is None else 1)
+        middle = session.first is None or session.frames > session.first.latents
         self._next = session.frames if middle else 0  # index of the chunk that must come
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -132,8 +136,9 @@ class Recorder:
         """
         if self.error or not self._thread.is_alive():
             return False
-        if (self._next, chunk.index) == (0, 1) and self._session.start() is not None:
-            self.write(self._session.start(), np.eye(4))
+        first = self._session.first
+        if self._next == 0 and first is not None and chunk.index == first.latents:
+            self.write(first, self._session.poses[: first.latents])
         if self._next != chunk.index:
             self.error = (
                 f"Recording ended: the session went from latent {self._next} to {chunk.index}, "
@@ -399,8 +404,8 @@ def recover(folder) -> int:
 
 
 def replay(folder, world: World) -> Iterator[FrameChunk]:
-    """Dreams a recording again from its log, chunk by chunk. ValueError when the world is not the
-    recorded one.
+    """Generates a recording again from its log, chunk by chunk, with the threads and the precision
+    it was made with. Raises UserError when the world is not the recorded one.
     """
     folder = Path(folder)
     recover(folder)
@@ -412,20 +417,33 @@ def replay(folder, world: World) -> Iterator[FrameChunk]:
             f"not in {world.config.name!r} ({world.fingerprint}); open the same version of the "
             "same world."
         )
-    for (
-        prompt
-    ) in log.prompts:  # a text that cannot be embedded is reported before anything is dreamed
+    for prompt in log.prompts:  # what cannot be embedded is reported before anything is generated
         world.prompt_encoder.embed(prompt)
+    with _as_recorded(header["engine"]):
+        yield from _generated_again(folder, log, world)
+
+
+def _generated_again(folder: Path, log: Log, world: World) -> Iterator[FrameChunk]:
+    header = log.header
+    lines = list(log.lines)
     if header["middle"]:
         session = Session.load(folder / STATE, world)
     else:
         image = read_image(folder / IMAGE) if header["image"] else None
-        session = Session(world, header["prompt"], image, header["seed"], header["steps"])
-    lines = list(log.lines)
-    if session.start() is not None and lines[0]["index"] == 0:
-        lines.pop(0)
-        yield session.start()
-    while len(lines) >= session.chunk:  # a chunk that was cut in two is not dreamed
+        chunk = 1 if header["image"] else world.config.rollout.chunk
+        if len(lines) < chunk:  # a chunk that was cut in two is not generated
+            return
+        session = Session(
+            world,
+            lines[0]["prompt"],
+            image,
+            header["seed"],
+            header["steps"],
+            c2w=np.array([line["c2w"] for line in lines[:chunk]]),
+        )
+        lines = lines[chunk:]
+        yield session.first
+    while len(lines) >= session.chunk:
         group = lines[: session.chunk]
         lines = lines[session.chunk :]
         if group[0]["prompt"] != session.prompt:
@@ -433,13 +451,60 @@ def replay(folder, world: World) -> Iterator[FrameChunk]:
         yield session.step(np.array([line["c2w"] for line in group]))
 
 
+@contextmanager
+def _as_recorded(recorded: dict) -> Iterator[None]:
+    """Threads and matmul precision as they were when a recording was made: they decide about the
+    last bits.
+    """
+    threads = torch.get_num_threads()
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_num_threads(recorded.get("threads", threads))
+        torch.set_float32_matmul_precision(recorded.get("precision", precision))
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+
+
+def engine(world: World, rollout: RolloutConfig) -> dict:
+    """What decides about the last bit besides the world's weights: written into recordings,
+    compared by `verify`.
+    """
+    return {
+        "torch": torch.__version__,
+        "device": world.device.type,
+        "dtype": str(world.dtype),
+        "threads": torch.get_num_threads(),
+        "precision": torch.get_float32_matmul_precision(),
+        "kernels": torch.backends.cpu.get_cpu_capability(),
+        "rollout": as_dict(rollout),
+        "weights": world.engine.tier.weights,
+        "compiled": world.engine.compiled is not None,
+    }
+
+
+def _engine_differences(now: dict, recorded: dict) -> list[str]:
+    """Names of what is not as it was when recorded. A record that does not hold a name (an older
+    one) says nothing of it; how many latents can be rewound decides no frame.
+    """
+
+    def deciding(value):
+        if not isinstance(value, dict):
+            return value
+        return {name: value.get(name) for name in now["rollout"] if name != "history"}
+
+    shared = [name for name in now if name in recorded]
+    return [name for name in shared if deciding(now[name]) != deciding(recorded[name])]
+
+
 def verify(folder, world: World) -> dict:
-    """Dreams a recording again and compares.
+    """Generates a recording again and compares.
 
     Returns "latents"; "exact" (every frame the same to the last bit); "first_difference" (latent or
     None); "psnr_mean" and "psnr_min" (decibels, against the lossy video, with which other machines
-    can be judged); "engine_differs" (what is not
-    as it was when recorded: torch, device, dtype, threads).
+    can be judged); "engine_differs" (names of what is not as it was when recorded: torch, device,
+    dtype, kernels, ...; empty = the frames should be exact).
     """
     folder = Path(folder)
     recover(folder)
@@ -460,15 +525,16 @@ def verify(folder, world: World) -> dict:
                     _psnr(picture, next(shown)) for picture in (frames[-1:] if first else frames)
                 ]
             bar.update(chunk.latents)
-    engine_now = engine(Session(world, steps=log.header["steps"]))
     recorded = log.header["engine"]
+    with _as_recorded(recorded):
+        now = engine(world, world.rollout(log.header["steps"]))
     return {
         "latents": len(log.lines),
         "exact": not wrong,
         "first_difference": wrong[0] if wrong else None,
         "psnr_mean": float(np.mean(psnr)),
         "psnr_min": float(np.min(psnr)),
-        "engine_differs": [name for name in engine_now if engine_now[name] != recorded.get(name)],
+        "engine_differs": _engine_differences(now, recorded),
     }
 
 
@@ -477,10 +543,8 @@ def verify(folder, world: World) -> dict:
 
 def _header(session: Session, middle: bool) -> dict:
     config = session.world.config
-    start = session.start()
-    prompt = (
-        session.prompt if middle or start is None else start.prompt
-    )  # the start image was taken in with its own
+    # the first chunk was generated with its own prompt
+    prompt = session.prompt if middle else session.first.prompt
     return {
         "format": FORMAT,
         "world": config.name,
@@ -494,7 +558,7 @@ def _header(session: Session, middle: bool) -> dict:
         "height": config.height,
         "width": config.width,
         "intrinsics": config.intrinsics,
-        "engine": engine(session),
+        "engine": engine(session.world, session.config),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

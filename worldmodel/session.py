@@ -20,50 +20,48 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from worldmodel.camera import check_poses, invert
-from worldmodel.config import as_dict, parse_yaml
+from worldmodel.config import parse_yaml
 from worldmodel.device import cores, float64_device, is_out_of_memory, to_device_async
-from worldmodel.engine.engine import HISTORY
 from worldmodel.errors import UserError
 from worldmodel.files import replacing_folder
-from worldmodel.images import fit_picture, read_image, to_frames, to_pixels
-from worldmodel.models.kv_cache import FrameMemory
+from worldmodel.images import fit_picture, read_image, to_frames, to_pixels, to_unit_range
+from worldmodel.models.kv_cache import CachedFrame
 from worldmodel.models.streaming import StreamState
-from worldmodel.rollout import Pending, Rollout, RolloutConfig, with_steps
+from worldmodel.rollout import Rollout, RolloutConfig, UncommittedChunk
 from worldmodel.worlds.world import World
 
 _FORMAT = 1
 _FILES = ("session.yaml", "session.safetensors")
+_PENDING = ("latents", "viewmats", "intrinsics")  # stored as pending.0, pending.1, pending.2
 
 
 @dataclass(frozen=True)
 class FrameChunk:
     """What one step shows."""
 
-    frames: (
-        np.ndarray
-    )  # uint8 [n, H, W, 3] RGB; a session's first latent is 1 frame, later ones are 4 each
+    # uint8 [n, H, W, 3] RGB; a session's first latent is 1 frame, later ones are 4 each
+    frames: np.ndarray
     index: int  # number of the chunk's first latent
     latents: int  # latents in the chunk
-    prompt: str  # the prompt it was dreamed with
-    timings: dict[
-        str, float
-        # milliseconds: "network", "clean" (of the chunk before), "decode", which waits for what
-        # runs beside it
-    ]
+    prompt: str  # the prompt it was generated with
+    # milliseconds: "network", "clean" (of the chunk before), "decode", which includes what runs at
+    # the same time
+    timings: dict[str, float]
     notice: str = ""  # a sentence for the player, when something had to change
 
 
 class Session:
-    """One player's dream of a world.
+    """One player's walk through a world.
 
     world: an opened bundle. prompt: a stored name, or any text in a world with a text encoder; None
     = the world's default.
     image: what latent 0 shows: a start image's name, a picture file or uint8 [H,W,3] (resized and
-    cropped to fit); None = the first chunk is dreamed too.
+    cropped to fit); None = the first chunk is generated too.
     seed: 0 <= seed < 2^63; same seed, poses and prompt = same frames, whatever the timing and
     however often rewound.
     steps: denoising steps of later chunks, None = the world's. history: latents that `rewind` can
-    take back at most.
+    take back at most; None = the world's, as far as memory allows.
+    c2w: see `reset`.
     """
 
     def __init__(
@@ -73,47 +71,52 @@ class Session:
         image=None,
         seed: int = 0,
         steps: int | None = None,
-        history: int = HISTORY,
+        history: int | None = None,
+        c2w=None,
     ):
+        self._open(world, steps, history)
+        self.reset(seed, prompt, image, c2w)
+
+    def _open(self, world: World, steps: int | None, history: int | None) -> None:
         self.world = world
         self.steps = steps
-        self.history = max(history, world.config.rollout.history)
-        self._aside = (
-            torch.cuda.Stream(world.device, priority=-1) if world.device.type == "cuda" else None
-        )
-        self._intrinsics = to_device_async(
-            torch.tensor([world.config.intrinsics], dtype=torch.float64),
-            float64_device(world.device),
-        )
-        self.restart(seed, prompt, image)
+        self.history = world.history if history is None else history
+        self._decoder_stream = None
+        if world.device.type == "cuda":
+            self._decoder_stream = torch.cuda.Stream(world.device, priority=-1)
+        intrinsics = torch.tensor([world.config.intrinsics], dtype=torch.float64)
+        self._intrinsics = to_device_async(intrinsics, float64_device(world.device))
+        self.first: FrameChunk | None = None  # what `reset` returned; None in a loaded session
 
     @torch.no_grad()
-    def restart(self, seed: int = 0, prompt: str | None = None, image=None) -> None:
-        """Begins anew, with the arguments of the constructor; when one is wrong, the session stays
-        as it was.
+    def reset(self, seed: int = 0, prompt: str | None = None, image=None, c2w=None) -> FrameChunk:
+        """Starts over, with the arguments of the constructor, and returns the first chunk; when an
+        argument is wrong, the session stays as it was.
+
+        With a start image the first chunk is its one frame, whose pose is the identity. Otherwise
+        it is generated as seen from `c2w`, [4,4] or [chunk,4,4]; None = from the identity.
         """
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise UserError(f"seed must be a whole number from 0 to 2^63 - 1, got {seed!r}.")
         prompt = self.world.config.prompts.default if prompt is None else prompt
         embedding = self.world.prompt_encoder.embed(prompt)
         picture = None if image is None else _picture(self.world, image)
-        self._fitted()  # refuses wrong `steps`
-        self.seed = seed
-        self.prompt = prompt
-        self.image = picture
-        self._decoder = self.world.autoencoder.streaming_decoder()
-        self._states: OrderedDict[int, StreamState] = OrderedDict()  # decoder after so many latents
-        self._poses: list[np.ndarray] = []
-        self._start: FrameChunk | None = None
-        self._notice = ""  # for the next chunk
-        self.rollout: Rollout | None = (
-            None  # the old memory is given back before the new one is made
-        )
-        self.rollout = self._in_memory(partial(self._begin, embedding[None]))
+        chunk = self.world.rollout(self.steps, self.history).chunk
+        poses = np.eye(4) if c2w is None else c2w
+        if picture is None and np.ndim(poses) == 2:
+            poses = np.stack([poses] * chunk)
+        poses = self._checked_poses(poses, chunk) if picture is None else np.eye(4)[None]
+        self._begin(seed, prompt, picture, embedding)
         if picture is None:
-            self._remember()
+            self.first = self._generate(poses)
         else:
-            self._start = self._show_picture(picture)
+            self.first = self._show_picture(picture, poses)
+        compiled = self.world.engine.compiled
+        if compiled and compiled.before_play:
+            ahead = self.fork()
+            ahead.step(np.stack([poses[-1]] * chunk))
+            ahead.commit_pending()
+        return self.first
 
     @property
     def frames(self) -> int:
@@ -122,7 +125,7 @@ class Session:
 
     @property
     def rewindable(self) -> int:
-        """Latents that `rewind` can take back now at most."""
+        """Latents that `rewind` can take back now."""
         return self.frames - next(iter(self._states))
 
     @property
@@ -132,77 +135,60 @@ class Session:
 
     @property
     def chunk(self) -> int:
-        """Latents a `step` dreams; as many poses are needed."""
+        """Latents that a `step` generates; as many poses are needed."""
         return self.config.chunk
 
     @property
     def config(self) -> RolloutConfig:
-        """How the world is dreamed on in this session."""
+        """How the world is generated in this session."""
         return self.rollout.config
-
-    def start(self) -> FrameChunk | None:
-        """Latent 0 as one frame when the session has a start image (its pose is the identity), else
-        None.
-        """
-        return self._start
 
     @torch.no_grad()
     def step(self, c2w, early: Callable[[np.ndarray], object] | None = None) -> FrameChunk:
-        """Dreams the next chunk as seen from `c2w` [4,4] (one latent) or [chunk,4,4], absolute in
-        the session's frame.
+        """Generates the next chunk as seen from `c2w` [4,4] (one latent) or [chunk,4,4], absolute
+        in the session's frame.
 
         `early` is called with the first frames, uint8 [n,H,W,3], as soon as they are decoded. When
-        the device's memory is full, the world goes down a tier (`worldmodel/engine.py`), `notice`
-        of the result says so, and the chunk is dreamed with that; MemoryError when there is no
-        smaller one. The same goes for `restart` and `set_prompt`, whose notice comes with the next
+        the device's memory is full, the world goes down a tier (`engine/engine.py`), `notice` of
+        the result says so, and the chunk is generated with that; MemoryError when there is no
+        smaller one. The same goes for `reset` and `set_prompt`, whose notice comes with the next
         chunk.
         """
-        poses = check_poses(c2w, self.chunk, "Session.step")
-        if len(poses) != self.chunk:
-            raise UserError(
-                f"Session.step: {self.chunk} poses are needed (the world's chunk), got "
-                f"{len(poses)}."
-            )
-        self._notice = self.world.engine.news() or self._notice
-        latents = self._in_memory(partial(self._dream, poses))
-        return self._in_memory(
-            partial(self._shown, latents, poses, dict(self.rollout.timings)), early=early
-        )
+        poses = self._checked_poses(c2w, self.chunk)
+        self._notice = self.world.engine.pop_warnings() or self._notice
+        return self._generate(poses, early)
 
-    def settle(self) -> None:
+    def commit_pending(self) -> None:
         """Commits the last chunk to memory: worth calling once it is shown; otherwise the next step
         does it first.
         """
-        if not self.config.merge_clean:
-            try:
-                self.rollout.settle()
-            except RuntimeError as error:  # the next step meets it again, and makes room
-                if not is_out_of_memory(error):
-                    raise
+        try:
+            self.rollout.commit_pending()
+        except RuntimeError as error:  # the next step meets it again, and makes room
+            if not is_out_of_memory(error):
+                raise
 
     @torch.no_grad()
     def set_prompt(self, prompt: str) -> None:
-        """The prompt (as in the constructor) from the next chunk on."""
+        """Sets the prompt (as in the constructor) from the next chunk on."""
         embedding = self.world.prompt_encoder.embed(prompt)
         self._in_memory(lambda: self.rollout.set_text(embedding[None]))
         self.prompt = prompt
 
     def rewind(self, latents: int) -> None:
-        """Takes back the last `latents` latents (whole chunks). ValueError, and nothing changes,
-        when that is too many.
+        """Takes back the last `latents` latents (whole chunks). Raises UserError, and nothing
+        changes, when that is too many.
         """
         target = self.frames - latents
         if latents < 0 or target not in self._states:
-            reachable = sorted(self.frames - index for index in self._states)
             raise UserError(
                 f"Cannot take back {latents} latents: whole chunks of {self.chunk}, at most "
-                f"{reachable[-1]} latents now (the last {self.config.history} are kept)."
+                f"{self.rewindable} latents now (the last {self.config.history} are kept)."
             )
         self.rollout.rewind(target)
         self._decoder.restore(self._states[target])
-        self._states = OrderedDict(
-            (index, state) for index, state in self._states.items() if index <= target
-        )
+        for index in [index for index in self._states if index > target]:
+            del self._states[index]
         del self._poses[target:]
 
     def fork(self) -> "Session":
@@ -220,8 +206,8 @@ class Session:
     # -------------------- save, load
 
     def save(self, path) -> None:
-        """Writes the folder `path` from which `load` continues exactly. What was taken for
-        rewinding is not kept.
+        """Writes the folder `path` from which `load` continues exactly. What `rewind` could
+        take back is not kept.
         """
         path = Path(path)
         if path.exists() and not (path / _FILES[0]).is_file():
@@ -246,7 +232,7 @@ class Session:
 
     @classmethod
     def load(cls, path, world: World) -> "Session":
-        """Continues a saved session. ValueError when the save is damaged or belongs to other
+        """Continues a saved session. Raises UserError when the save is damaged or belongs to other
         weights or number types.
         """
         path = Path(path)
@@ -271,9 +257,11 @@ class Session:
             name: tensor if tensor.dtype == torch.float64 else tensor.to(world.device)
             for name, tensor in tensors.items()
         }
-        session = cls(
-            world, values["prompt"], None, values["seed"], values["steps"], values["history"]
-        )
+        session = cls.__new__(cls)
+        session._open(world, values["steps"], values["history"])
+        embedding = world.prompt_encoder.embed(values["prompt"])
+        with torch.no_grad():
+            session._begin(values["seed"], values["prompt"], None, embedding)
         session._restore(tensors, values)
         return session
 
@@ -282,15 +270,16 @@ class Session:
         tensors = {"poses": torch.from_numpy(self.poses)}
         if self.image is not None:
             tensors["image"] = torch.from_numpy(self.image)
-        for memory in self.rollout.cache.visible(1):
+        for frame in self.rollout.cache.visible(1):
             for name in ("keys", "values", "viewmats", "intrinsics"):
-                tensors[f"frame.{memory.index}.{name}"] = getattr(memory, name)
-        for position, tensor in enumerate((self.rollout.pending or ())[:3]):
-            tensors[f"pending.{position}"] = tensor
+                tensors[f"frame.{frame.index}.{name}"] = getattr(frame, name)
+        if self.rollout.pending is not None:
+            for position, name in enumerate(_PENDING):
+                tensors[f"pending.{position}"] = getattr(self.rollout.pending, name)
         state = self._decoder.state()
-        tensors |= {
-            f"decoder.{i}": memory for i, memory in enumerate(state.memories) if memory is not None
-        }
+        for number, memory in enumerate(state.memories):
+            if memory is not None:
+                tensors[f"decoder.{number}"] = memory
         # clones: views of one storage cannot be stored as they are
         plain = {
             name: tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -301,54 +290,63 @@ class Session:
     def _restore(self, tensors: dict[str, Tensor], values: dict) -> None:
         indices = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("frame.")})
         parts = ("keys", "values", "viewmats", "intrinsics")
-        memories = [
-            FrameMemory(i, *(tensors[f"frame.{i}.{part}"] for part in parts)) for i in indices
+        frames = [
+            CachedFrame(i, *(tensors[f"frame.{i}.{part}"] for part in parts)) for i in indices
         ]
-        self.rollout.cache.restore(
-            memories,
-            values["frames"] - (tensors["pending.0"].shape[2] if "pending.0" in tensors else 0),
-        )
+        committed = values["frames"]
         if "pending.0" in tensors:
-            self.rollout.pending = Pending(
-                *(tensors[f"pending.{position}"] for position in range(3))
-            )
+            pending = UncommittedChunk(*(tensors[f"pending.{i}"] for i in range(len(_PENDING))))
+            self.rollout.pending = pending
+            committed -= pending.latents.shape[2]
+        self.rollout.cache.restore(frames, committed)
         self.image = tensors["image"].cpu().numpy() if "image" in tensors else None
         self._poses = list(tensors["poses"].cpu().numpy())
         memories = tuple(tensors.get(f"decoder.{i}") for i in range(values["decoder"]["memories"]))
         self._decoder.restore(StreamState(values["decoder"]["started"], memories))
         self._states.clear()
-        self._remember()
+        self._keep_state()
 
     # -------------------- inside
 
-    def _fitted(self) -> RolloutConfig:
-        """The world's rollout with this session's steps and history, as far as the device's memory
-        goes.
-        """
-        config = self.world.config.rollout
-        config = config if self.steps is None else with_steps(config, self.steps)
-        return self.world.engine.tier.rollout(config, self.history)
+    def _checked_poses(self, c2w, chunk: int) -> np.ndarray:
+        poses = check_poses(c2w, chunk, "Session.step")
+        if len(poses) != chunk:
+            raise UserError(
+                f"Session.step: {chunk} poses are needed (the world's chunk), got {len(poses)}."
+            )
+        return poses
 
-    def _begin(self, text: Tensor) -> Rollout:
-        """A dream without a past."""
-        (rows, columns) = self.world.latent_size
-        device = self.world.device
+    def _begin(self, seed: int, prompt: str, picture: np.ndarray | None, embedding: Tensor) -> None:
+        """Forgets everything and makes a rollout without a past."""
+        self.seed = seed
+        self.prompt = prompt
+        self.image = picture
+        self._decoder = self.world.autoencoder.streaming_decoder()
+        self._states: OrderedDict[int, StreamState] = OrderedDict()  # decoder after so many latents
+        self._poses: list[np.ndarray] = []
+        self._notice = ""  # for the next chunk
+        self.rollout: Rollout | None = None  # frees the old cache before a new one is made
+        self.rollout = self._in_memory(partial(self._new_rollout, embedding[None]))
+        if picture is None:
+            self._keep_state()
+
+    def _new_rollout(self, text: Tensor) -> Rollout:
+        rows, columns = self.world.latent_size
         return Rollout(
             self.world.transformer,
             text,
-            self._fitted(),
+            self.world.rollout(self.steps, self.history),
             height=rows,
             width=columns,
-            device=device,
+            device=self.world.device,
             unconditional=self.world.prompts.unconditional,
-            graphs=self.world.engine.graphs,
         )
 
     def _in_memory(self, work: Callable, **first):
-        """What `work` returns. When the device's memory is full, the world goes down a tier and it
-        is done again, without what is `first`.
+        """What `work` returns. When the device's memory is full, the world goes down a tier and
+        `work` is called again, without the arguments in `first`.
 
-        `work` must find the rollout through the session: one that it held would keep the old memory
+        `work` must find the rollout through the session: one that it held would keep the old cache
         alive.
         """
         full = False
@@ -374,47 +372,47 @@ class Session:
         else:
             self._decoder.reset()
         if self.rollout is not None:
-            self.rollout = self.rollout.fork(self._fitted())
-        self._trim_states()
-        self.world.engine.refit(self.world.transformer)  # in the memory that the old ring has left
+            self.rollout = self.rollout.fork(self.world.rollout(self.steps, self.history))
+        self._drop_old_states()
+        # in the memory that the old ring has left
+        self.world.engine.apply_tier(self.world.transformer)
 
-    def _dream(self, poses: np.ndarray) -> Tensor:
+    def _generate(
+        self, poses: np.ndarray, early: Callable[[np.ndarray], object] | None = None
+    ) -> FrameChunk:
+        latents = self._in_memory(partial(self._next_latents, poses))
+        timings = dict(self.rollout.timings)
+        return self._in_memory(partial(self._decoded, latents, poses, timings), early=early)
+
+    def _next_latents(self, poses: np.ndarray) -> Tensor:
         """Clean latents of the next chunk."""
         noise, renoise = self._noise(self.frames)
         return self.rollout.step(
-            self._viewmats(poses), self._intrinsics, noise=noise, renoise=renoise, settle=False
+            self._viewmats(poses), self._intrinsics, noise=noise, renoise=renoise, defer_commit=True
         )
 
-    def _show_picture(self, picture: np.ndarray) -> FrameChunk:
+    def _show_picture(self, picture: np.ndarray, pose: np.ndarray) -> FrameChunk:
         started = time.perf_counter()
-        pose = np.eye(4)[None]
         latents = self._in_memory(partial(self._encoded, picture))
-        self.rollout.put_off(latents, self._viewmats(pose), self._intrinsics)
-        self._in_memory(lambda: self.rollout.settle())
-        clean = (time.perf_counter() - started) * 1e3
-        return self._in_memory(
-            partial(self._shown, latents, pose, {"network": 0.0, "clean": clean})
-        )
+        self.rollout.defer_commit(latents, self._viewmats(pose), self._intrinsics)
+        self._in_memory(lambda: self.rollout.commit_pending())
+        timings = {"network": 0.0, "clean": (time.perf_counter() - started) * 1e3}
+        return self._in_memory(partial(self._decoded, latents, pose, timings))
 
     def _encoded(self, picture: np.ndarray) -> Tensor:
         """A picture, uint8 [H,W,3], as latent 0."""
-        video = (
-            to_device_async(torch.from_numpy(picture), self.world.device)
-            .permute(2, 0, 1)[None, :, None]
-            .float()
-            / 127.5
-            - 1
-        )
+        pixels = to_device_async(torch.from_numpy(picture), self.world.device)
+        video = to_unit_range(pixels.permute(2, 0, 1)[None, :, None])
         return self.world.autoencoder.streaming_encoder().step(video).float()
 
-    def _shown(
+    def _decoded(
         self,
         latents: Tensor,
         poses: np.ndarray,
         timings: dict[str, float],
         early: Callable[[np.ndarray], object] | None = None,
     ) -> FrameChunk:
-        """Decodes a chunk that has been committed and remembers that it was shown."""
+        """Decodes a generated chunk and counts it as shown."""
         started = time.perf_counter()
         pieces = []
         for frames in self._pictures(latents):
@@ -426,57 +424,56 @@ class Session:
         notice = self._notice
         self._notice = ""
         self._poses.extend(poses)
-        self._remember()
+        self._keep_state()
         return FrameChunk(np.concatenate(pieces), index, len(poses), self.prompt, timings, notice)
 
     def _pictures(self, latents: Tensor) -> Iterator[np.ndarray]:
         """The frames of a chunk, uint8 [n,H,W,3] at a time, as the decoder makes them.
 
-        The chunk's clean pass runs beside it where there is room: on CUDA the decoder has a stream
-        of its own, and its copies go to pinned memory; on a CPU with as many cores left over as
-        torch uses, the clean pass has a thread of its own.
+        The chunk's clean pass runs at the same time where there is room: on CUDA the decoder has a
+        stream of its own, and its copies go to pinned memory; on a CPU with as many cores left over
+        as torch uses, the clean pass has a thread of its own.
         """
-        if self._aside is None:
-            with self._settling():
+        if self._decoder_stream is None:
+            with self._committing():
                 yield from (to_frames(video)[0] for video in self._decoder.frames(latents))
             return
-        self._aside.wait_stream(torch.cuda.current_stream(self.world.device))
-        with torch.cuda.stream(self._aside):
-            latents.record_stream(self._aside)
+        self._decoder_stream.wait_stream(torch.cuda.current_stream(self.world.device))
+        with torch.cuda.stream(self._decoder_stream):
+            latents.record_stream(self._decoder_stream)
             copies = [_to_pinned_memory(video) for video in self._decoder.frames(latents)]
-        self.settle()
+        self.commit_pending()
         for pixels, arrived in copies:
             arrived.synchronize()
             yield pixels.numpy()[0]
 
     @contextmanager
-    def _settling(self) -> Iterator[None]:
-        """Settles beside what is done within, on a CPU with cores to spare; elsewhere that is left
-        to the caller of `step`.
+    def _committing(self) -> Iterator[None]:
+        """Commits the pending chunk while the block runs, on a CPU with cores to spare; elsewhere
+        that is left to the caller of `step`.
         """
         threads = torch.get_num_threads()
         if self.world.device.type != "cpu" or 2 * threads > cores():
             yield
             return
-        settled = _second_thread().submit(_as_here(self.settle, threads))
+        committed = _second_thread().submit(_as_here(self.commit_pending, threads))
         try:
             yield
         finally:
-            settled.result()
+            committed.result()
 
-    def _remember(self) -> None:
+    def _keep_state(self) -> None:
         self._states[self.frames] = self._decoder.state()
-        self._trim_states()
+        self._drop_old_states()
 
-    def _trim_states(self) -> None:
+    def _drop_old_states(self) -> None:
         while self._states and next(iter(self._states)) < self.frames - self.config.history:
             self._states.popitem(last=False)
 
     def _viewmats(self, c2w: np.ndarray) -> Tensor:
-        """c2w [F,4,4] -> w2c [1,F,4,4] float64 on the device, or where that keeps its float64."""
-        return to_device_async(
-            torch.from_numpy(invert(c2w))[None], float64_device(self.world.device)
-        )
+        """c2w [F,4,4] -> w2c [1,F,4,4] float64 on `device.float64_device`."""
+        viewmats = torch.from_numpy(invert(c2w))[None]
+        return to_device_async(viewmats, float64_device(self.world.device))
 
     def _noise(self, index: int) -> tuple[Tensor, list[Tensor]]:
         """Start noise and re-noise of the chunk at latent `index`: every latent has its own
@@ -486,20 +483,17 @@ class Session:
         shape = (steps, self.world.transformer.config.in_channels, *self.world.latent_size)
         draws = []
         for number in range(index, index + self.chunk):
-            mixed = (
-                int(np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0])
-                >> 1
-            )
-            draws.append(torch.randn(shape, generator=torch.Generator().manual_seed(mixed)))
-        first, *later = to_device_async(
-            torch.stack(draws, dim=2).unsqueeze(1), self.world.device
-        )  # [steps, 1, C, F, h, w]
+            state = np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)
+            generator = torch.Generator().manual_seed(int(state[0]) >> 1)
+            draws.append(torch.randn(shape, generator=generator))
+        noise = torch.stack(draws, dim=2).unsqueeze(1)  # [steps, 1, C, F, h, w]
+        first, *later = to_device_async(noise, self.world.device)
         return first, later
 
 
 @cache
 def _second_thread() -> ThreadPoolExecutor:
-    """For what is done beside the decoder."""
+    """Runs clean passes while the decoder works."""
     return ThreadPoolExecutor(1, "clean pass")
 
 
@@ -520,9 +514,8 @@ def _as_here(work: Callable[[], object], threads: int) -> Callable[[], None]:
 def _to_pinned_memory(video: Tensor) -> tuple[Tensor, torch.cuda.Event]:
     """Pixels on their way to the computer's memory, and the event of their arrival."""
     pixels = to_pixels(video)
-    copy = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True).copy_(
-        pixels, non_blocking=True
-    )
+    copy = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
+    copy.copy_(pixels, non_blocking=True)
     return copy, torch.cuda.current_stream().record_event()
 
 
@@ -535,18 +528,3 @@ def _picture(world: World, image) -> np.ndarray:
             read_image(image) if not known and Path(image).is_file() else world.image(str(image))
         )
     return fit_picture(image, world.config.height, world.config.width)
-
-
-def engine(session: Session) -> dict:
-    """What besides the world's weights decides about the last bit: written into recordings,
-    compared by `verify`.
-    """
-    return {
-        "torch": torch.__version__,
-        "device": session.world.device.type,
-        "dtype": str(session.world.dtype),
-        "threads": torch.get_num_threads(),
-        "rollout": as_dict(session.config),
-        "weights": session.world.engine.tier.weights,
-        "compiled": session.world.engine.compiled is not None,
-    }

@@ -179,10 +179,10 @@ class DmdStage(TransformerStage):
         if given < scored:
             past = windows.cut(slice(given, scored))
             draws = RolloutDraws(noise[:, :, given:scored], last, first_last)
-            parts.append(_generate(rollout, past, draws, generator, grad=False))
+            parts.append(self._generate(rollout, past, draws, generator, grad=False))
         learning = windows.cut(slice(max(given, scored), None))
         draws = RolloutDraws(noise[:, :, max(given, scored) :], *exits)
-        parts.append(_generate(rollout, learning, draws, generator, grad=grad))
+        parts.append(self._generate(rollout, learning, draws, generator, grad=grad))
         return RolloutSample(
             torch.cat(parts, dim=2)[:, :, scored:], windows.cut(slice(scored, None)), given > 0
         )
@@ -208,7 +208,25 @@ class DmdStage(TransformerStage):
             chunk=config.chunk,
             window=config.window,
             sinks=config.sinks,
-            context_sigma=config.context_sigma,
+        )
+
+    def _generate(
+        self,
+        rollout: Rollout,
+        windows: Windows,
+        draws: RolloutDraws,
+        generator: torch.Generator,
+        *,
+        grad: bool,
+    ) -> Tensor:
+        return self_rollout(
+            rollout,
+            windows.viewmats,
+            windows.intrinsics,
+            draws,
+            grad=grad,
+            generator=generator,
+            context_sigma=self.config.context_sigma,
         )
 
     def _score_draws(self, samples: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -223,19 +241,6 @@ class DmdStage(TransformerStage):
     def _sigma_lookup(self) -> dict:
         """Arguments of the objectives that say how a sigma is read: exactly, under this shift."""
         return {"lookup": "exact", "shift": self.score_shift}
-
-
-def _generate(
-    rollout: Rollout,
-    windows: Windows,
-    draws: RolloutDraws,
-    generator: torch.Generator,
-    *,
-    grad: bool,
-) -> Tensor:
-    return self_rollout(
-        rollout, windows.viewmats, windows.intrinsics, draws, grad=grad, generator=generator
-    )
 
 
 def _rand(generator: torch.Generator) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from worldmodel.rollout import Rollout
+from worldmodel.rollout import Rollout, TrainingStep
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class RolloutDraws:
     exit, first_exit: the denoising step (0 = first) after which all later chunks and the first
     chunk stop; gradients pass through that step alone.
     renoise: one list a chunk, of one tensor a step but the last; None = drawn from the generator.
-    context: `[B, C, F, H, W]`, noise of the clean pass where the rollout has a context sigma; None
+    context: `[B, C, F, H, W]`, noise of the clean pass where `context_sigma` is above 0; None
     = drawn from the generator.
     """
 
@@ -38,11 +38,14 @@ def self_rollout(
     *,
     grad: bool,
     generator: torch.Generator | None = None,
+    cache_gradient: str = "detached",
+    context_sigma: float = 0.0,
 ) -> Tensor:
     """Generate chunk after chunk into the rollout's own cache, from its current frame on.
 
     `viewmats` `[B, F, 4, 4]`, `intrinsics` `[B, F, 4]`: cameras of the new frames. Returns `[B, C,
-    F, H, W]`; `grad` lets gradients through.
+    F, H, W]`; `grad` lets gradients through; `cache_gradient` and `context_sigma` are those of
+    `TrainingStep`.
     """
     chunk = rollout.config.chunk
     samples = []
@@ -55,9 +58,13 @@ def self_rollout(
                 noise=draws.noise[:, :, frames],
                 renoise=draws.renoise[index] if draws.renoise else None,
                 generator=generator,
-                exit_step=draws.first_exit if rollout.frames == 0 else draws.exit,
-                grad=grad,
-                context_noise=None if draws.context is None else draws.context[:, :, frames],
+                training=TrainingStep(
+                    draws.exit if rollout.frames else draws.first_exit,
+                    grad,
+                    cache_gradient,
+                    context_sigma,
+                    None if draws.context is None else draws.context[:, :, frames],
+                ),
             )
         )
     return torch.cat(samples, dim=2)

@@ -24,7 +24,8 @@ from distill.optimizer import JointOptimizer, make_optimizer
 from distill.prompts import open_prompts
 from worldmodel.errors import UserError
 from worldmodel.images import to_uint8
-from worldmodel.models.prope import projection
+from worldmodel.models.attention import Bidirectional, TeacherForcing
+from worldmodel.models.prope import projmats
 from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.models.wan_autoencoder import Autoencoder
 from worldmodel.rollout import Rollout, RolloutConfig, with_steps
@@ -93,9 +94,9 @@ class Windows:
     text: Tensor
 
     @property
-    def projection(self) -> Tensor:
+    def projmats(self) -> Tensor:
         """PRoPE's matrices `[B, F, 4, 4]`, float32."""
-        return projection(self.viewmats, self.intrinsics).float()
+        return projmats(self.viewmats, self.intrinsics).float()
 
     def without_text(self) -> "Windows":
         """The same windows under the unconditional embedding."""
@@ -278,7 +279,7 @@ class TransformerStage(Stage):
 
 
 def teacher_forced(
-    model: nn.Module,
+    model: CausalWanTransformer,
     windows: Windows,
     chunk: int,
     clean: Tensor | None = None,
@@ -288,23 +289,27 @@ def teacher_forced(
     latents) as context.
     """
     clean = windows.latents if clean is None else clean
-    matrices = windows.projection
-    return lambda x, sigma: model(
-        x,
-        sigma,
-        windows.text,
-        matrices,
-        mode="teacher_forcing",
-        chunk=chunk,
-        clean=clean,
-        clean_sigma=clean_sigma,
-    )
+    frames = clean.shape[2]
+    matrices = windows.projmats
+
+    def predict(x: Tensor, sigma: Tensor) -> Tensor:
+        context = TeacherForcing(model.layout(*x.shape[3:]), frames, chunk, matrices)
+        first = torch.zeros_like(sigma) if clean_sigma is None else clean_sigma
+        both = torch.cat([clean, x], dim=2), torch.cat([first, sigma], dim=1)
+        return model(*both, windows.text, context)[:, :, frames:]
+
+    return predict
 
 
-def bidirectional(model: nn.Module, windows: Windows) -> Predict:
+def bidirectional(model: CausalWanTransformer, windows: Windows) -> Predict:
     """The model as a function of (noisy latents, sigma); every frame attends to every frame."""
-    matrices = windows.projection
-    return lambda x, sigma: model(x, sigma, windows.text, matrices, mode="bidirectional")
+    matrices = windows.projmats
+
+    def predict(x: Tensor, sigma: Tensor) -> Tensor:
+        context = Bidirectional(model.layout(*x.shape[3:]), x.shape[2], matrices)
+        return model(x, sigma, windows.text, context)
+
+    return predict
 
 
 def roll_out(

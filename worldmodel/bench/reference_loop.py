@@ -27,7 +27,7 @@ from worldmodel.models.transformer import (
     WanBlock,
     modulated_norm,
 )
-from worldmodel.rollout import Rollout, RolloutConfig, a_frame
+from worldmodel.rollout import Rollout, RolloutConfig, per_frame
 from worldmodel.schedule import add_noise, to_x0
 
 
@@ -117,7 +117,7 @@ class ReferenceLoop(Rollout):
     def frames(self) -> int:
         return self.done
 
-    def settle(self) -> None:
+    def commit_pending(self) -> None:
         """Do nothing: `step` has run the clean pass."""
 
     def step(
@@ -128,10 +128,10 @@ class ReferenceLoop(Rollout):
         noise: Tensor | None = None,
         renoise: list[Tensor] | None = None,
         generator: torch.Generator | None = None,
-        settle: bool = True,
+        defer_commit: bool = False,
     ) -> Tensor:
         """As `Rollout.step`, but the clean pass always comes before the result."""
-        sigmas = self.first_sigmas if self.done == 0 else self.sigmas
+        sigmas = [x.sigma for x in (self.levels if self.done else self.first_levels)]
         shape = (self.batch, self.model.config.in_channels, viewmats.shape[1], *self.cells)
         x = self._draw(shape, generator) if noise is None else noise
         started = time.perf_counter()
@@ -168,7 +168,7 @@ class ReferenceLoop(Rollout):
         )
         cameras = None
         if model.config.camera:
-            matrices = prope.projection(viewmats.double(), a_frame(intrinsics, viewmats).double())
+            matrices = prope.projmats(viewmats.double(), per_frame(intrinsics, viewmats).double())
             cameras = prope.camera_matrices(matrices.float(), dtype)
         for block, text, caches in zip(model.blocks, self.text.layers, self.caches, strict=True):
             x = self._block(block, x, modulation, text, cameras, caches)

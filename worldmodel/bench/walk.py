@@ -120,8 +120,10 @@ class Walk:
 
     def _begin(self) -> None:
         """Make the session, and time the methods it calls."""
-        self._session = session = Session(self.world, seed=self._seed, history=self.rollout.history)
+        history = self.rollout.chunk if self._reference else self.rollout.history
+        self._session = session = Session(self.world, seed=self._seed, history=history)
         if self._reference:
+            session.rewind(self.rollout.chunk)  # this loop cannot take over a past
             rows, columns = self.world.latent_size
             session.rollout = ReferenceLoop(
                 self.world.transformer,
@@ -136,7 +138,7 @@ class Walk:
         clock = self._clock
         rollout.step = clock.timed("network", rollout.step)
         # the reference loop runs its clean pass within its step
-        clean = "commit" if self._reference else "settle"
+        clean = "commit" if self._reference else "commit_pending"
         setattr(rollout, clean, clock.timed("clean", getattr(rollout, clean)))
         decoder.frames = clock.timed_pieces("decode", decoder.frames)
 
@@ -147,7 +149,7 @@ class Walk:
         poses = np.stack([self._next_pose() for _ in range(self.rollout.chunk)])
         moments = [time.perf_counter()]
         shown = self._session.step(poses, lambda _: moments.append(time.perf_counter()))
-        self._session.settle()
+        self._session.commit_pending()
         moments.append(time.perf_counter())
         if shown.notice:
             self.notices.append(shown.notice)

@@ -146,14 +146,14 @@ def _walked(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, int, "Recor
     )
     path = np.concatenate([path, path[-1:].repeat(-len(path) % scenes.chunk, 0)])
     session, _ = scenes.open(Scene(options.prompt, options.image, options.seed))
-    first = 1 if session.start() is not None else scenes.chunk
+    first = session.first.latents
     poses = np.concatenate([np.eye(4)[None].repeat(first, 0), path])
     recorder = scenes.record(options.record, session) if options.record else None
 
     def chunks() -> Iterator:
         for place in (0, *range(first, len(poses), scenes.chunk)):
             c2w = poses[place : place + (scenes.chunk if place else first)]
-            chunk = session.step(c2w) if place or session.start() is None else session.start()
+            chunk = session.step(c2w) if place else session.first
             if recorder:
                 recorder.write(chunk, c2w)
             yield chunk

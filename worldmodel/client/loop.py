@@ -258,7 +258,7 @@ class Loop:
             self._durations.append(self.clock() - started)
         self._show(chunk, c2w, sum(early), self._period())
         if self._session:
-            self._session.settle()  # while the frames are on their way to the screen
+            self._session.commit_pending()  # while the frames are on their way to the screen
         self._busy.append(self.clock() - started)
         typical = statistics.median(self._busy)
         speed = min(1.0, self._chunk_seconds / max(typical, 1e-9))
@@ -410,11 +410,8 @@ class Loop:
         self._update(scene=scene, latent=0, window=self._scenes.window)
         if record:
             self._start_recording()
-        poses = np.eye(4)[None]
-        chunk = self._session.start()
-        if chunk is None:
-            poses = np.repeat(poses, self._scenes.chunk, 0)
-            chunk = self._session.step(poses)
+        chunk = self._session.first
+        poses = np.repeat(np.eye(4)[None], chunk.latents, 0)
         self._first = len(poses)
         self._edges.clear()
         self._place_camera(np.eye(4), self.clock())
@@ -485,8 +482,8 @@ class Loop:
                 raise
             self.notices.append(str(error))
             return
-        if latent == 1 and session.start() is not None:
-            recorder.write(session.start(), np.eye(4)[None])  # shown before the recording began
+        if latent == session.first.latents:  # shown before the recording began
+            recorder.write(session.first, session.poses)
         self._update(recording=recorder.folder)
 
 

@@ -96,7 +96,7 @@ def parse_options(arguments: list[str]) -> PlayOptions:
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
-        help="blocks while playing: auto (on CUDA), on (with CUDA graphs there), off",
+        help="compile the blocks: auto (on CUDA), on (before play begins), off",
     )
     parser.add_argument(
         "--attention", choices=("auto", "torch", "fa3"), default="auto", help="attention kernel"

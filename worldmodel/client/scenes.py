@@ -43,7 +43,7 @@ def open_scenes(options: PlayOptions, tell: Callable[[str, float], None]) -> "Sc
     engine = EngineOptions(options.memory, options.weights, options.compile, options.attention)
     world = World.from_pretrained(options.world, device=fastest_device(), engine=engine)
     if world.device.type != "cpu":
-        print_progress(world.engine.describe(world.config.rollout))
+        print_progress(world.engine.describe(world.config.rollout, world.history))
     return Scenes(world, options.steps, tell)
 
 

@@ -1,26 +1,25 @@
 """How a world's transformer is fitted to its device: what is remembered, how weights are stored,
-what attends, what is compiled.
+which kernel attends, what is compiled.
 
-The memory of a GPU is what a dream runs out of: a latent frame of Wan2.1-1.3B at 480x832 is 290 MB
-of keys and values, and three times as much while it stands in the window. So there are tiers. The
-first one whose demand fits into what is free is taken and said aloud; when memory runs out all the
-same, the session goes down one tier, says so, and does it again (`Session.step`).
+Memory is what a GPU runs out of: a latent frame of Wan2.1-1.3B at 480x832 is 290 MB of keys and
+values, and three times as much while it stands in the window. So there are tiers. The first one
+whose demand fits into the free memory is chosen and printed, with as many latents to rewind as
+fit beside it; when memory runs out all the same, the session goes down one tier, says so, and
+tries again (`Session.step`).
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
 from worldmodel.engine.compile import CompiledBlocks
 from worldmodel.engine.quantize import has_torchao, linear_layers, quantize
 from worldmodel.errors import UserError
-from worldmodel.graphs import CudaRecorder, Graphs
 from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.rollout import RolloutConfig
 
 WEIGHTS = ("full", "int8", "fp8")
-HISTORY = 64  # latents that can be taken back, where memory allows
+HISTORY = 40  # latents to rewind, where a world does not say and memory allows
 # share of the free memory that may be planned with: allocators round up, and the ring, which is the
 # most, never moves
 _SPARE = 0.95
@@ -29,30 +28,24 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Tier:
-    """A way to live in so much memory."""
+    """A way to run in so much memory."""
 
     name: str
-    weights: str = (
-        "full"  # of the blocks' linear layers: "full" (the networks' type), "int8" or "fp8"
-    )
+    weights: str = "full"  # of the blocks' linear layers: "full" (the model's type), "int8", "fp8"
     window: int | None = None  # latents of the window at most; None = the world's
     history: int | None = None  # latents kept for rewinding at most; None = as many as are wanted
-    missed: str = ""  # the weights that it would have with torchao, which is not installed
+    # weights that the tier would have with torchao, which is not installed
+    unavailable_weights: str = ""
 
     def rollout(self, config: RolloutConfig, history: int) -> RolloutConfig:
         """`config` within this tier, where `history` latents to rewind are wanted. A chunk and the
         sinks always fit.
         """
-        window = (
-            config.window
-            if self.window is None
-            else min(config.window, max(self.window, config.sinks + 2 * config.chunk))
-        )
-        return replace(
-            config,
-            window=window,
-            history=history if self.history is None else min(history, self.history),
-        )
+        window = config.window
+        if self.window is not None:
+            window = min(window, max(self.window, config.sinks + 2 * config.chunk))
+        history = history if self.history is None else min(history, self.history)
+        return replace(config, window=window, history=history)
 
 
 TIERS = (
@@ -70,7 +63,7 @@ class EngineOptions:
 
     memory: str = "auto"  # "40", "24", "16", "12" or "8": plan for a device with so many GB
     weights: str = "auto"  # "auto" (as the tier says), "full", "int8" or "fp8"
-    # "on" (on CUDA with passes recorded as CUDA graphs), "off"; "auto" = blocks alone, on CUDA
+    # blocks: "on" (compiled before play begins), "off"; "auto" = on CUDA, while playing
     compile: str = "auto"
     # "torch" (scaled_dot_product_attention as it is), "fa3" (FlashAttention 3 inside it); "auto" =
     # fa3 where it is
@@ -93,53 +86,36 @@ class EngineOptions:
         """Whether blocks are compiled on `device`."""
         return self.compile == "on" or self.compile == "auto" and device.type == "cuda"
 
-    def records(self, device: torch.device) -> bool:
-        """Whether passes are recorded as CUDA graphs."""
-        return self.compile == "on" and device.type == "cuda"
-
 
 @dataclass(frozen=True)
 class Demand:
     """Bytes that a world needs, by part."""
 
     blocks: int  # the blocks' linear layers at 16 bits or more
-    quantised: int  # the same at 8 bits
-    rest: int  # everything else that is there all the time: other weights, decoder, working memory
+    quantized: int  # the same at 8 bits
+    rest: int  # all else that is there all the time: other weights, decoder, working memory
     stored: int  # a latent in the store
-    shown: int  # a latent in the window, besides
-    rewound: int  # a latent that can be taken back, besides
-    # whether passes are recorded: what one leaves stays where it is, and others come beside it
-    recorded: bool = False
+    shown: int  # a latent in the window, in addition
+    rewound: int  # a latent that can be rewound, in addition
 
     def of(self, tier: Tier, config: RolloutConfig, history: int) -> int:
         """Bytes in this tier."""
         rollout = tier.rollout(config, history)
-        weights = self.blocks if tier.weights == "full" else self.quantised
-        fresh = (
-            2 + rollout.merge_clean + self.recorded
-        ) * rollout.chunk  # latents that a pass leaves, and a chunk of them put together
-        remembered = (
-            rollout.window + rollout.history + fresh
-        ) * self.stored + rollout.window * self.shown
-        rows = 1 if rollout.guidance == 1 else 2  # the dream without prompt remembers as much
+        weights = self.blocks if tier.weights == "full" else self.quantized
+        new = 2 * rollout.chunk  # latents that a pass leaves, and a chunk of them stacked
+        stored = (rollout.window + rollout.history + new) * self.stored
+        remembered = stored + rollout.window * self.shown
+        rows = 1 if rollout.guidance == 1 else 2  # the rollout without prompt remembers as much
         return weights + self.rest + rows * remembered + rollout.history * self.rewound
 
 
 def demand(
-    model: CausalWanTransformer,
-    rows: int,
-    columns: int,
-    chunk: int,
-    rest: int,
-    rewound: int,
-    recorded: int = 0,
+    model: CausalWanTransformer, rows: int, columns: int, chunk: int, rest: int, rewound: int
 ) -> Demand:
-    """What dreaming `chunk` latents of `rows` x `columns` cells at a time with `model` needs.
+    """What generating `chunk` latents of `rows` x `columns` cells at a time with `model` needs.
 
-    rest: bytes of the autoencoder and what it works with. rewound: bytes of its memory, kept for
-    each latent that can be taken back.
-    recorded: rows of a prompt where passes are recorded (which keep its keys and values once more,
-    and work in memory of their own), or 0.
+    rest: bytes of the autoencoder and of its working memory. rewound: bytes of its state, kept for
+    each latent that can be rewound.
     """
     config = model.config
     size = model.patch_embedding.weight.dtype.itemsize
@@ -150,8 +126,6 @@ def demand(
     linear = sum(layer.weight.numel() for layer in linear_layers(model.blocks))
     weights = sum(p.numel() * p.dtype.itemsize for p in model.parameters())
     work = chunk * tokens * (2 * config.ffn_dim * size + width * (8 * 4 + 12 * size))
-    if recorded:
-        work += work + 2 * len(model.blocks) * recorded * width * size
     paths = 2 if config.camera else 1
     return Demand(
         linear * size,
@@ -160,21 +134,25 @@ def demand(
         stored,
         paths * stored,
         rewound,
-        recorded > 0,
     )
 
 
-def fitting(
+def select_tiers(
     tiers: tuple[Tier, ...], need: Demand, config: RolloutConfig, history: int, free: int
 ) -> tuple[Tier, ...]:
-    """`tiers` from the first on that `free` bytes can hold; ValueError when none fits."""
+    """`tiers` from the first one on that `free` bytes can hold; it keeps as many of the `history`
+    wanted latents to rewind as fit. Raises UserError when none fits.
+    """
+    room = _SPARE * free
     for place, tier in enumerate(tiers):
-        if need.of(tier, config, history) <= _SPARE * free:
-            return tiers[place:]
+        if need.of(tier, config, history) <= room:
+            least = tier.rollout(config, history).history
+            wider = (replace(tier, history=kept) for kept in range(history, least, -1))
+            fits = (one for one in wider if need.of(one, config, history) <= room)
+            return (next(fits, tier), *tiers[place + 1 :])
     least = need.of(tiers[-1], config, history) / _SPARE / _GIB
-    install = (
-        f"install torchao ({tiers[-1].missed} weights need less), " if tiers[-1].missed else ""
-    )
+    weights = tiers[-1].unavailable_weights
+    install = f"install torchao ({weights} weights need less), " if weights else ""
     raise UserError(
         f"This world needs {least:.1f} GiB of free memory on the device at least, "
         f"{free / _GIB:.1f} GiB are free: close other programs that use it, {install}or play a "
@@ -186,74 +164,60 @@ def tiers_from(options: EngineOptions) -> tuple[Tier, ...]:
     """The tiers that may be used, from the largest that is allowed down, with the weights that were
     asked for.
 
-    Where nothing was asked for and torchao is not installed, all have full weights: nobody should
-    learn that in the middle of play.
+    Where nothing was asked for and torchao is not installed, all have full weights: the player
+    should not learn that in the middle of play.
     """
     first = next((i for i, tier in enumerate(TIERS) if tier.name.split()[0] == options.memory), 0)
+    allowed = TIERS[first:]
     if options.weights != "auto":
-        return tuple(replace(tier, weights=options.weights) for tier in TIERS[first:])
+        return tuple(replace(tier, weights=options.weights) for tier in allowed)
     if has_torchao():
-        return TIERS[first:]
+        return allowed
     return tuple(
-        tier if tier.weights == "full" else replace(tier, weights="full", missed=tier.weights)
-        for tier in TIERS[first:]
+        tier
+        if tier.weights == "full"
+        else replace(tier, weights="full", unavailable_weights=tier.weights)
+        for tier in allowed
     )
 
 
 @dataclass
 class Engine:
-    """The state of these choices for one opened world; a session goes down with `step_down`, nobody
+    """The state of these choices for one opened world. A session goes down with `step_down`; no one
     goes up.
     """
 
     tiers: tuple[Tier, ...] = TIERS  # the present one and those below it
     compiled: CompiledBlocks | None = None
     attention: str = "torch"
-    graphs: Graphs | None = None  # of all rollouts of the world
 
     @property
     def tier(self) -> Tier:
         return self.tiers[0]
 
-    def describe(self, config: RolloutConfig) -> str:
-        """One line for the player, who would have `config`."""
-        rollout = self.tier.rollout(config, HISTORY)
-        compiled = "compiled while playing" if self.compiled else "not compiled"
-        missed = (
-            f" ({self.tier.missed} with torchao, which is not installed)"
-            if self.tier.missed
-            else ""
-        )
+    def describe(self, config: RolloutConfig, history: int) -> str:
+        """One line for the player, who would have `config` and `history` latents to rewind."""
+        rollout = self.tier.rollout(config, history)
+        compiled = self.compiled.describe() if self.compiled else "not compiled"
+        absent = self.tier.unavailable_weights
+        absent = f" ({absent} with torchao, which is not installed)" if absent else ""
         return (
             f"Memory as with {self.tier.name}: window {rollout.window} latents, {rollout.history} "
-            f"to rewind, weights {self.tier.weights}{missed}; attention {self.attention}, blocks "
-            f"{compiled}{', passes recorded as CUDA graphs' if self.graphs else ''}"
+            f"to rewind, weights {self.tier.weights}{absent}; attention {self.attention}, blocks "
+            f"{compiled}"
         )
 
-    def news(self) -> str:
-        """What the player should know when the compiler or the recorder gave up, a sentence each,
-        once.
-        """
-        faults = []
-        if self.compiled and self.compiled.fault:
-            faults.append(self.compiled.fault)
-            self.compiled = None
-        if self.graphs and self.graphs.fault:
-            faults.append(self.graphs.fault)
-            self.graphs = None
-        return " ".join(faults)
-
-    def code(self) -> tuple | None:
-        """What the blocks run at present, as `Graphs.code` wants it; None while the compiler is
-        behind.
-        """
-        return (
-            None if self.compiled and self.compiled.behind else (self.tier.weights, self.compiled)
-        )
+    def pop_warnings(self) -> str:
+        """What the player should know when the compiler gave up, one sentence, once."""
+        if not self.compiled or not self.compiled.error:
+            return ""
+        error = self.compiled.error
+        self.compiled = None
+        return error
 
     def step_down(self) -> str:
-        """Takes the next smaller tier; returns a sentence for the player. MemoryError when there is
-        none. `refit` makes it so.
+        """Takes the next smaller tier; returns a sentence for the player. `apply_tier` carries it
+        out. Raises MemoryError when there is none.
         """
         if len(self.tiers) == 1:
             raise MemoryError(
@@ -263,7 +227,7 @@ class Engine:
         self.tiers = self.tiers[1:]
         return f"Memory is full: going on as with {self.tier.name}"
 
-    def refit(self, model: CausalWanTransformer) -> None:
+    def apply_tier(self, model: CausalWanTransformer) -> None:
         """Gives unused memory back to the device and stores the model's weights as the tier says;
         can be called again when it failed.
         """
@@ -271,12 +235,12 @@ class Engine:
             getattr(torch, model.device.type).empty_cache()
         if self.tier.weights == "full" or not linear_layers(model.blocks):
             return
-        if self.compiled:
-            # its code is for other weights: the playing thread would wait for new one
-            self.compiled.stop()
+        compiled = self.compiled
+        if compiled:  # its code is for other weights: the playing thread would wait for new code
+            compiled.stop()
         quantize(model, self.tier.weights, model.device)
-        if self.compiled:
-            self.compiled = CompiledBlocks(model.blocks)
+        if compiled:
+            self.compiled = CompiledBlocks(model.blocks, compiled.before_play)
 
 
 def start_engine(
@@ -285,19 +249,16 @@ def start_engine(
     model: CausalWanTransformer,
     device: torch.device,
 ) -> Engine:
-    """Makes it so, for a model that is on its device and stored as the first tier says."""
+    """The engine of a model that is on its device and stored as the first tier says."""
     kernel = choose_attention(options.attention, device)
-    engine = Engine(
-        tiers, CompiledBlocks(model.blocks) if options.compiles(device) else None, kernel
-    )
-    if options.records(device):
-        engine.graphs = Graphs(partial(CudaRecorder, device), engine.code)
-    return engine
+    if not options.compiles(device):
+        return Engine(tiers, None, kernel)
+    return Engine(tiers, CompiledBlocks(model.blocks, options.compile == "on"), kernel)
 
 
 def choose_attention(name: str, device: torch.device) -> str:
-    """Turns FlashAttention 3 on inside torch's attention where it can be; "fa3" or "torch".
-    ValueError when "fa3" was asked for in vain.
+    """Turns FlashAttention 3 on inside torch's attention where it can be; "fa3" or "torch". Raises
+    UserError when "fa3" was asked for and is not available.
     """
     if name == "torch":
         return name

@@ -1,29 +1,36 @@
-"""What is remembered of committed latent frames, and the window of it that attention reads.
+"""What a rollout remembers of committed latent frames, and the ring of keys that a chunk attends
+to.
 
-Store once: a frame keeps, for all layers together, its normalised un-rotated keys, its raw values
-and its camera. Turn once: the window is a ring in fixed memory; the passes of a chunk write their
-keys, rotated and projected, to the places of the frames that have just left it, and those of the
-clean pass stay. Attention asks for differences of positions and cameras only, so all of them are
-relative to an anchor, a frame a few latents back; every `KVCache.period` latents there is a new one
-and the ring is written from the store again. So positions never run out, the numbers stay small
-however far the player walks, rewinding is truncation, a fork shares the frames (they are never
-written again), and a sink is a frame that is not dropped.
+The store: a frame keeps, for all layers together, its normalised un-rotated keys, its raw values
+and its camera. It is never written again, so rewinding is truncation and a clone shares the frames.
+The ring: the frames that a chunk sees, with rotated and projected keys, in fixed memory. The passes
+of a chunk write their own keys to the slots of frames that have just left the window; those of the
+clean pass stay, so a key is projected once.
+Attention depends on differences of positions and on relative cameras only, so both are relative to
+a reference frame a few latents back. Every `KVCache.rebase_interval` latents there is a new one,
+and the ring is projected from the store again: positions never run out, and the numbers stay small
+however far the camera travels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from worldmodel.device import to_device_async
+from worldmodel.errors import UserError
 from worldmodel.models import attention, prope
-from worldmodel.models.attention import by_head, turned
-from worldmodel.models.rope import rope_table, rotate
+from worldmodel.models.attention import RopeTables, TokenLayout, project_kv
+
+LayerKV = dict[int, tuple[Tensor, Tensor]]  # keys and values by layer
 
 
 @dataclass(frozen=True)
-class FrameMemory:
-    """One committed latent frame: keys and values `[layers, B, N, width]`, w2c `[B, 4, 4]` and
-    intrinsics `[B, 4]` in float64, which stay on the `rope.float64_device`.
+class CachedFrame:
+    """One committed latent frame: un-rotated keys and raw values `[layers, B, N, width]`, w2c
+    `[B, 4, 4]` and intrinsics `[B, 4]` in float64 (on `device.float64_device`).
     """
 
     index: int
@@ -33,54 +40,136 @@ class FrameMemory:
     intrinsics: Tensor
 
 
-Runs = list[
-    tuple[slice, slice]
-]  # places of a window that follow each other, and the tokens that take them
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where the tokens of a chunk stand in a window (a recorded pass: `numbers`), and how many
-    places are in use then, these included.
+class Slot(NamedTuple):
+    """A remembered frame that a chunk sees: which one, where it stands in the ring, and at which
+    rotary position.
     """
 
-    runs: Runs | Tensor
-    used: int
-
-    @property
-    def rest(self) -> list[slice]:
-        """The other places in use."""
-        taken = sorted((stand.start, stand.stop) for stand, _ in self.runs)
-        starts = (0, *(stop for _, stop in taken))
-        stops = (*(start for start, _ in taken), self.used)
-        return [slice(start, stop) for start, stop in zip(starts, stops, strict=True)]
-
-    def numbers(self, device: torch.device) -> Tensor:
-        """The places one by one, `[M]`: numbers that can change while the operations on them stay
-        the same.
-        """
-        return torch.cat(
-            [torch.arange(stand.start, stand.stop, device=device) for stand, _ in self.runs]
-        )
+    frame: int
+    slot: int
+    position: int
 
 
-@dataclass
-class Window:
-    """Keys and values, rotated and projected, of the frames that a chunk sees, in a ring of `size`
-    tokens.
+class Selection(NamedTuple):
+    """What a chunk sees: remembered frames, and the slots that its own frames take.
 
-    `layers`: a pair `[B, heads or 2 heads, size, head_dim]` each, rotary path first. `anchor`: the
-    camera that all are relative to, c2w `[B, 1, 4, 4]`; `phase`: the frame whose rotary position is
-    0. `held`: committed frames, the last of which stand here; `oldest`: the first of them, sinks
-    apart, that has not been written over.
+    The slots of both together are the first `len(remembered) + len(own)` of the ring.
+    """
+
+    remembered: tuple[Slot, ...]
+    own: tuple[int, ...]
+    position: int  # rotary position of the chunk's first frame
+
+
+class MemoryPolicy(Protocol):
+    """Chooses the remembered frames that a chunk sees.
+
+    The choice must depend on its arguments alone, so that a rewound, cloned or reopened rollout has
+    the same future. `size`: slots of the ring, the chunk's own included.
     """
 
     size: int
-    anchor: Tensor
-    phase: int
-    held: int
-    oldest: int
-    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def select(
+        self, frames: Sequence[CachedFrame], committed: int, viewmats: Tensor, intrinsics: Tensor
+    ) -> Selection:
+        """frames: what the cache keeps, oldest first. committed: latent frames so far. viewmats
+        `[B, F, 4, 4]` and intrinsics `[B, F, 4]`: cameras of the chunk.
+        """
+        ...
+
+    def keeps(self, frame: int, committed: int) -> bool:
+        """Whether a later chunk may still see frame number `frame`."""
+        ...
+
+
+@dataclass(frozen=True)
+class RecentWindow:
+    """The first `sinks` frames of all and the most recent ones, `size` with the chunk's own.
+
+    absolute: rotary positions are frame numbers, as in the references; otherwise sinks stand right
+    before the oldest recent frame, so that a session has no end.
+    """
+
+    size: int
+    sinks: int = 0
+    absolute: bool = False
+
+    def __post_init__(self):
+        if not 0 <= self.sinks < self.size:
+            raise UserError(
+                f"sinks must be at least 0 and fewer than the window of {self.size} latents, got "
+                f"{self.sinks}: change one of them"
+            )
+
+    def select(
+        self, frames: Sequence[CachedFrame], committed: int, viewmats: Tensor, intrinsics: Tensor
+    ) -> Selection:
+        chunk = viewmats.shape[1]
+        oldest = self.oldest(committed, chunk)
+        sinks = range(min(self.sinks, committed))
+        first_sink = 0 if self.absolute else oldest - self.sinks
+        remembered = [Slot(index, index, first_sink + index) for index in sinks]
+        remembered += [Slot(i, self._slot(i), i) for i in range(oldest, committed)]
+        own = tuple(self._slot(index) for index in range(committed, committed + chunk))
+        return Selection(tuple(remembered), own, committed)
+
+    def keeps(self, frame: int, committed: int) -> bool:
+        return frame < self.sinks or frame >= committed - self.size
+
+    def oldest(self, committed: int, chunk: int) -> int:
+        """The first frame, sinks apart, that a chunk of `chunk` new frames sees."""
+        return max(self.sinks, committed - (self.size - chunk - self.sinks))
+
+    def _slot(self, frame: int) -> int:
+        """Sinks stay in front, the others take turns behind them."""
+        if frame < self.sinks:
+            return frame
+        return self.sinks + (frame - self.sinks) % (self.size - self.sinks)
+
+
+class SlotRange(NamedTuple):
+    """Neighbouring slots of a ring as a range of its tokens, and the tokens of a pass that go
+    there.
+    """
+
+    ring: slice
+    tokens: slice
+
+
+def slot_ranges(slots: Sequence[int], tokens: int) -> list[SlotRange]:
+    """Ranges for frames of `tokens` tokens each that stand in `slots`, as few as possible."""
+    ranges = []
+    start = 0
+    for end in range(1, len(slots) + 1):
+        if end == len(slots) or slots[end] != slots[end - 1] + 1:
+            ring = slice(slots[start] * tokens, (slots[end - 1] + 1) * tokens)
+            ranges.append(SlotRange(ring, slice(start * tokens, end * tokens)))
+            start = end
+    return ranges
+
+
+class Resident(NamedTuple):
+    """What stands in a slot of the ring: a frame, rotated to a position, relative to the reference
+    pose of a position offset.
+    """
+
+    frame: int
+    position: int
+    offset: int
+
+
+@dataclass
+class Ring:
+    """Rotated and projected keys and values in fixed memory of `size` tokens.
+
+    `layers`: a pair `[B, heads or 2 heads, size, head_dim]` each, rotary path first.
+    `residents`: what is known to stand in a slot.
+    """
+
+    size: int
+    layers: LayerKV = field(default_factory=dict)
+    residents: dict[int, Resident] = field(default_factory=dict)
 
     def layer(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer; at its first use with room for tokens `like` `[B, H, M,
@@ -88,388 +177,288 @@ class Window:
         """
         if layer not in self.layers:
             batch, heads, _, width = like.shape
-            self.layers[layer] = tuple(
-                like.new_empty(batch, heads, self.size, width) for _ in range(2)
-            )
+            shape = (batch, heads, self.size, width)
+            self.layers[layer] = like.new_empty(shape), like.new_empty(shape)
         return self.layers[layer]
 
-    def write(self, layer: int, runs: Runs | Tensor, k: Tensor, v: Tensor) -> None:
-        """Puts keys and values `[B, H, M, head_dim]` to their places."""
-        for joined, x in zip(self.layer(layer, k), (k, v), strict=True):
-            if isinstance(runs, Tensor):
-                joined.index_copy_(2, runs, x)
-                continue
-            for stand, part in runs:
-                joined[:, :, stand] = x[:, :, part]
-
-    def joined(self, layer: int, places: Places, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values that a chunk sees, its own among them; valid until the next pass."""
-        if torch.is_grad_enabled():  # what a backward pass needs may not be overwritten
-            return tuple(
-                torch.cat([*(x[:, :, rest] for rest in places.rest), own], 2)
-                for x, own in zip(self.layer(layer, k), (k, v))
-            )
-        self.write(layer, places.runs, k, v)
-        return tuple(x[:, :, : places.used] for x in self.layers[layer])
-
-    def put_sinks(self, layer: int, keys: Tensor) -> None:
-        """Replaces the sinks' rotary keys, `[B, heads, M, head_dim]`."""
-        self.layers[layer][0][:, : keys.shape[1], : keys.shape[2]] = keys
+    def write(self, layer: int, ranges: Sequence[SlotRange], k: Tensor, v: Tensor) -> None:
+        """Puts keys and values `[B, H, M, head_dim]` into their slots."""
+        for held, new in zip(self.layer(layer, k), (k, v), strict=True):
+            for part in ranges:
+                held[:, :, part.ring] = new[:, :, part.tokens]
 
 
-@dataclass
-class CacheView:
-    """What one chunk sees: a window, and the places of the chunk in it.
+class CachedContext:
+    """The context of a chunk over remembered frames (see `attention.AttentionContext`).
 
-    `first` is the rotary position of the chunk's first frame. A pass leaves its own keys and values
-    in `fresh`, one pair a layer. When the clean pass of the chunk before is merged in, the pass
-    holds both chunks: `pending` tokens come first, and those behind them go to the places `later`,
-    after the first have read the window; `sinks` are the sinks' rotary keys as those see them, one
-    a layer, or none. Nothing in here may hold the view: a cycle would keep whole windows alive
-    until the garbage collector runs.
+    `viewmats` `[B, F, 4, 4]` and `intrinsics` `[B, F, 4]`, float64: the chunk's cameras.
+    `new_kv`: un-rotated keys and raw values that the last pass stored, by layer.
+    It may not hold the cache: the cycle would keep gigabytes alive until the garbage collector
+    runs.
     """
 
-    window: Window
-    places: Places
-    first: int
-    device: torch.device
-    fresh: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    pending: int = 0
-    later: Places | None = None
-    sinks: list[Tensor] = field(default_factory=list)
-    tables: tuple | None = (
-        # a projection, and what the passes that come with it share (`transformer.FramePositions`)
-        None
-    )
-
-    @property
-    def full(self) -> bool:
-        """Whether all of the window is in use; so it stays, until the dream is rewound."""
-        return self.places.used == self.window.size
-
-    def positions(self, frames: int) -> Tensor:
-        """Rotary positions `[frames]` of the frames of a pass."""
-        return torch.arange(self.first, self.first + frames, device=self.device)
-
-    def keep(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Called by attention: the pass's own un-rotated keys and raw values, `[B, F, N,
-        width]`.
-        """
-        self.fresh[layer] = (keys, values)
-
-    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Leaves turned keys and values of a pass in the window, for a layer that need not
-        attend.
-        """
-        self.window.write(layer, self.places.runs, k, v)
+    def __init__(
+        self,
+        ring: Ring,
+        selection: Selection,
+        offset: int,
+        rope: RopeTables,
+        cameras: prope.CameraMatrices | None,
+        viewmats: Tensor,
+        intrinsics: Tensor,
+    ):
+        tokens = rope.cos.shape[1]
+        self.rope = rope
+        self.cameras = cameras
+        self.viewmats = viewmats
+        self.intrinsics = intrinsics
+        self.selection = selection
+        self.offset = offset
+        self.new_kv: LayerKV = {}
+        self.ring = ring
+        self._own = slot_ranges(selection.own, tokens)
+        self._used = (len(selection.remembered) + len(selection.own)) * tokens
+        self._others = _between(self._own, self._used)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Queries of the chunk `[B, H, F N, D]` over the window and the chunk itself."""
-        if not self.pending:
-            return attention.attend(q, *self.window.joined(layer, self.places, k, v))
-        split = self.pending
-        before = attention.attend(
-            q[:, :, :split],
-            *self.window.joined(layer, self.places, k[:, :, :split], v[:, :, :split]),
-        )
-        if self.sinks:
-            self.window.put_sinks(layer, self.sinks[layer])
-        after = attention.attend(
-            q[:, :, split:],
-            *self.window.joined(layer, self.later, k[:, :, split:], v[:, :, split:]),
-        )
-        return torch.cat([before, after], dim=2)
+        """Queries of the chunk `[B, H, F N, head_dim]` over the ring and the chunk itself."""
+        if torch.is_grad_enabled():  # a backward pass needs what an in-place write would destroy
+            held = self.ring.layer(layer, k)
+            parts = [[x[:, :, part] for part in self._others] for x in held]
+            return attention.attend(
+                q, torch.cat([*parts[0], k], dim=2), torch.cat([*parts[1], v], dim=2)
+            )
+        self.write(layer, k, v)
+        return attention.attend(q, *(x[:, :, : self._used] for x in self.ring.layers[layer]))
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Puts projected keys and values of the chunk into the ring, for a layer that need not
+        attend.
+        """
+        self.ring.write(layer, self._own, k, v)
+
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        self.new_kv[layer] = key, value
 
 
 class KVCache:
     """The committed frames of a rollout.
 
-    `window`: latent frames attention may see, those of the current chunk included; `sinks`: the
-    first frames, which are kept for ever and count as part of the window; `absolute`: rotary
-    positions are frame numbers (the references' way) instead of places in the window; `history`:
-    frames kept beyond the window so that rewinding has something to return to; `camera`: whether
-    the network has the PRoPE path.
+    layout: tokens of a frame. memory: which frames a chunk sees, unless `begin_chunk` says
+    otherwise. history: frames kept beyond those, so that `truncate` has something to return to.
+    Positions are relative to the reference frame, but for `absolute` ones.
     """
 
-    def __init__(
-        self,
-        heads: int,
-        window: int,
-        sinks: int = 0,
-        absolute: bool = False,
-        history: int = 0,
-        camera: bool = True,
-    ):
-        if not 0 <= sinks < window:
-            raise ValueError(
-                f"sinks must be at least 0 and fewer than the window of {window} latents, got "
-                f"{sinks}: change one of them"
-            )
-        self.heads = heads
-        self.window = window
-        self.sinks = sinks
-        self.absolute = absolute
+    def __init__(self, layout: TokenLayout, memory: RecentWindow, history: int = 0):
+        self.layout = layout
+        self.memory = memory
         self.history = history
-        self.camera = camera
-        self.period = max(
-            1, window - sinks - 1
-        )  # latents to a new anchor; so long the old one is among the frames that are kept
-        self.frames: list[FrameMemory] = []
+        # so long the reference frame is among those that are kept
+        self.rebase_interval = max(1, memory.size - memory.sinks - 1)
+        self.frames: list[CachedFrame] = []
         self.committed = 0
-        self._window: Window | None = None  # what stands in the ring, when that is known
-        self._ring: dict[
-            int, tuple[Tensor, Tensor]
-        ] = {}  # its memory, which every window without gradients takes over
+        self._ring: Ring | None = None
+        self._open: CachedContext | None = None  # the one whose keys the ring holds
 
-    def commit(
-        self,
-        view: CacheView,
-        viewmats: Tensor,
-        intrinsics: Tensor,
-        fresh: dict[int, tuple[Tensor, Tensor]],
-    ) -> None:
-        """Remembers a chunk: the `view` that its clean pass was the last to read, cameras
-        `viewmats` `[B, F, 4, 4]` and `intrinsics` `[B, F, 4]`, and the keys and values that the
-        pass left, `fresh`.
+    def begin_chunk(
+        self, viewmats: Tensor, intrinsics: Tensor, memory: MemoryPolicy | None = None
+    ) -> CachedContext:
+        """The context of the next chunk, with cameras `viewmats` w2c `[B, F, 4, 4]` and
+        `intrinsics` `[B, F, 4]`. It is valid until the next chunk begins or the past changes.
+
+        memory: which remembered frames the chunk sees; None = the cache's own.
+        While gradients are enabled the ring is a new one, which nothing else writes to.
         """
-        keys, values = (torch.stack([fresh[layer][i] for layer in sorted(fresh)]) for i in range(2))
-        for frame in range(viewmats.shape[1]):
-            stored = (
-                keys[:, :, frame],
-                values[:, :, frame],
-                viewmats[:, frame],
-                intrinsics[:, frame],
-            )
-            self.frames.append(FrameMemory(self.committed, *stored))
+        memory = memory or self.memory
+        viewmats = viewmats.double()
+        intrinsics = intrinsics.double()
+        selection = memory.select(self.frames, self.committed, viewmats, intrinsics)
+        offset = self._position_offset()
+        reference = self._reference_pose(offset, viewmats)
+        self._open = None  # until all is written
+        ring = self._filled_ring(memory, selection, offset, reference)
+        first = selection.position - self._shown_offset(offset)
+        count = viewmats.shape[1]
+        positions = torch.arange(first, first + count, device=viewmats.device)
+        projmats = prope.projmats(viewmats @ reference, intrinsics).float()
+        context = CachedContext(
+            ring,
+            selection,
+            offset,
+            self.layout.rope(positions),
+            self.layout.cameras(projmats),
+            viewmats,
+            intrinsics,
+        )
+        self._open = context
+        return context
+
+    def is_current(self, context: CachedContext | None) -> bool:
+        """Whether a context can still be read: nothing was begun or changed since it was made."""
+        return context is not None and context is self._open
+
+    def commit(self, context: CachedContext, kv: LayerKV | None = None) -> None:
+        """Remembers the chunk of `context`, whose last pass was the clean one.
+
+        kv: keys and values to keep; None = those that the pass stored.
+        """
+        kv = context.new_kv if kv is None else kv
+        keys, values = (torch.stack([kv[layer][i] for layer in sorted(kv)]) for i in range(2))
+        shown = self._shown_offset(context.offset)
+        for number, slot in enumerate(context.selection.own):
+            stored = keys[:, :, number], values[:, :, number]
+            cameras = context.viewmats[:, number], context.intrinsics[:, number]
+            self.frames.append(CachedFrame(self.committed, *stored, *cameras))
+            position = context.selection.position + number - shown
+            context.ring.residents[slot] = Resident(self.committed, position, context.offset)
             self.committed += 1
-        self.frames = self._kept(self.frames)
-        view.window.held = self.committed
+        self._drop_old_frames()
+        self._open = None
 
-    def _kept(self, frames: list[FrameMemory]) -> list[FrameMemory]:
-        """Those that are still worth their memory: sinks, window and history."""
-        return [
-            f
-            for f in frames
-            if f.index < self.sinks or f.index >= self.committed - self.window - self.history
-        ]
+    def prepare(self, chunk: int) -> None:
+        """Projects what the next chunk of `chunk` frames will see, before its cameras are known.
 
-    def visible(self, chunk: int) -> list[FrameMemory]:
-        """The frames that a chunk of `chunk` new frames sees: sinks, then the most recent ones."""
-        return self._since(self._oldest(chunk))
-
-    def view(
-        self, viewmats: Tensor, intrinsics: Tensor, rows: int, columns: int
-    ) -> tuple[CacheView, Tensor]:
-        """The window for a chunk with cameras `viewmats` `[B, F, 4, 4]` and `intrinsics` `[B, F,
-        4]`.
-
-        Returns it with the chunk's projections `[B, F, 4, 4]`, relative to the window's anchor.
+        Optional: `begin_chunk` does what is still to be done. Only for the cache's own policy.
         """
-        chunk = viewmats.shape[1]
-        now = self.committed
-        window = self.prepare(chunk, rows, columns, viewmats[:, 0])
-        first = now if self.absolute else now - window.phase
-        view = CacheView(window, self._places(now, chunk, rows * columns), first, viewmats.device)
-        return view, prope.projection(
-            viewmats.double() @ window.anchor, intrinsics.double()
-        ).float()
-
-    def pair_view(
-        self, viewmats: Tensor, chunk: int, intrinsics: Tensor, rows: int, columns: int
-    ) -> tuple[CacheView, Tensor]:
-        """The view of two chunks in one pass, `viewmats` `[B, 2 chunk, 4, 4]`: the first is about
-        to be committed, the second follows.
-
-        The second's window has lost its oldest frames to the first, and its sinks stand as near as
-        they will when the first is in.
-        """
-        view, _ = self.view(viewmats[:, :chunk], intrinsics[:, :chunk], rows, columns)
-        oldest = self._oldest(2 * chunk)
-        tokens = rows * columns
-        view.pending = chunk * tokens
-        view.later = self._places(self.committed + chunk, chunk, tokens)
-        view.sinks = self._moved_sinks(view.window, oldest, rows, columns)
-        view.window.oldest = oldest
-        return view, prope.projection(
-            viewmats.double() @ view.window.anchor, intrinsics.double()
-        ).float()
-
-    def prepare(self, chunk: int, rows: int, columns: int, camera: Tensor | None = None) -> Window:
-        """The window as the next chunk, of `chunk` frames, finds it: the one that is there, or a
-        new one where that is of no use any more.
-
-        The first chunk of all is its own anchor and must give its `camera` `[B, 4, 4]`; the others'
-        need not be known yet. While gradients are wanted the window is always a new one, which
-        nobody else writes to.
-        """
-        grad = torch.is_grad_enabled()
-        oldest = self._oldest(chunk)
-        window = self._window
-        phase = (
-            self.committed // self.period * self.period
-        )  # by the count alone: a window made anew is like the old one
-        if (
-            grad
-            or not self.committed
-            or window is None
-            or (window.held, window.phase) != (self.committed, phase)
-            or oldest < window.oldest
-        ):
-            window = self._new_window(phase, oldest, rows, columns, camera)
-        for layer, keys in enumerate(self._moved_sinks(window, oldest, rows, columns)):
-            window.put_sinks(layer, keys)
-        window.oldest = oldest
-        self._window = None if grad else window
-        return window
-
-    def holds(self, view: CacheView | None, chunk: int) -> bool:
-        """Whether a view of a chunk of `chunk` new frames can still be read: nothing was committed
-        or written over since it was made.
-        """
-        window = self._window
-        return (
-            view is not None
-            and view.window is window
-            and (window.held, window.oldest) == (self.committed, self._oldest(chunk))
-        )
-
-    def _since(self, oldest: int) -> list[FrameMemory]:
-        return [f for f in self.frames if f.index < self.sinks or f.index >= oldest]
-
-    def _oldest(self, chunk: int) -> int:
-        """The first frame, sinks apart, that a chunk of `chunk` new frames sees."""
-        return max(self.sinks, self.committed - (self.window - chunk - self.sinks))
-
-    def _places(self, first: int, frames: int, tokens: int) -> Places:
-        """Where frames `first` to `first + frames` stand: one behind the other, in a full ring in
-        place of the oldest.
-        """
-        slots = [self._slot(index) for index in range(first, first + frames)]
-        return Places(_runs(slots, tokens), min(first + frames, self.window) * tokens)
-
-    def _slot(self, index: int) -> int:
-        """Which place of the window frame `index` takes: sinks stay in front."""
-        return (
-            index
-            if index < self.sinks
-            else self.sinks + (index - self.sinks) % (self.window - self.sinks)
-        )
-
-    def _new_window(
-        self, phase: int, oldest: int, rows: int, columns: int, camera: Tensor | None
-    ) -> Window:
-        """The sinks and the frames from `oldest` on out of the store, layer by layer, so that what
-        comes in between stays small.
-
-        The anchor is the last frame before the phase (in the first phase the first of all), or the
-        nearest to it that is kept. Without gradients it is written over the window before it: two
-        of them would be gigabytes.
-        """
-        if self.frames:
-            camera = min(
-                self.frames, key=lambda frame: abs(frame.index - max(0, phase - 1))
-            ).viewmats
-        grad = torch.is_grad_enabled()
-        size = self.window * rows * columns
-        if grad or any(keys.shape[2] != size for keys, _ in self._ring.values()):
-            self._ring = {}
-        self._window = None  # not known until all is written
-        window = Window(
-            size,
-            _inverse(camera[:, None]),
-            phase,
-            self.committed,
-            oldest,
-            {} if grad else self._ring,
-        )
-        frames = self._since(oldest)
-        if not frames:
-            return window
-        device = frames[0].viewmats.device
-        sinks = self._sink_positions(window, oldest, device)[: len(frames)]
-        recent = torch.arange(oldest, max(oldest, self.committed), device=device) - (
-            0 if self.absolute else phase
-        )
-        cos, sin = self._table(torch.cat([sinks, recent]), frames, rows, columns)
-        inverse = self._inverse_cameras(frames, window.anchor) if self.camera else None
-        runs = _runs([self._slot(f.index) for f in frames], rows * columns)
-        for layer in range(len(frames[0].keys)):
-            k, v = (
-                torch.stack([getattr(f, name)[layer] for f in frames], dim=1)
-                for name in ("keys", "values")
-            )
-            window.write(layer, runs, *turned(k, v, cos, sin, inverse, self.heads))
-        return window
-
-    def _moved_sinks(self, window: Window, oldest: int, rows: int, columns: int) -> list[Tensor]:
-        """Rotary keys `[B, heads, M, head_dim]` of the sinks, one a layer, with `oldest` behind
-        them; none where they need not move.
-        """
-        sinks = self.frames[: self.sinks]
-        if self.absolute or not sinks or oldest == window.oldest:
-            return []
-        cos, sin = self._table(
-            self._sink_positions(window, oldest, sinks[0].viewmats.device), sinks, rows, columns
-        )
-        layers = torch.stack([f.keys for f in sinks], dim=2).unflatten(-1, (self.heads, -1))
-        return [by_head([rotate(k, cos, sin)]) for k in layers]
-
-    def _sink_positions(self, window: Window, oldest: int, device: torch.device) -> Tensor:
-        """Rotary positions of the sinks: their own, or right before the oldest frame."""
-        first = 0 if self.absolute else oldest - self.sinks - window.phase
-        return torch.arange(first, first + self.sinks, device=device)
-
-    def _table(
-        self, positions: Tensor, frames: list[FrameMemory], rows: int, columns: int
-    ) -> tuple[Tensor, Tensor]:
-        """Rotary tables `[F, N, 1, head_dim]` in the type of the frames' keys, and beside them."""
-        keys = frames[0].keys
-        return tuple(
-            t.unsqueeze(2).to(keys.device, keys.dtype)
-            for t in rope_table(positions, rows, columns, keys.shape[-1] // self.heads)
-        )
-
-    @staticmethod
-    def _inverse_cameras(frames: list[FrameMemory], anchor: Tensor) -> Tensor:
-        """P^-1 of every frame, relative to the anchor `[B, 1, 4, 4]`: `[B, F, m, m]` in the type of
-        the frames' keys and beside them, see `prope.camera_matrices`.
-        """
-        viewmats = torch.stack([f.viewmats for f in frames], dim=1) @ anchor
-        cameras = prope.projection(viewmats, torch.stack([f.intrinsics for f in frames], dim=1))
-        keys = frames[0].keys
-        return prope.camera_matrices(cameras.float(), keys.dtype, keys.shape[-1], keys.device).key
+        if not self.frames:
+            return
+        last = self.frames[-1]
+        viewmats = last.viewmats[:, None].expand(-1, chunk, -1, -1)
+        intrinsics = last.intrinsics[:, None].expand(-1, chunk, -1)
+        selection = self.memory.select(self.frames, self.committed, viewmats, intrinsics)
+        offset = self._position_offset()
+        reference = self._reference_pose(offset, viewmats)
+        self._filled_ring(self.memory, selection, offset, reference)
 
     def truncate(self, committed: int) -> None:
-        """Forgets every frame from number `committed` on; ValueError when that reaches back beyond
-        what is kept.
+        """Forgets every frame from number `committed` on. Raises ValueError when that reaches back
+        beyond what is kept.
         """
-        kept = [f for f in self.frames if f.index < committed]
-        wanted = range(max(self.sinks, committed - (self.window - self.sinks) + 1), committed)
-        missing = set(wanted) - {f.index for f in kept}
+        kept = [frame for frame in self.frames if frame.index < committed]
+        window = self.memory
+        recent = range(max(window.sinks, committed - (window.size - window.sinks) + 1), committed)
+        missing = set(recent) - {frame.index for frame in kept}
         if missing or not 0 <= committed <= self.committed:
             raise ValueError(
                 f"can rewind to latent {min(missing, default=0)} no more, got {committed} of "
                 f"{self.committed}: rewind less"
             )
-        self.restore(kept, committed)
-
-    def restore(self, frames: list[FrameMemory], committed: int) -> None:
-        """Goes on from `frames`, what is kept of a past of `committed` latent frames."""
+        self.frames = kept
         self.committed = committed
-        self._window = None
-        self.frames = self._kept(frames)
+        self._forget_ring()
+        self._drop_old_frames()
+
+    def clone(self, memory: RecentWindow | None = None, history: int | None = None) -> "KVCache":
+        """A cache with the same past; the frames are shared. Its ring is made by the chunk that
+        needs it first.
+        """
+        twin = KVCache(
+            self.layout, memory or self.memory, self.history if history is None else history
+        )
+        twin.restore(self.frames, self.committed)
+        return twin
+
+    def restore(self, frames: Sequence[CachedFrame], committed: int) -> None:
+        """Goes on from `frames`, what is kept of a past of `committed` latent frames."""
+        self.frames = list(frames)
+        self.committed = committed
+        self._forget_ring()
+        self._drop_old_frames()
+
+    def visible(self, chunk: int) -> list[CachedFrame]:
+        """The frames that a chunk of `chunk` new frames may see, by the cache's own policy."""
+        oldest = self.memory.oldest(self.committed, chunk)
+        return [f for f in self.frames if f.index < self.memory.sinks or f.index >= oldest]
+
+    # -------------------- inside
+
+    def _drop_old_frames(self) -> None:
+        keeps = self.memory.keeps
+        self.frames = [f for f in self.frames if keeps(f.index, self.committed - self.history)]
+
+    def _forget_ring(self) -> None:
+        """After a change of the past the ring is projected from the store again, so that a rewound
+        rollout equals a reopened one to the bit. Its memory is used again.
+        """
+        self._open = None
+        if self._ring is not None:
+            self._ring.residents.clear()
+
+    def _position_offset(self) -> int:
+        """The frame number that the reference pose belongs to, by the count alone: a reopened
+        rollout has the same one.
+        """
+        return self.committed // self.rebase_interval * self.rebase_interval
+
+    def _shown_offset(self, offset: int) -> int:
+        """What is subtracted from rotary positions."""
+        return 0 if self.memory.absolute else offset
+
+    def _reference_pose(self, offset: int, viewmats: Tensor) -> Tensor:
+        """c2w `[B, 1, 4, 4]` of the last frame before the offset (in the first interval of frame
+        0), or of the kept one nearest to it; of the chunk itself when there is no past.
+        """
+        if not self.frames:
+            return _inverse(viewmats[:, :1])
+        wanted = max(0, offset - 1)
+        nearest = min(self.frames, key=lambda frame: abs(frame.index - wanted))
+        return _inverse(nearest.viewmats[:, None])
+
+    def _filled_ring(
+        self, memory: MemoryPolicy, selection: Selection, offset: int, reference: Tensor
+    ) -> Ring:
+        """The ring with the selected frames in it; what stands in the chunk's own slots no longer
+        counts, for its passes write there.
+        """
+        size = memory.size * self.layout.tokens
+        if torch.is_grad_enabled():
+            self._ring = None
+            ring = Ring(size)
+        else:
+            if self._ring is None or self._ring.size != size:
+                self._ring = None  # before the new one is made: two of them would be gigabytes
+                self._ring = Ring(size)
+            ring = self._ring
+        for slot in selection.own:
+            ring.residents.pop(slot, None)
+        shown = self._shown_offset(offset)
+        missing = {}
+        for frame, slot, position in selection.remembered:
+            resident = Resident(frame, position - shown, offset)
+            if ring.residents.get(slot) != resident:
+                missing[slot] = resident
+        if missing:
+            self._project(ring, missing, reference)
+        return ring
+
+    def _project(self, ring: Ring, missing: dict[int, Resident], reference: Tensor) -> None:
+        """Writes frames from the store into slots of the ring, layer by layer, so that what comes
+        in between stays small.
+        """
+        by_index = {frame.index: frame for frame in self.frames}
+        frames = [by_index[resident.frame] for resident in missing.values()]
+        for slot in missing:
+            ring.residents.pop(slot, None)
+        positions = torch.tensor([resident.position for resident in missing.values()])
+        rope = self.layout.rope(to_device_async(positions, frames[0].viewmats.device))
+        viewmats = torch.stack([frame.viewmats for frame in frames], dim=1) @ reference
+        intrinsics = torch.stack([frame.intrinsics for frame in frames], dim=1)
+        cameras = self.layout.cameras(prope.projmats(viewmats, intrinsics).float())
+        inverse = None if cameras is None else cameras.key
+        ranges = slot_ranges(list(missing), self.layout.tokens)
+        for layer in range(len(frames[0].keys)):
+            k = torch.stack([frame.keys[layer] for frame in frames], dim=1)
+            v = torch.stack([frame.values[layer] for frame in frames], dim=1)
+            ring.write(layer, ranges, *project_kv(k, v, rope, inverse, self.layout.heads))
+        ring.residents.update(missing)
 
 
-def _runs(slots: list[int], tokens: int) -> Runs:
-    """The places of frames in `slots`, `tokens` each."""
-    runs = []
-    start = 0
-    for number in range(1, len(slots) + 1):
-        if number == len(slots) or slots[number] != slots[number - 1] + 1:
-            stand = slice(slots[start] * tokens, (slots[number - 1] + 1) * tokens)
-            runs.append((stand, slice(start * tokens, number * tokens)))
-            start = number
-    return runs
+def _between(ranges: Sequence[SlotRange], used: int) -> list[slice]:
+    """The first `used` tokens of a ring without `ranges`."""
+    taken = sorted((part.ring.start, part.ring.stop) for part in ranges)
+    starts = (0, *(stop for _, stop in taken))
+    stops = (*(start for start, _ in taken), used)
+    return [slice(start, stop) for start, stop in zip(starts, stops, strict=True)]
 
 
 def _inverse(viewmats: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class CameraMatrices:
     result: Tensor
 
 
-def projection(viewmats: Tensor, intrinsics: Tensor) -> Tensor:
+def projmats(viewmats: Tensor, intrinsics: Tensor) -> Tensor:
     """`P = lift(diag(fx, fy, 1)) @ w2c`.
 
     `viewmats` `[..., 4, 4]` are w2c (OpenCV axes), `intrinsics` `[..., 4]` normalised (fx/W, fy/H,
@@ -40,18 +40,18 @@ def projection(viewmats: Tensor, intrinsics: Tensor) -> Tensor:
 
 
 def camera_matrices(
-    projections: Tensor, dtype: torch.dtype, width: int = 4, device: torch.device | None = None
+    projmats: Tensor, dtype: torch.dtype, width: int = 4, device: torch.device | None = None
 ) -> CameraMatrices:
-    """Inverts projections `[B, F, 4, 4]` once for a whole forward pass; computed in their own type
+    """Inverts `projmats` `[B, F, 4, 4]` once for a whole forward pass; computed in their own type
     where they are, returned in `dtype` on `device` (None: there).
 
     For features of `width` channels the matrices come several times along a diagonal, up to 64x64:
     the product is the same, and processors that multiply tiles do it several times faster than many
     products with 4x4.
     """
-    inverse = torch.linalg.inv_ex(projections).inverse
+    inverse = torch.linalg.inv_ex(projmats).inverse
     times = math.gcd(width, 64) // 4
-    matrices = projections.transpose(-1, -2), inverse, projections
+    matrices = projmats.transpose(-1, -2), inverse, projmats
     return CameraMatrices(
         *(_repeat(matrix, times).to(device=device, dtype=dtype) for matrix in matrices)
     )

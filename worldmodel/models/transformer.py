@@ -1,17 +1,11 @@
-"""`CausalWanTransformer`: Wan2.1's video diffusion transformer with camera poses (PRoPE), one
-network for three ways of attending.
+"""`CausalWanTransformer`: Wan2.1's video diffusion transformer with camera poses (PRoPE).
 
-- `bidirectional`: every latent frame sees every frame, as Wan2.1 was trained.
-- `teacher_forcing`: noisy chunk i sees the clean chunks before it and itself (Causal Forcing stage
-  1 and 2).
-- `cached`: the frames of the current chunk see the committed frames of a `CacheView` and
-  themselves: play and self-rollout.
-
-The mode is an argument and never guessed. Parameter names and config keys are those of diffusers'
-`WanTransformer3DModel`, so `Wan-AI/Wan2.1-T2V-1.3B-Diffusers` loads as it is; a camera model has
-one more linear layer a block, `attn1.prope_out`, zero at the start.
-Inside, tokens are `[B, F, N, width]`: F latent frames of N tokens each; the residual stream and the
-modulation are float32.
+One network for every way of attending: an `AttentionContext` says where the tokens of a pass stand
+and what they see (bidirectional, teacher forcing, or a chunk over remembered frames).
+Parameter names and config keys are those of diffusers' `WanTransformer3DModel`, so
+`Wan-AI/Wan2.1-T2V-1.3B-Diffusers` loads as it is; a camera model has one more linear layer a block,
+`attn1.prope_out`, zero at the start. Tokens are `[B, F, N, width]`: F latent frames of N tokens
+each; the residual stream and the modulation are float32.
 """
 
 from dataclasses import dataclass
@@ -26,62 +20,41 @@ from torch.utils.checkpoint import checkpoint
 from worldmodel.device import float64_device
 from worldmodel.errors import UserError
 from worldmodel.models import attention, prope
-from worldmodel.models.attention import by_head, turned
-from worldmodel.models.kv_cache import CacheView
-from worldmodel.models.rope import rope_table, rotate
+from worldmodel.models.attention import (
+    AttentionContext,
+    RopeTables,
+    TokenLayout,
+    merge_paths,
+    project_kv,
+)
+from worldmodel.models.kv_cache import CachedContext
+from worldmodel.models.prope import CameraMatrices
+from worldmodel.models.rope import rotate
 from worldmodel.schedule import CLOCK
 
 
 @dataclass(frozen=True)
 class TextContext:
-    """A prompt made ready for every layer: cross-attention keys and values, each `[B, heads, L,
+    """A prompt ready for every layer: cross-attention keys and values, each `[B, heads, L,
     head_dim]`.
     """
 
     layers: tuple[tuple[Tensor, Tensor], ...]
 
 
-Modulation = tuple[
-    Tensor, ...
-    # of a block: shift, factor and gate of attention, then of the feed-forward, `[B, F, 1, width]`
-    # float32
-]
+# of a block: shift, factor and gate of attention, then of the feed-forward, each
+# `[B, F, 1, width]` float32
+Modulation = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class TimeContext:
-    """A noise level made ready: embedding `[B, F, width]` float32 and every block's modulation."""
+    """A noise level ready for every layer: embedding `[B, F, width]` float32 and every block's
+    modulation.
+    """
 
     embedding: Tensor
     layers: tuple[Modulation, ...]
-
-
-@dataclass(frozen=True)
-class FramePositions:
-    """Where the tokens of a pass stand: rotary tables `[F, N, 1, head_dim]`, and camera matrices or
-    None.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    cameras: prope.CameraMatrices | None
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """Who attends to whom: a mode, the frames denoised together, and what is remembered."""
-
-    mode: str
-    chunk: int
-    view: CacheView | None
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
-        """q, k, v `[B, H, F N, head_dim]` of `frames` frames -> the same shape."""
-        if self.mode == "teacher_forcing":
-            return attention.teacher_forcing(q, k, v, self.chunk * q.shape[2] // frames)
-        if self.mode == "cached":
-            return self.view.attend(layer, q, k, v)
-        return attention.attend(q, k, v)
 
 
 class RMSNorm(nn.Module):
@@ -158,52 +131,39 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
         self.prope_out = nn.Linear(width, width) if camera else None
 
-    def memory(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x `[B, F, N, width]` -> its un-rotated keys and its values."""
-        return self.norm_k(self.to_k(x)), self.to_v(x)
-
-    def turned_queries(self, x: Tensor, positions: FramePositions) -> Tensor:
+    def queries(self, x: Tensor, rope: RopeTables, cameras: CameraMatrices | None) -> Tensor:
         """x `[B, F, N, width]` -> `[B, heads, F N, head_dim]`, or twice the heads when there are
-        cameras: rotary first, PRoPE second.
+        cameras: the rotary path, then PRoPE's.
         """
         q = self.norm_q(self.to_q(x))
-        paths = [rotate(q.unflatten(-1, (self.heads, -1)), positions.cos, positions.sin)]
-        if positions.cameras is not None:
-            paths.append(prope.apply(positions.cameras.query, q).unflatten(-1, (self.heads, -1)))
-        return by_head(paths)
+        paths = [rotate(q.unflatten(-1, (self.heads, -1)), *rope)]
+        if cameras is not None:
+            paths.append(prope.apply(cameras.query, q).unflatten(-1, (self.heads, -1)))
+        return merge_paths(paths)
 
-    def turned_memory(
-        self, k: Tensor, v: Tensor, positions: FramePositions
-    ) -> tuple[Tensor, Tensor]:
-        """What `memory` gave, in the shape of `turned_queries`."""
-        inverse = None if positions.cameras is None else positions.cameras.key
-        return turned(k, v, positions.cos, positions.sin, inverse, self.heads)
+    def kv(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x `[B, F, N, width]` -> its un-rotated keys and raw values, same shape."""
+        return self.norm_k(self.to_k(x)), self.to_v(x)
 
-    def result(self, out: Tensor, positions: FramePositions) -> Tensor:
-        """What attention gave, in the shape of `turned_queries`, -> `[B, F, N, width]`."""
+    def output(self, out: Tensor, frames: int, cameras: CameraMatrices | None) -> Tensor:
+        """The result of attention, in the shape of `queries`, -> `[B, F, N, width]`."""
         out = out.transpose(1, 2).unflatten(
-            1, positions.cos.shape[:2]
+            1, (frames, -1)
         )  # [B, F, N, heads or 2 heads, head_dim]
         result = self.to_out[0](out[..., : self.heads, :].flatten(-2))
-        if positions.cameras is not None:
-            result = result + self.prope_out(
-                prope.apply(positions.cameras.result, out[..., self.heads :, :].flatten(-2))
-            )
+        if cameras is not None:
+            second = prope.apply(cameras.result, out[..., self.heads :, :].flatten(-2))
+            result = result + self.prope_out(second)
         return result
 
-    def text_keys(self, text: Tensor) -> tuple[Tensor, Tensor]:
+    def text_kv(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Embedded prompt `[B, L, width]` -> keys and values `[B, heads, L, head_dim]`."""
-        k = self.norm_k(self.to_k(text))
-        v = self.to_v(text)
-        return tuple(x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (k, v))
+        return tuple(x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in self.kv(text))
 
     def cross_attention(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
-        q = (
-            self.norm_q(self.to_q(x.to(self.to_q.weight.dtype)))
-            .flatten(1, 2)
-            .unflatten(-1, (self.heads, -1))
-            .transpose(1, 2)
-        )
+        """x `[B, F, N, width]` attends to a prompt's keys and values; same shape."""
+        q = self.norm_q(self.to_q(x.to(self.to_q.weight.dtype)))
+        q = q.flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         out = attention.attend(q, *text).transpose(1, 2).flatten(-2)
         return self.to_out[0](out).view(x.shape)
 
@@ -225,6 +185,10 @@ class FeedForward(nn.Module):
 class WanBlock(nn.Module):
     """One transformer block: modulated self-attention, cross-attention to the prompt, modulated
     feed-forward.
+
+    Rotary and camera path are ONE attention over twice the heads. What comes before it
+    (`pre_attention`) and after it (`post_attention`) depends on no past, so it can be compiled once
+    for all blocks and every length of the window.
     """
 
     def __init__(
@@ -243,70 +207,59 @@ class WanBlock(nn.Module):
         x: Tensor,
         modulation: Modulation,
         text: tuple[Tensor, Tensor],
-        positions: FramePositions,
-        pattern: Pattern,
+        context: AttentionContext,
         layer: int,
     ) -> Tensor:
-        """x `[B, F, N, width]`, text of `Attention.text_keys`.
+        """x `[B, F, N, width]`, text from `Attention.text_kv` -> `[B, F, N, width]`."""
+        q, kv, projected = self.pre_attention(x, modulation, context.rope, context.cameras)
+        context.store(layer, *kv)
+        out = context.attend(layer, q, *projected)
+        return self.post_attention(x, out, modulation, text, context.cameras)
 
-        Rotary and camera path are ONE attention over twice the heads; what comes before and behind
-        it knows nothing of a past.
-        """
-        q, (k, v), memory = self.enter(x, modulation, positions)
-        if pattern.view is not None:
-            pattern.view.keep(layer, *memory)
-        return self.leave(
-            x, pattern.attend(layer, q, k, v, x.shape[1]), modulation, text, positions
-        )
+    def cache_only(
+        self, x: Tensor, modulation: Modulation, context: CachedContext, layer: int
+    ) -> None:
+        """Leaves keys and values in the context as `forward` does, and computes nothing else."""
+        rope, cameras = context.rope, context.cameras
+        _, kv, projected = self.pre_attention(x, modulation, rope, cameras, queries=False)
+        context.store(layer, *kv)
+        context.write(layer, *projected)
 
     def modulate(self, modulation: Tensor) -> Modulation:
         """Modulation `[B, F, 6, width]` that all blocks share -> this block's."""
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (
-            (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)
-        )
+        parts = (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = parts
         return shift, 1 + scale, gate, ffn_shift, 1 + ffn_scale, ffn_gate
 
-    def remember(
+    def pre_attention(
         self,
         x: Tensor,
         modulation: Modulation,
-        positions: FramePositions,
-        view: CacheView,
-        layer: int,
-    ) -> None:
-        """Leaves the keys and values of this block in view and window, as `forward` does, and
-        computes nothing else.
-        """
-        _, turned_memory, memory = self.enter(x, modulation, positions, queries=False)
-        view.keep(layer, *memory)
-        view.write(layer, *turned_memory)
-
-    def enter(
-        self, x: Tensor, modulation: Modulation, positions: FramePositions, queries: bool = True
-    ):
-        """Before self-attention: its queries (if asked for), its keys and values, and those that
-        are remembered.
+        rope: RopeTables,
+        cameras: CameraMatrices | None,
+        queries: bool = True,
+    ) -> tuple[Tensor | None, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Before self-attention: queries (if asked for), un-rotated keys and raw values, and both
+        as attention reads them.
         """
         shift, factor, *_ = modulation
         x = modulated_norm(x, factor, shift, self.eps).to(self.attn1.to_q.weight.dtype)
-        memory = self.attn1.memory(x)
-        return (
-            self.attn1.turned_queries(x, positions) if queries else None,
-            self.attn1.turned_memory(*memory, positions),
-            memory,
-        )
+        kv = self.attn1.kv(x)
+        q = self.attn1.queries(x, rope, cameras) if queries else None
+        inverse = None if cameras is None else cameras.key
+        return q, kv, project_kv(*kv, rope, inverse, self.attn1.heads)
 
-    def leave(
+    def post_attention(
         self,
         x: Tensor,
         out: Tensor,
         modulation: Modulation,
         text: tuple[Tensor, Tensor],
-        positions: FramePositions,
+        cameras: CameraMatrices | None,
     ) -> Tensor:
-        """Behind self-attention, which gave `out`."""
+        """After self-attention, whose result is `out`."""
         _, _, gate, shift, factor, ffn_gate = modulation
-        x = torch.addcmul(x, gate, self.attn1.result(out, positions))
+        x = torch.addcmul(x, gate, self.attn1.output(out, x.shape[1], cameras))
         x = x + self.attn2.cross_attention(self.norm2(x), text)
         return torch.addcmul(x, ffn_gate, self.ffn(modulated_norm(x, factor, shift, self.eps)))
 
@@ -382,107 +335,75 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
             nn.init.zeros_(block.attn1.prope_out.bias)
 
     def encode_text(self, text: Tensor) -> TextContext:
-        """Prompt embedding `[B, L, text_dim]` (padded rows are zero and are attended to, as in Wan)
-        -> every layer's keys and values.
+        """Prompt embedding `[B, L, text_dim]` -> every layer's keys and values. Padded rows are
+        zero and are attended to, as in Wan.
         """
         text = self.condition_embedder.text_embedder(text.to(self.patch_embedding.weight.dtype))
-        return TextContext(tuple(block.attn2.text_keys(text) for block in self.blocks))
+        return TextContext(tuple(block.attn2.text_kv(text) for block in self.blocks))
 
     def encode_time(self, sigma: Tensor) -> TimeContext:
-        """Noise levels `[B, F]` in [0, 1] -> what a pass needs of them, for passes that share
-        them.
-        """
+        """Noise levels `[B, F]` in [0, 1] -> what passes at these levels need of them."""
         embedding, modulation = self.condition_embedder.embed_time(sigma)
         return TimeContext(embedding, tuple(block.modulate(modulation) for block in self.blocks))
+
+    def layout(self, height: int, width: int) -> TokenLayout:
+        """How latent frames of `height` x `width` cells become tokens, for attention contexts.
+
+        Raises ValueError when the patch does not divide them.
+        """
+        config = self.config
+        _, patch_h, patch_w = config.patch_size
+        if height % patch_h or width % patch_w:
+            raise ValueError(
+                f"latents must be a multiple of the patch {tuple(config.patch_size)}, got "
+                f"{height}x{width} cells: resize"
+            )
+        kind = self.device.type
+        dtype = self.patch_embedding.weight.dtype
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        grid = height // patch_h, width // patch_w
+        heads = config.num_attention_heads
+        head_dim = config.attention_head_dim
+        return TokenLayout(*grid, heads, head_dim, config.camera, dtype, self.device)
 
     def forward(
         self,
         latents: Tensor,
         sigma: Tensor | TimeContext,
         text: Tensor | TextContext,
-        projection: Tensor | None = None,
+        context: AttentionContext,
         *,
-        mode: str = "bidirectional",
-        chunk: int = 1,
-        clean: Tensor | None = None,
-        clean_sigma: Tensor | None = None,
-        view: CacheView | None = None,
-        velocity: bool = True,
+        cache_only: bool = False,
     ) -> Tensor | None:
         """Predicts the velocity `eps - x0` of noisy latents.
 
-        `latents` `[B, C, F, H, W]` (H and W multiples of the patch), `sigma` in [0, 1] `[B]` or
-        `[B, F]` or what `encode_time` made of it, `text` an embedding `[B, L, text_dim]` or what
-        `encode_text` made of it, `projection` `[B, F, 4, 4]` from `prope.projection` or None (no
-        camera path).
-        teacher_forcing: `clean` latents of the same shape, their `clean_sigma` `[B, F]` (None: 0),
-        `chunk` frames denoised together.
-        cached: `view` of the committed frames; its reference camera is the one `projection` is
-        relative to. With `velocity` false the pass ends where the last layer's keys and values are
-        known, and returns None.
-        Returns `[B, C, F, H, W]` in float32.
+        latents: `[B, C, F, H, W]`, H and W multiples of the patch. sigma: in [0, 1], `[B]` or
+        `[B, F]`, or what `encode_time` made of it. text: an embedding `[B, L, text_dim]`, or what
+        `encode_text` made of it. context: of these F frames.
+        Returns `[B, C, F, H, W]` in float32. With `cache_only` the pass ends where the last layer's
+        keys and values are stored in the context (a `CachedContext`), and returns None.
         """
-        self._check_inputs(latents, projection, mode, chunk, clean, view)
+        _, patch_h, patch_w = self.config.patch_size
         frames = latents.shape[2]
-        (_, patch_h, patch_w) = self.config.patch_size
-        grid = latents.shape[3] // patch_h, latents.shape[4] // patch_w
-        if isinstance(sigma, Tensor) and sigma.ndim == 1:
-            sigma = sigma[:, None].expand(-1, frames)
-        if mode == "teacher_forcing":
-            latents = torch.cat([clean, latents], dim=2)
-            sigma = torch.cat(
-                [torch.zeros_like(sigma) if clean_sigma is None else clean_sigma, sigma], dim=1
-            )
-            projection = None if projection is None else projection.repeat(1, 2, 1, 1)
+        if isinstance(sigma, Tensor):
+            sigma = sigma[:, None].expand(-1, frames) if sigma.ndim == 1 else sigma
+            sigma = self.encode_time(sigma)
         if isinstance(text, Tensor):
             text = self.encode_text(text)
         x = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype))
-        dtype = x.dtype
         x = x.float().flatten(3).permute(0, 2, 3, 1)
-        time = self.encode_time(sigma) if isinstance(sigma, Tensor) else sigma
-        positions = self.positions(frames, grid, projection, mode, view, dtype)
-        pattern = Pattern(mode, chunk, view)
         for layer, block in enumerate(self.blocks):
-            if not velocity and layer == len(self.blocks) - 1:
-                return block.remember(x, time.layers[layer], positions, view, layer)
-            arguments = (x, time.layers[layer], text.layers[layer], positions, pattern, layer)
+            modulation = sigma.layers[layer]
+            if cache_only and layer == len(self.blocks) - 1:
+                return block.cache_only(x, modulation, context, layer)
+            arguments = (x, modulation, text.layers[layer], context, layer)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x = block(*arguments)
-        if mode == "teacher_forcing":
-            return self._to_latents(x[:, frames:], time.embedding[:, frames:], grid)
-        return self._to_latents(x, time.embedding, grid)
-
-    def positions(
-        self,
-        frames: int,
-        grid: tuple[int, int],
-        projection: Tensor | None,
-        mode: str,
-        view: CacheView | None,
-        dtype: torch.dtype,
-    ) -> FramePositions:
-        """Where the tokens of a pass stand, `grid` of them a frame; made once for all passes with
-        the same `view` and `projection`.
-        """
-        if view is not None and view.tables is not None and view.tables[0] is projection:
-            return view.tables[1]
-        index = torch.arange(frames, device=self.device) if view is None else view.positions(frames)
-        index = index.repeat(2) if mode == "teacher_forcing" else index
-        cos, sin = rope_table(
-            index.to(float64_device(index.device)), *grid, self.config.attention_head_dim
-        )
-        cameras = None
-        if projection is not None and self.config.camera:
-            width = self.config.num_attention_heads * self.config.attention_head_dim
-            cameras = prope.camera_matrices(projection, dtype, width, self.device)
-        positions = FramePositions(
-            *(table.unsqueeze(2).to(self.device, dtype) for table in (cos, sin)), cameras
-        )
-        if view is not None:
-            view.tables = projection, positions
-        return positions
+        grid = latents.shape[3] // patch_h, latents.shape[4] // patch_w
+        return self._to_latents(x, sigma.embedding, grid)
 
     def _to_latents(self, x: Tensor, embedding: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens `[B, F, N, width]` -> velocity `[B, C, F, H, W]`."""
@@ -495,36 +416,6 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
             2, grid
         )  # [B, F, rows, columns, patch_h, patch_w, C]
         return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
-
-    def _check_inputs(self, latents, projection, mode, chunk, clean, view) -> None:
-        if mode not in ("bidirectional", "teacher_forcing", "cached"):
-            raise ValueError(
-                f"mode must be bidirectional, teacher_forcing or cached, got {mode!r}: name one "
-                "of them"
-            )
-        if (clean is not None) != (mode == "teacher_forcing") or (view is not None) != (
-            mode == "cached"
-        ):
-            raise ValueError(
-                f"clean goes with teacher_forcing and view with cached, got mode {mode!r}: pass "
-                "exactly what the mode needs"
-            )
-        _, _, frames, height, width = latents.shape
-        if height % self.config.patch_size[1] or width % self.config.patch_size[2]:
-            raise UserError(
-                f"latents must be a multiple of the patch {tuple(self.config.patch_size)}, got "
-                f"{height}x{width} cells: resize"
-            )
-        if mode == "teacher_forcing" and frames % chunk:
-            raise ValueError(
-                f"teacher forcing needs a multiple of {chunk} latent frames, got {frames}: change "
-                "the clip's length or chunk"
-            )
-        if projection is not None and projection.shape[1] != frames:
-            raise ValueError(
-                f"one camera a latent frame is needed, got {projection.shape[1]} for {frames} "
-                f"frames: pass {frames}"
-            )
 
 
 def _check_config(

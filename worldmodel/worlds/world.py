@@ -19,7 +19,7 @@ from worldmodel.engine.engine import (
     Engine,
     EngineOptions,
     demand,
-    fitting,
+    select_tiers,
     start_engine,
     tiers_from,
 )
@@ -31,6 +31,7 @@ from worldmodel.models.prompts import PromptBook
 from worldmodel.models.text_encoder import PromptEncoder
 from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.models.wan_autoencoder import Autoencoder
+from worldmodel.rollout import RolloutConfig, with_steps
 from worldmodel.worlds.config import WORLD_YAML, WorldConfig
 from worldmodel.worlds.fingerprint import fingerprint, first_edition_fingerprint
 from worldmodel.worlds.weights import load_network, open_autoencoder
@@ -108,21 +109,33 @@ class World:
         tiers = tiers_from(options)
         free = free_memory(self.device)
         if options.memory == "auto" and free is not None:
-            free += sum(
-                p.nbytes for p in self.transformer.parameters() if p.device.type == self.device.type
-            )  # it is there already
-            tiers = fitting(
-                tiers, self.demand(options.records(self.device)), self.config.rollout, HISTORY, free
-            )
+            parameters = self.transformer.parameters()
+            # weights that are on the device already
+            free += sum(p.nbytes for p in parameters if p.device.type == self.device.type)
+            tiers = select_tiers(tiers, self.demand(), self.config.rollout, self.history, free)
         quantize(self.transformer, tiers[0].weights, self.device)
         transformer = self.transformer.to(self.device)
         autoencoder = self.autoencoder.to(self.device)
         engine = start_engine(options, tiers, transformer, self.device)
         return replace(self, transformer=transformer, autoencoder=autoencoder, engine=engine)
 
-    def demand(self, recorded: bool = False) -> Demand:
-        """The memory that a dream of this world needs, passes `recorded` or not; to be asked before
-        the networks are on their device.
+    @property
+    def history(self) -> int:
+        """Latents to rewind that a session keeps unless it asks for another number."""
+        return self.config.rollout.history or HISTORY
+
+    def rollout(self, steps: int | None = None, history: int | None = None) -> RolloutConfig:
+        """How a session is generated, as far as the device's memory goes.
+
+        steps: denoising steps of later chunks, None = the world's. history: latents to rewind, None
+        = `history`. Raises UserError for wrong `steps`.
+        """
+        config = self.config.rollout if steps is None else with_steps(self.config.rollout, steps)
+        return self.engine.tier.rollout(config, self.history if history is None else history)
+
+    def demand(self) -> Demand:
+        """The memory that a session of this world needs; to be asked before the networks are on
+        their device.
         """
         rows, columns = self.latent_size
         weights = sum(p.numel() * p.dtype.itemsize for p in self.autoencoder.parameters())
@@ -135,10 +148,7 @@ class World:
         )
         work = pixels * _DECODER_WORK * self.dtype.itemsize
         rest = weights + 2 * rewound + work
-        prompt = self.prompts.shape[0] if recorded else 0
-        return demand(
-            self.transformer, rows, columns, self.config.rollout.chunk, rest, rewound, prompt
-        )
+        return demand(self.transformer, rows, columns, self.config.rollout.chunk, rest, rewound)
 
     @cached_property
     def prompt_encoder(self) -> PromptEncoder:
