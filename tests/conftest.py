@@ -104,8 +104,8 @@ def own_log(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def own_torch():
-    """What a test sets torch to (`--threads`, play.py's precision) is its own: dreams are equal to
-    the bit only with equal settings.
+    """Restore torch's settings (`--threads`, the precision that play sets) after each test: frames
+    are bit-identical only under equal settings.
     """
     threads = torch.get_num_threads()
     precision = torch.get_float32_matmul_precision()

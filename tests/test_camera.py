@@ -1,4 +1,4 @@
-"""Poses against the public references (golden case 10), and what bad poses and texts are told."""
+"""Poses against the public references (golden case 10); messages for bad poses and texts."""
 
 import json
 from pathlib import Path

@@ -319,18 +319,18 @@ def test_restart_shows_nothing_stale_and_records_on(tmp_path):
 @pytest.mark.parametrize("pictures", [True, False])
 def test_a_frame_is_never_ahead_of_its_figures(monkeypatch, pictures):
     machine = Machine(pictures=pictures)
-    told = []
+    shown = []
     put = Pacer.put
 
     def spy(pacer, frames, now, period):
-        told.append(
+        shown.append(
             (machine.loop.status.pose is None, frames[0].latent - machine.loop.status.latent)
         )
         put(pacer, frames, now, period)
 
     monkeypatch.setattr(Pacer, "put", spy)
     machine.play(3.0)
-    assert told[0] == (False, -1) and set(told) == {
+    assert shown[0] == (False, -1) and set(shown) == {
         (False, -1),
         (False, 0),
     }  # 0: the frame that is there early
@@ -746,7 +746,7 @@ def test_without_a_display_it_says_so_and_walks(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "walk.mp4").write_bytes(b"older")
     assert play.main(["--world", str(tiny_bundle), "--trajectory", "w*2"]) == 0
-    told = capsys.readouterr()
-    assert "no display" in told.err and json.loads(told.out)["output"] == "out/walk-2.mp4"
+    printed = capsys.readouterr()
+    assert "no display" in printed.err and json.loads(printed.out)["output"] == "out/walk-2.mp4"
     assert (tmp_path / "out" / "walk-2.mp4").stat().st_size > 500
     assert (tmp_path / "out" / "walk.mp4").read_bytes() == b"older"

@@ -291,7 +291,7 @@ def test_a_killed_worker_is_one_sentence_and_finished_clips_stay(tmp_path, capsy
 
 
 def test_two_collectors_do_not_share_a_folder(tmp_path, capsys):
-    """The second one says so and touches nothing; a process that was killed keeps nobody out."""
+    """The second one stops with a message and changes nothing; a killed process leaves no lock."""
     output = ["--output", str(tmp_path / "clips"), "--workers", "1", "--clips", "1"]
     holder = "import sys, time; from pathlib import Path; from worldmodel.files import exclusive\n"
     holder += "with exclusive(Path(sys.argv[1])): print('in', flush=True); time.sleep(600)"

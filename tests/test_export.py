@@ -239,8 +239,8 @@ def test_benchmark_of_random_weights_needs_no_files(capsys):
 
 
 def test_key_to_pixel_of_a_steady_machine():
-    """100 ms a chunk, 250 ms of frames: read 106 ms before it is due, a press waits 0 to 250 ms for
-    that.
+    """A chunk takes 100 ms and shows for 250 ms: the keys are read 106 ms before it is due, and a
+    press waits 0 to 250 ms for that.
     """
     delays = key_to_pixel(np.full(40, 100.0), np.full(40, 130.0), 250.0)[20 * PRESSES :]
     assert delays.min() == pytest.approx(106, abs=8) and delays.max() == pytest.approx(356, abs=8)

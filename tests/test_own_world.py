@@ -35,8 +35,8 @@ WIDTHS = [
 
 
 def game_clip(root, name, caption, trajectory, style="walk", start=0.0, detail=60, **changes):
-    """A clip of 48x64 pixels at 12 frames a second; the brightness of its first picture says how
-    far the camera looks up.
+    """A clip of 48x64 pixels at 12 frames a second; the brightness of its first picture encodes
+    the pitch of the camera.
     """
     c2w = parse_trajectory(trajectory, STEP, style)
     c2w[:, :3, :3] = c2w[:, :3, :3] @ rotation(0, start)

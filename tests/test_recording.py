@@ -27,7 +27,7 @@ from worldmodel.worlds.world import World
 
 WALK = parse_trajectory("w*6,w+l*8,s*6", MotionStep(0.5, 6.0), style="walk")[1:]
 
-# the program that is killed: plays at its own pace for ever
+# the program that is killed: it plays without end
 ENDLESS = """
 import sys, time, numpy as np, torch
 from worldmodel.recording import Recorder

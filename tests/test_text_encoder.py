@@ -110,7 +110,7 @@ def embed(prompt, place, shape=SHAPE, dtype=torch.float32, tell=lambda stage: No
 
 
 def only_file(cache):
-    (file,) = cache.iterdir()  # nothing temporary is left beside it
+    (file,) = cache.iterdir()  # and no temporary file
     return file
 
 
@@ -178,11 +178,11 @@ def test_an_empty_text_is_refused(whole_encoder, text):
         embed(text, whole_encoder)
 
 
-def test_a_long_text_is_cut_and_said_to_be(whole_encoder, capsys):
+def test_a_long_text_is_cut_with_a_warning(whole_encoder, capsys):
     for _ in ("encoded", "from the cache"):
         cut = embed(LONG, whole_encoder)
-        told = [line for line in capsys.readouterr().err.splitlines() if "tokens" in line]
-        assert told == [
+        printed = [line for line in capsys.readouterr().err.splitlines() if "tokens" in line]
+        assert printed == [
             "The prompt has 3001 tokens and this world reads 12; the rest of it was left out."
         ]
     assert torch.all(cut.abs().sum(1) > 0)
@@ -581,9 +581,9 @@ def test_play_without_a_window(play, bundle, encoder, tmp_path, capsys, prompt):
         str(tmp_path / "take"),
     ]
     assert play([*walk, *start]) == 0
-    told = capsys.readouterr()
-    assert json.loads(told.out)["latents"] == 3
-    assert "Loading the text encoder ..." in told.err and told.err.count("was left out") == (
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["latents"] == 3
+    assert "Loading the text encoder ..." in printed.err and printed.err.count("was left out") == (
         prompt == LONG
     )
     shutil.rmtree(encoder)

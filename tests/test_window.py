@@ -111,7 +111,7 @@ def test_play_in_a_real_window(screen, tiny_bundle, tmp_path):
             xdotool("key", "F9")
             again = tmp_path / "take-2"
             wait_for(lambda: len(recorded(again)) > 1, "a second recording")
-            xdotool("key", "Escape")  # releases the mouse, no more
+            xdotool("key", "Escape")  # only releases the mouse
             count = len(recorded(again))
             wait_for(
                 lambda: len(recorded(again)) > count + 3 or game.poll() is not None, "playing on"

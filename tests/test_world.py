@@ -1,4 +1,4 @@
-"""Bundles: written, opened, and what broken ones are told."""
+"""Bundles: writing, opening, and the messages for broken ones."""
 
 import json
 import shutil

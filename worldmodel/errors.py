@@ -1,4 +1,4 @@
-"""Errors that a user can mend, told apart from bugs of this program, and the log of bugs.
+"""Errors that a user can correct, as opposed to bugs of this program, and the log of bugs.
 
 `UserError` alone becomes one sentence and exit status 2. Every other exception is a bug: it keeps
 its traceback, which `log_bug` also appends to a file, because a window has no place for it.
@@ -18,12 +18,12 @@ _LOG_LIMIT = 1_000_000  # bytes; a longer log is moved to `*.old` before the nex
 
 
 class UserError(ValueError):
-    """Bad input: the message is one sentence that says what was expected, what came, what to do."""
+    """Bad input: the message is one sentence: what was expected, what came, what to do."""
 
 
 class Stopped(Exception):
-    """Work that a signal ended before its end; the sentence says what to do ("": another process
-    says it).
+    """Work that a signal stopped; the sentence states what to do ("": another process prints
+    it).
     """
 
     def __init__(self, number: int, sentence: str):

@@ -55,8 +55,8 @@ def _check_writable(folder: Path) -> None:
 
 @contextmanager
 def replacing_file(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; the file takes the name `path` when the block
-    ends well, and is removed when it does not.
+    """Yield a temporary path in the folder of `path`; the file written there is renamed to `path`
+    when the block succeeds, and removed when it fails.
 
     The folder of `path` is made if it is absent. A reader sees the whole file or none. Raises
     UserError as `check_output`.
@@ -80,8 +80,8 @@ def write_file(path: str | Path, data: bytes | str) -> None:
 
 @contextmanager
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
-    """An empty folder beside `folder` to write into, which takes the name `folder` when the block
-    ends well and is removed when it does not.
+    """Yield an empty folder next to `folder`, which is renamed to `folder` when the block succeeds
+    and removed when it fails.
 
     The old folder is kept until the new one is complete. Raises UserError as `check_output_folder`.
     """

@@ -20,7 +20,7 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 def draw_index(
     batch: int, frames: int, chunk: int, count: int, generator: torch.Generator
 ) -> Tensor:
-    """Uniform integers `[B, F]` in [0, count), one a chunk (chunk = frames: one a clip), on the
+    """Uniform integers `[B, F]` in [0, count), one per chunk (chunk = frames: one per clip), on the
     generator's device.
     """
     index = torch.randint(

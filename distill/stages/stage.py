@@ -367,7 +367,7 @@ def _shuffled(length: int, seed: int, epoch: int) -> list[int]:
 
 
 def _sheet(rows: list[Tensor]) -> Tensor:
-    """Videos `[B, 3, F, H, W]`, one a row -> picture `[B rows H, F W, 3]`, the rows of one sample
+    """Videos `[B, 3, F, H, W]`, one per row -> picture `[B rows H, F W, 3]`, the rows of one sample
     stacked.
     """
     stacked = torch.stack(rows, dim=1)  # [B, rows, 3, F, H, W]

@@ -24,7 +24,7 @@ from worldmodel.files import recordings_folder
 from worldmodel.pacing import MARGIN, RECENT, expected_duration
 
 NO_CAMERA = "This model has no camera control: keys do nothing"
-LONGEST_SLEEP = 0.1  # seconds until the loop looks again at what is asked of it
+LONGEST_SLEEP = 0.1  # seconds between two looks at the queue of commands
 
 
 class Closed(Exception):
@@ -122,7 +122,7 @@ class Loop:
     def command(self, name: str) -> None:
         """Ask for restart, next_prompt, change_prompt, new_seed, pause or record.
 
-        It is done between two chunks, and a notice says so.
+        It is executed between two chunks, and a notice confirms it.
         """
         self._commands.append(name)
         self._wake.set()
@@ -204,7 +204,7 @@ class Loop:
         self._update(stage=stage, progress=progress)
 
     def turn(self) -> None:
-        """Do what was asked for, then generate a chunk if its time has come, or wait a little."""
+        """Execute the queued commands, then generate a chunk if it is due, or wait a little."""
         self._wake.clear()
         while self._commands:
             self._execute(self._commands.popleft())
@@ -382,7 +382,7 @@ class Loop:
             self._update(phase="paused")
 
     def _resume(self) -> None:
-        """Go on from where the camera stands: neither time nor keys of the break count."""
+        """Resume at the current pose; ignore the time and the keys of the break."""
         self._edges.clear()
         self._place_camera(self._pose, self.clock())
         self.pacer.release(self._sampled)

@@ -72,7 +72,7 @@ class Pacer:
             self._frames = deque(replace(frame, edges=()) for frame in self._frames)
 
     def release(self, now: float) -> None:
-        """Go on after `hold` or any other break, whose time does not count as late."""
+        """Resume after `hold` or any other break, whose time does not count as late."""
         with self._lock:
             self._held = False
             if self._due is not None and self._due < now:
