@@ -30,15 +30,6 @@ from worldmodel.images import write_png
 KEEP = 2  # checkpoints
 FORMER_NAMES = {"fake_score": "critic"}  # of networks and their optimizers, in older checkpoints
 _STEP = "step-" + 8 * "[0-9]"
-_UNREADABLE = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    SafetensorError,
-)
 
 
 class RunFolder:
@@ -95,16 +86,17 @@ class RunFolder:
             state = json.loads((folder / "state.json").read_text())
             progress = int(state["step"]), int(state["drawn"])
             saved = {section: dict(values) for section, values in state["config"].items()}
-        except _UNREADABLE as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise _unreadable(folder, error) from error
         self._check_config(current_names(saved, str(folder)), folder)
-        try:
-            for name, module in stage.modules.items():
-                module.load_state_dict(load_file(_weights(folder, "", name)))
-            for name, optimizer in stage.optimizers.items():
-                _unflatten(optimizer, load_file(_weights(folder, "optimizer-", name)))
-        except _UNREADABLE as error:
-            raise _unreadable(folder, error) from error
+        for name, module in stage.modules.items():
+            tensors = _load(folder, "", name)
+            try:
+                module.load_state_dict(tensors)
+            except RuntimeError as error:  # of another network
+                raise _unreadable(folder, error) from error
+        for name, optimizer in stage.optimizers.items():
+            _unflatten(optimizer, _load(folder, "optimizer-", name))
         return progress
 
     def log(self, line: dict) -> None:
@@ -142,18 +134,21 @@ class RunFolder:
         if path.exists():
             lines = [
                 line
-                for line in path.read_text().splitlines(keepends=True)
+                for line in path.read_text(errors="replace").splitlines(keepends=True)
                 if _step_of(line) <= step
             ]
             write_file(path, "".join(lines))
 
 
-def _weights(folder: Path, prefix: str, name: str) -> Path:
-    """File of a network or optimizer in a checkpoint, which may be older than its name."""
+def _load(folder: Path, prefix: str, name: str) -> dict[str, Tensor]:
+    """Tensors of a network or optimizer in a checkpoint, which may be older than its name."""
     path = folder / f"{prefix}{name}.safetensors"
-    if path.is_file() or name not in FORMER_NAMES:
-        return path
-    return folder / f"{prefix}{FORMER_NAMES[name]}.safetensors"
+    if not path.is_file() and name in FORMER_NAMES:
+        path = folder / f"{prefix}{FORMER_NAMES[name]}.safetensors"
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(folder, error) from error
 
 
 def _unreadable(folder: Path, error: Exception) -> UserError:

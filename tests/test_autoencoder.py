@@ -437,7 +437,8 @@ def test_encode_names_what_is_wrong(tmp_path, capsys):
         error.startswith(f"encode: {bad}: expected 9 video frames")
         and "; 2 of 4 clips could not be encoded, the others are" in error
     )
-    assert f"{bad}: expected 9" in told.out and f"{empty / 'session.jsonl'} is damaged" in told.out
+    assert f"encode: warning: {bad}: expected 9" in told.err
+    assert f"encode: warning: {empty / 'session.jsonl'} is damaged" in told.err
     assert [(folder / LATENTS).exists() for folder in (good, bad, later, empty)] == [
         True,
         False,

@@ -38,7 +38,7 @@ WIDTHS = (
     "decoder_widths=[8, 8, 8, 8]",
     "decoder_blocks=[1, 1, 1]",
 )
-PROGRESS = re.compile(r"%\||\d+\w+ \[|\.\.\.$")  # bars, and "Opening the world ..."
+PROGRESS = re.compile(r"%\||\d+\w+ \[|\.\.\.$|^\w+: warning: ")  # bars, "Opening the world ..."
 
 
 def load_play():

@@ -131,7 +131,7 @@ def parse_trajectory(text: str, step: MotionStep = MotionStep(), style: str = "f
     in one motion.
     """
     if style not in STYLES:
-        raise UserError(f"style must be one of {', '.join(STYLES)}, got {style!r}.")
+        raise ValueError(f"style must be one of {', '.join(STYLES)}, got {style!r}.")
     pose = np.eye(4)
     poses = [np.eye(4)]
     filled = 0.0
@@ -205,7 +205,7 @@ def relative_to_first(c2w: np.ndarray) -> np.ndarray:
 
 
 def check_poses(c2w, count: int | None = None, source: str = "") -> np.ndarray:
-    """Returns `c2w` as float64 [F,4,4], or raises ValueError with one sentence that names the first
+    """Returns `c2w` as float64 [F,4,4], or raises UserError with one sentence that names the first
     bad pose.
 
     count: how many poses are needed at least. source: where they came from, for the sentence.
@@ -213,7 +213,7 @@ def check_poses(c2w, count: int | None = None, source: str = "") -> np.ndarray:
     where = f"{source}: " if source else ""
     try:
         poses = np.asarray(c2w, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{where}expected poses as numbers [F,4,4], got something else.") from None
     if poses.ndim == 2:
         poses = poses[None]
@@ -284,7 +284,7 @@ def read_pose_json(path) -> tuple[np.ndarray, np.ndarray]:
         matrices = np.array([entry["K"] for entry in ordered], np.float64).reshape(-1, 3, 3)
     except OSError as error:
         raise UserError(f"Pose file {path} cannot be read: {error.strerror}.") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         raise UserError(
             f"Pose file {path} is not in WorldPlay's form "
             '{"0": {"extrinsic": 4x4, "K": 3x3 pixels}, ...}.'

@@ -102,7 +102,7 @@ class Controls:
         self, envelope: Envelope, fps: float, frames_per_latent: int = 4, sensitivity: float = 0.1
     ):
         if not (fps > 0 and frames_per_latent >= 1):
-            raise UserError(
+            raise ValueError(
                 f"fps and frames_per_latent must be positive, got {fps} and {frames_per_latent}."
             )
         self.envelope = envelope
@@ -149,7 +149,7 @@ class Controls:
     def look(self, dx: float, dy: float, t: float) -> None:
         """The mouse moved by `dx` counts right and `dy` counts down at `t` seconds."""
         if not (math.isfinite(dx) and math.isfinite(dy)):
-            raise UserError(f"Mouse motion must be finite, got {dx}, {dy}.")
+            raise ValueError(f"Mouse motion must be finite, got {dx}, {dy}.")
         self._add(t, "look", (dx, dy))
 
     def reset(self, c2w=None) -> None:
@@ -192,7 +192,7 @@ class Controls:
 
     def _add(self, t: float, kind: str, value) -> None:
         if not math.isfinite(t):
-            raise UserError(f"The time of an edge must be finite seconds, got {t}.")
+            raise ValueError(f"The time of an edge must be finite seconds, got {t}.")
         with self._lock:
             self._edges.append((t, kind, value))
 
@@ -267,5 +267,5 @@ class Controls:
 
 def _known(motion: str) -> str:
     if motion not in MOTIONS:
-        raise UserError(f"Unknown motion {motion!r}; the motions are {', '.join(MOTIONS)}.")
+        raise ValueError(f"Unknown motion {motion!r}; the motions are {', '.join(MOTIONS)}.")
     return motion

@@ -326,7 +326,7 @@ def _reason(error: Exception) -> str:
 
 
 def read_log(folder) -> Log:
-    """Reads session.jsonl; a last line that was cut off is left out. ValueError when it is no log
+    """Reads session.jsonl; a last line that was cut off is left out. UserError when it is no log
     of ours.
     """
     path = Path(folder) / LOG
@@ -370,7 +370,7 @@ def recover(folder) -> int:
     to a whole one.
 
     Keeps the latents that both the log and the video hold: poses.json is rebuilt, extra video
-    frames are cut off without encoding again. ValueError for a recording that is still being
+    frames are cut off without encoding again. UserError for a recording that is still being
     written, or that holds no latent.
     """
     folder = Path(folder)
@@ -579,7 +579,7 @@ def _psnr(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def _pictures(path: Path) -> Iterator[np.ndarray]:
-    """Frames uint8 [H,W,3] of a recording's video; ValueError when more are asked for than it
+    """Frames uint8 [H,W,3] of a recording's video; UserError when more are asked for than it
     holds.
     """
     try:

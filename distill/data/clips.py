@@ -10,7 +10,8 @@ holds `index.jsonl`, one line a clip. F latents are 4F - 3 video frames, see
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -99,7 +100,7 @@ def write_clip(
         or frames.shape[1] % 2
         or frames.shape[2] % 2
     ):
-        raise UserError(
+        raise ValueError(
             f"{name}: expected uint8 frames [T, H, W, 3] with even H and W, got {frames.dtype} "
             f"{list(frames.shape)}"
         )
@@ -381,7 +382,7 @@ def _write_video(path: Path, frames: np.ndarray, fps: float) -> None:
     Without lookahead: there libx264 reads uninitialised memory, and the files differ from run to
     run.
     """
-    with av.open(str(path), "w") as container:
+    with _system_errors(path), av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height = frames.shape[1]
         stream.width = frames.shape[2]
@@ -395,6 +396,15 @@ def _write_video(path: Path, frames: np.ndarray, fps: float) -> None:
                 )
             )
         container.mux(stream.encode())
+
+
+@contextmanager
+def _system_errors(path: Path) -> Iterator[None]:
+    """FFmpeg's errors of a file that is written, such as a full disk, as OSError."""
+    try:
+        yield
+    except av.FFmpegError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _read_video(path: Path) -> np.ndarray:

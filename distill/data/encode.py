@@ -5,6 +5,7 @@ each may be killed and restarted.
 import argparse
 import hashlib
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from worldmodel.errors import UserError
 from worldmodel.models.wan_autoencoder import Autoencoder
 from worldmodel.recording import recover
 from worldmodel.worlds.weights import open_autoencoder
+
+logger = logging.getLogger(__name__)
 
 RECORDING = "session.jsonl"  # marks a recording made by play
 
@@ -77,7 +80,7 @@ def encode_clips(folders: list[Path], autoencoder: Autoencoder) -> int:
     it.
 
     Raises:
-        ValueError: clips that are broken, of no size that fits, empty or still being recorded; all
+        UserError: clips that are broken, of no size that fits, empty or still being recorded; all
         others are encoded first.
     """
     encoder = encoder_fingerprint(autoencoder)
@@ -86,9 +89,9 @@ def encode_clips(folders: list[Path], autoencoder: Autoencoder) -> int:
     for folder in tqdm(folders, "encode", unit="clip"):
         try:
             made += _encode_clip(folder, autoencoder, encoder)
-        except ValueError as error:
+        except UserError as error:
             faults.append(str(error).rstrip("."))
-            tqdm.write(faults[-1])
+            logger.warning(faults[-1])
     if faults:
         raise UserError(
             f"{faults[0]}; {len(faults)} of {len(folders)} clips could not be encoded, the others "
@@ -107,7 +110,7 @@ def _encode_clip(folder: Path, autoencoder: Autoencoder, encoder: str) -> bool:
     frames = read_clip(folder, trim=recorded).frames
     try:
         latents = encode_frames(autoencoder, torch.from_numpy(frames))
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     write_latents(folder, latents, {"encoder": encoder})
     return True

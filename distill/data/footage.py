@@ -28,7 +28,7 @@ MOST_ROLL = 1.0  # degrees beyond which the camera is no walker's
 
 
 class Footage:
-    """The clips under `root` that have poses. ValueError when there are none, or a clip is
+    """The clips under `root` that have poses. UserError when there are none, or a clip is
     broken.
     """
 
@@ -67,7 +67,7 @@ class Footage:
 
     @property
     def fps(self) -> float:
-        """Video frames a second; ValueError where clips differ."""
+        """Video frames a second; UserError where clips differ."""
         rates = sorted({float(meta["fps"]) for meta in self._metas})
         if len(rates) > 1:
             raise UserError(

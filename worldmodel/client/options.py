@@ -45,7 +45,7 @@ class PlayOptions:
 
 
 def parse_options(arguments: list[str]) -> PlayOptions:
-    """Command line -> PlayOptions; ValueError with one sentence for anything that cannot be
+    """Command line -> PlayOptions; UserError with one sentence for anything that cannot be
     honoured.
     """
     parser = Parser(
@@ -176,7 +176,7 @@ def _check_together(options: PlayOptions) -> None:
 
 
 def recorded_world(folder: Path) -> str:
-    """Name of the world that a recording was made in; ValueError when `folder` is no recording."""
+    """Name of the world that a recording was made in; UserError when `folder` is no recording."""
     try:
         with (folder / "session.jsonl").open(encoding="utf-8") as lines:
             return str(json.loads(lines.readline())["world"])

@@ -42,11 +42,9 @@ class PromptBook:
         try:
             with safe_open(path, framework="pt") as file:
                 embeddings = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-                texts = json.loads((file.metadata() or {}).get("texts", "{}"))
-            if not isinstance(texts, dict):
-                raise UserError("its texts are no table of names and sentences")
-            return cls(embeddings, texts)
-        except (OSError, SafetensorError, ValueError) as error:
+                texts = (file.metadata() or {}).get("texts", "{}")
+            return cls(embeddings, _read_texts(texts))
+        except (OSError, SafetensorError, UserError) as error:
             reason = str(error).rstrip(".")
             raise UserError(
                 f"Prompts {path} cannot be read ({reason}); fetch or export the file again."
@@ -72,7 +70,7 @@ class PromptBook:
         return self._embeddings.get("", torch.zeros(self.shape))
 
     def __getitem__(self, name: str) -> Tensor:
-        """[L, D] float32; ValueError for an unknown name."""
+        """[L, D] float32; UserError for an unknown name."""
         self._check(name)
         return self._embeddings[name]
 
@@ -86,8 +84,21 @@ class PromptBook:
 
     def _check(self, name: str) -> None:
         if name not in self:
-            near = difflib.get_close_matches(str(name), self.names, 1, 0)[0]
-            raise UserError(
-                f"Unknown prompt {name!r}; did you mean {near!r}? Known are "
-                f"{', '.join(self.names)}."
+            near = difflib.get_close_matches(str(name), self.names, 1, 0)
+            hint = (
+                f"did you mean {near[0]!r}? Known are {', '.join(self.names)}."
+                if near
+                else ("there are none.")
             )
+            raise UserError(f"Unknown prompt {name!r}; {hint}")
+
+
+def _read_texts(text: str) -> dict[str, str]:
+    """JSON of name -> sentence. Raises UserError for anything else."""
+    try:
+        texts = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"its texts are no JSON, {error}") from None
+    if not isinstance(texts, dict):
+        raise UserError("its texts are no table of names and sentences")
+    return texts

@@ -58,7 +58,7 @@ class PromptEncoder:
     def embed(self, prompt: str, progress: Callable[[str], object] = logger.info) -> Tensor:
         """A stored name, or any text as `embed_text` does -> [L, D] float32 on the CPU.
 
-        Errors: also ValueError for an unknown name in a world without a text encoder.
+        Errors: also UserError for an unknown name in a world without a text encoder.
         """
         if prompt in self._book or not self._source:
             return self._book[prompt]
@@ -124,7 +124,7 @@ def clean(text: str) -> str:
     """The text as diffusers' WanPipeline embeds it: mended by ftfy, HTML entities resolved twice,
     single spaces.
 
-    Errors: ValueError when nothing is left, or when it is no valid Unicode. Differs: ftfy is not
+    Errors: UserError when nothing is left, or when it is no valid Unicode. Differs: ftfy is not
     optional, so that one text has one embedding.
     """
     try:
@@ -173,7 +173,7 @@ def encode(
 
     The rows are those of diffusers' WanPipeline (Source: its `_get_t5_prompt_embeds`), which fills
     up with zeros to `length`. A graphics card without room for the encoder leaves the work to the
-    CPU. Errors: ValueError as in `embed_text`.
+    CPU. Errors: UserError as in `embed_text`.
     """
     progress("Loading the text encoder")
     transformers, _ = libraries()
@@ -264,7 +264,7 @@ def _load(kind, place: Place, part: str, progress: Callable[[str], object], **op
         raise UserError(
             f"The {part.replace('_', ' ')} of {place} cannot be loaded ({first_line(error)}); "
             f"{todo}."
-        ) from None
+        ) from error
 
 
 def _folder(place: Place) -> Path:
@@ -283,7 +283,7 @@ def libraries(
     user: str = "A prompt in your own words",
     instead: str = "choose a prompt that the world has stored",
 ) -> tuple:
-    """(transformers, ftfy); ValueError with the line that installs them where one is missing,
+    """(transformers, ftfy); UserError with the line that installs them where one is missing,
     naming the `user` that needs it.
     """
     try:

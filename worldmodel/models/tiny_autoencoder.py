@@ -347,7 +347,7 @@ class TinyAutoencoder(ModelMixin, ConfigMixin):
         self.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
 
     def check_video(self, video: Tensor, *, started: bool = False) -> None:
-        """ValueError unless the video's axes, frame count and size fit."""
+        """UserError unless the video's axes, frame count and size fit."""
         _check_video(video, self.config.image_channels, self.spatial_factor, started)
 
     def check_latents(self, latents: Tensor) -> None:

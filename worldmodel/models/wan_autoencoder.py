@@ -84,7 +84,7 @@ class WanAutoencoder(nn.Module):
         self.network.save_pretrained(folder, **options)
 
     def check_video(self, video: Tensor, *, started: bool = False) -> None:
-        """ValueError unless the video's axes, frame count and size fit."""
+        """UserError unless the video's axes, frame count and size fit."""
         _check_video(video, self.config.in_channels, self.spatial_factor, started)
 
     def check_latents(self, latents: Tensor) -> None:

@@ -467,10 +467,12 @@ def _holds_transformer(path: Path) -> bool:
         pass
     try:
         state = read_state(path)
-        parts = [state, *(value for value in state.values() if isinstance(value, Mapping))]
-        return any(_is_transformer(part) for part in parts)
-    except (UserError, AttributeError):
+    except UserError:
         return False
+    if not isinstance(state, Mapping):
+        return False
+    parts = [state, *(value for value in state.values() if isinstance(value, Mapping))]
+    return any(_is_transformer(part) for part in parts)
 
 
 def _is_transformer(names: Iterable) -> bool:

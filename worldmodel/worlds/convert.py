@@ -180,7 +180,7 @@ def open_vae(path: Path, dtype: torch.dtype = torch.float32) -> Autoencoder:
     """The autoencoder in a file or folder: diffusers' (`vae/`), a world's (`autoencoder/`), or tiny
     weights in taew2_1's layout.
 
-    Errors: ValueError with one sentence, as `open_autoencoder`, and for tensors that are not those
+    Errors: UserError with one sentence, as `open_autoencoder`, and for tensors that are not those
     of the published tiny widths.
     """
     folders = [path / "autoencoder", path / "vae", path] if path.is_dir() else [path.parent]
@@ -226,7 +226,7 @@ def _says_autoencoder(folder: Path) -> bool:
 
 
 def _check_encoder(published: PublishedWorld) -> None:
-    """ValueError where the world's sentence could not be embedded: known before anything is
+    """UserError where the world's sentence could not be embedded: known before anything is
     fetched.
     """
     if not published.text_encoder:

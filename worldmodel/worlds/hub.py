@@ -151,6 +151,7 @@ def _listing(place: HubPlace) -> tuple[dict[str, int], str]:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import (
         HfHubHTTPError,
+        HFValidationError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -165,6 +166,10 @@ def _listing(place: HubPlace) -> tuple[dict[str, int], str]:
             )
             .siblings
         )
+    except HFValidationError as error:
+        raise SourceError(
+            f"{place.repository} is no name of a repository ({first_line(error)}): give owner/name."
+        ) from None
     except RevisionNotFoundError:
         raise SourceError(
             f"{place.repository} has no revision {place.revision!r}: name a branch, a tag or a "

@@ -22,7 +22,7 @@ def load_network(
     """The network in `folder` (config.json and safetensors files), in evaluation mode.
 
     kind: its class. dtype: type of its weights, whatever they are stored in.
-    Errors: ValueError with one sentence for a folder that is absent, cut off, of another kind, or
+    Errors: UserError with one sentence for a folder that is absent, cut off, of another kind, or
     does not fit itself. Nothing is looked for on the network.
     """
     folder = Path(folder)
@@ -35,19 +35,19 @@ def load_network(
         raise UserError(
             f"{folder / 'config.json'} describes no {kind.__name__} ({first_line(error)}); "
             f"{_AGAIN}."
-        ) from None
+        ) from error
     try:
         check_tensors(
             stored, {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         )
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     try:
         network = kind.from_pretrained(
             folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be loaded ({first_line(error)}); {_AGAIN}.") from None
+        raise UserError(f"{folder} cannot be loaded ({first_line(error)}); {_AGAIN}.") from error
     return network.to(device)
 
 

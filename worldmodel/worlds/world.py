@@ -104,7 +104,7 @@ class World:
 
     def fitted(self, options: EngineOptions) -> "World":
         """The same world, its networks stored and running as `options` and the device allow;
-        ValueError when they cannot.
+        UserError when they cannot.
         """
         tiers = tiers_from(options)
         free = free_memory(self.device)
@@ -213,7 +213,7 @@ def _check_bundle(folder: Path) -> WorldConfig:
 
 
 def check_fit(world: World) -> None:
-    """ValueError when transformer, autoencoder, prompts and picture size do not belong together."""
+    """UserError when transformer, autoencoder, prompts and picture size do not belong together."""
     config = world.config
     latent = world.autoencoder.latent_channels
     factor = world.autoencoder.spatial_factor
@@ -238,7 +238,7 @@ def check_fit(world: World) -> None:
     for prompt in [config.prompts.default, *config.images]:
         try:
             world.prompts[prompt]
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{world.folder / WORLD_YAML}: {error}") from None
 
 
@@ -299,7 +299,7 @@ def _file_stems(prompts: Iterable[str]) -> dict[str, str]:
 
 def _check_picture(name: str, picture: np.ndarray, config: WorldConfig) -> None:
     if picture.dtype != np.uint8 or picture.shape != (config.height, config.width, 3):
-        raise UserError(
+        raise ValueError(
             f"Start image {name} must be uint8 [{config.height},{config.width},3], got "
             f"{picture.dtype} {list(picture.shape)}."
         )

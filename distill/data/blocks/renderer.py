@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from distill.data.blocks.town import CELL, TILES, Boxes, Town
-from worldmodel.errors import UserError
 
 FAR = 1e3  # depth of the sky, units; the fog leaves nothing of a surface there
 NEAR = 1e-3  # nothing nearer than this is drawn, units
@@ -56,11 +55,11 @@ def render(
     c2w = np.asarray(c2w, dtype=np.float64).reshape(-1, *np.shape(c2w)[-2:])
     intrinsics = np.broadcast_to(np.asarray(intrinsics, dtype=np.float64), (len(c2w), 4))
     if c2w.shape[1:] != (4, 4) or not np.isfinite(c2w).all():
-        raise UserError(
+        raise ValueError(
             f"expected finite camera-to-world matrices [N, 4, 4], got shape {c2w.shape}"
         )
     if min(height, width, samples) < 1:
-        raise UserError(
+        raise ValueError(
             f"expected a height, width and sample count of at least 1, got {height}, {width}, "
             f"{samples}"
         )

@@ -147,7 +147,7 @@ class Boxes:
 class Town:
     """The town with this mood and seed; equal arguments give the same town on every machine.
 
-    Raises ValueError for an unknown mood or a negative seed.
+    Raises UserError for an unknown mood or a negative seed.
     """
 
     mood: str

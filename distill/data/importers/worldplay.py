@@ -12,6 +12,7 @@ Three kinds of input are read:
 
 import argparse
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ from worldmodel.files import (
     remove_leftovers,
     replacing_folder,
 )
+
+logger = logging.getLogger(__name__)
 
 ENTRIES = "preencode_input.json"
 VIDEO = "gen.mp4"
@@ -130,7 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Imports what the command line asks for; one clear sentence (ValueError) for everything that
+    """Imports what the command line asks for; one clear sentence (UserError) for everything that
     could not be.
     """
     options = {
@@ -144,7 +147,7 @@ def import_clips(config: ImportConfig) -> int:
     at any time.
 
     Raises:
-        ValueError: input of no known kind, nothing to import, an output that another process writes
+        UserError: input of no known kind, nothing to import, an output that another process writes
         into, or broken entries (all others are imported first).
     """
     check_output_folder(config.output)
@@ -166,10 +169,10 @@ def _import(config: ImportConfig, jobs: list[tuple[str, str, Callable]]) -> int:
                 job()
                 made += 1
         except NoVideo as error:
-            tqdm.write(f"{error}; left out")
-        except ValueError as error:
+            logger.warning(f"{error}; left out")
+        except UserError as error:
             faults.append(str(error))
-            tqdm.write(str(error))
+            logger.warning(str(error))
     if faults:
         raise UserError(
             f"{len(faults)} of {len(jobs)} entries could not be imported, the first because "
@@ -192,7 +195,7 @@ def _import(config: ImportConfig, jobs: list[tuple[str, str, Callable]]) -> int:
 def read_entries(config: ImportConfig) -> list[Entry]:
     """The entries of a `preencode_input.json`, or of a folder of video folders.
 
-    Raises ValueError for a file that is not a list of entries with pose strings, and for input of
+    Raises UserError for a file that is not a list of entries with pose strings, and for input of
     no known kind.
     """
     path = config.input / ENTRIES if config.input.is_dir() else config.input
@@ -362,7 +365,7 @@ def _settings(config: ImportConfig) -> dict:
 
 
 def _finished(config: ImportConfig, name: str, source: str) -> bool:
-    """Whether the clip is there; ValueError when another clip has its place."""
+    """Whether the clip is there; UserError when another clip has its place."""
     folder = config.output / name
     if not folder.exists():
         return False
@@ -401,8 +404,8 @@ def _lmdb_jobs(config: ImportConfig) -> Iterator[tuple[str, str, Callable]]:
         raise UserError(
             f"{config.input}: expected an LMDB, {LMDB} in it does not open ({error})"
         ) from error
-    if len(shape) != 5:
-        found = f"latents_shape {b' '.join(shape).decode()!r}"
+    if len(shape) != 5 or not all(part.isdigit() for part in shape):
+        found = f"latents_shape {b' '.join(shape).decode(errors='replace')!r}"
         raise UserError(
             f"{config.input}: expected latents [rows, F, C, h, w] as minWM's builder stores them, "
             f"found {found}"
@@ -434,8 +437,11 @@ def import_row(
                 "is damaged"
             )
     latents = np.frombuffer(stored["latents"], np.float16).reshape(shape).transpose(1, 0, 2, 3)
-    c2w = vectors_to_poses(np.frombuffer(stored["poses"], np.float32).reshape(-1, 7))
-    caption = config.caption if stored["prompts"] is None else stored["prompts"].decode("utf-8")
+    try:
+        c2w = vectors_to_poses(np.frombuffer(stored["poses"], np.float32).reshape(-1, 7))
+        caption = config.caption if stored["prompts"] is None else stored["prompts"].decode("utf-8")
+    except ValueError as error:  # a quaternion of length 0, or a caption that is no text
+        raise UserError(f"{name}: {error}; the LMDB is damaged") from None
     if caption is None:
         raise UserError(f"{name}: expected a caption, the LMDB has none; give --caption TEXT")
     intrinsics = np.frombuffer(stored["intrinsics"], np.float32)
