@@ -38,7 +38,8 @@ from tqdm import tqdm
 
 from worldmodel.camera import check_poses, write_pose_json
 from worldmodel.config import as_dict
-from worldmodel.errors import UserError, first_line
+from worldmodel.device import is_out_of_memory
+from worldmodel.errors import UserError, first_line, log_bug
 from worldmodel.files import lock, replacing_file, write_file
 from worldmodel.images import read_image, write_png
 from worldmodel.rollout import RolloutConfig
@@ -70,6 +71,7 @@ _HEADER = {
 }
 _LINE = {"index": int, "prompt": str, "c2w": list, "sha256": str}
 SYNC_LATENTS = 16  # latents between two forced writes of the log to the disk
+_SYSTEM_ERRORS = (OSError, SafetensorError, av.FFmpegError)  # of files that cannot be written
 _FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
 
 
@@ -100,12 +102,13 @@ class Recorder:
     one when the caller has not written it.
     Raises UserError when the folder cannot be begun. Later nothing is raised: when the disk is
     full, or the session was rewound or reset, recording ends, `error` says why in one sentence, and
-    what was written stays readable.
+    what was written stays readable. After a bug of the recorder itself `bug` holds it too.
     """
 
     def __init__(self, folder, session: Session):
         self.folder = Path(folder)
-        self.error = None
+        self.error: str | None = None
+        self.bug: Exception | None = None
         self.latents = 0  # taken so far
         self._session = session
         self._begun = time.perf_counter()
@@ -117,14 +120,14 @@ class Recorder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._files = _Files(self.folder, session, middle)
-        except (
-            OSError,
-            SafetensorError,
-            av.FFmpegError,
-            RuntimeError,
-        ) as error:  # RuntimeError: no memory for the state's copy
+        except Exception as error:
             shutil.rmtree(self.folder, ignore_errors=True)
-            raise UserError(f"Recording cannot begin in {self.folder}: {_reason(error)}.") from None
+            # out of memory: for the copy of the session's state
+            if isinstance(error, _SYSTEM_ERRORS) or is_out_of_memory(error):
+                raise UserError(
+                    f"Recording cannot begin in {self.folder}: {_reason(error)}."
+                ) from None
+            raise
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
         self._thread.start()
 
@@ -183,10 +186,16 @@ class Recorder:
                 self.error = f"Nothing was recorded, so {self.folder} was not kept."
                 return
             self._files.end()
-        except Exception as error:
+        except _SYSTEM_ERRORS as error:
             self.error = (
                 f"Recording ended: {_reason(error)}; what was recorded before is kept in "
                 f"{self.folder}."
+            )
+        except Exception as error:
+            self.bug = error
+            self.error = (
+                f"Recording ended by a bug of this program, whose log is {log_bug(error)}; what "
+                f"was recorded before is kept in {self.folder}."
             )
         finally:
             self._files.abandon()
@@ -298,7 +307,7 @@ class _Files:
         if not self._finished:
             try:
                 recover(self._folder)
-            except (OSError, ValueError):
+            except (OSError, UserError, av.FFmpegError):
                 pass  # no room to tidy up: readers call `recover` themselves
 
     def _write_poses(self) -> None:
@@ -360,6 +369,12 @@ def read_log(folder) -> Log:
                 f"{path} is damaged: expected {wrong!r} of another kind than {row.get(wrong)!r}; "
                 "take an unchanged copy."
             )
+    lens = values[0]["intrinsics"]
+    if len(lens) != 4 or not all(isinstance(number, int | float) for number in lens):
+        raise UserError(
+            f"{path} is damaged: expected intrinsics as 4 numbers, got {lens}; take an unchanged "
+            "copy."
+        )
     if lines:
         check_poses([line["c2w"] for line in lines], source=str(path))
     return Log(values[0], lines, any("end" in value for value in values))
@@ -574,6 +589,12 @@ def _checksum(frames: np.ndarray) -> str:
 
 
 def _psnr(ours: np.ndarray, theirs: np.ndarray) -> float:
+    if ours.shape != theirs.shape:
+        height, width = theirs.shape[:2]
+        raise UserError(
+            f"{VIDEO} has frames of {height}x{width} pixels, this recording has "
+            f"{ours.shape[0]}x{ours.shape[1]}; take an unchanged copy of the recording."
+        )
     error = np.mean((ours.astype(np.float64) - theirs) ** 2)
     return float(10 * np.log10(255**2 / max(error, 1e-2)))
 

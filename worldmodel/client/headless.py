@@ -101,6 +101,8 @@ def walk(options: PlayOptions) -> int:
     except av.FFmpegError as error:
         raise OSError(f"The film {output} could not be written: {error.strerror}.") from None
     print_line(json.dumps(_report(scenes, options, output, latents, np.array(spent), timings)))
+    if recorder and recorder.bug:
+        raise recorder.bug
     if recorder and recorder.error:
         raise OSError(recorder.error)
     return 0
