@@ -2,10 +2,9 @@
 -> figures.
 """
 
-import importlib
 import sys
 
-from worldmodel.cli import Parser, run
+from worldmodel.cli import run_command
 
 # Each command is a module with `add_arguments(parser)` and `run(args)`. Only the chosen one is
 # imported, so that --help is quick.
@@ -22,20 +21,7 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit status (see `worldmodel.cli.run`)."""
-    argv = sys.argv[1:] if argv is None else argv
-    name = argv[0] if argv and argv[0] in COMMANDS else "python -m distill"
-    return run(name, lambda: _command(argv))
-
-
-def _command(argv: list[str]) -> None:
-    parser = Parser(prog="python -m distill", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (module_name, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
-        if name in argv[:1]:
-            importlib.import_module(module_name).add_arguments(command)
-    args = parser.parse_args(argv)
-    importlib.import_module(COMMANDS[args.command][0]).run(args)
+    return run_command("python -m distill", __doc__, COMMANDS, argv)
 
 
 if __name__ == "__main__":

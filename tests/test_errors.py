@@ -152,6 +152,12 @@ def test_verbose_and_debug(capsys, words, shown):
     assert before == [(logger.level, list(logger.handlers)) for logger in (logger.parent, logger)]
 
 
+def test_they_may_come_before_the_command(capsys):
+    for words in (["-v", "collect"], ["collect", "-v"]):
+        assert distill([*words, "blocks", "--output", "x", "--clips", "0"]) == BAD_INPUT
+        assert capsys.readouterr().err == "collect: expected --clips of at least 1, got 0\n"
+
+
 def test_debug_shows_where_a_user_error_came_from(capsys):
     def work(words):
         Parser(prog="game").parse_args(words)

@@ -4,11 +4,12 @@ messages on stderr, and output that any encoding can print.
 
 import argparse
 import errno
+import importlib
 import json
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -85,6 +86,33 @@ def threads(text: str) -> int:
     if positive(text) > MOST_THREADS:
         raise argparse.ArgumentTypeError(f"expected at most {MOST_THREADS}, got {text}")
     return int(text)
+
+
+def run_command(
+    program: str,
+    description: str,
+    commands: Mapping[str, tuple[str, str]],
+    argv: list[str] | None = None,
+) -> int:
+    """`run` for a program with commands, of which only the chosen one is imported.
+
+    commands: name -> (module with `add_arguments(parser)` and `run(args)`, one line of help). argv:
+    the command line; None = that of the process.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    first = next((word for word in argv if not word.startswith("-")), None)
+
+    def work() -> int | None:
+        parser = Parser(prog=program, description=description)
+        chosen = parser.add_subparsers(dest="command", required=True)
+        for name, (module, summary) in commands.items():
+            command = chosen.add_parser(name, help=summary, description=summary)
+            if name == first:
+                importlib.import_module(module).add_arguments(command)
+        args = parser.parse_args(argv)
+        return importlib.import_module(commands[args.command][0]).run(args)
+
+    return run(first if first in commands else program, work)
 
 
 def run(program: str, work: Callable[[], int | None]) -> int:
@@ -213,8 +241,11 @@ class _StderrHandler(logging.Handler):
             parts.append(record.levelname.lower())
         if _LOGGERS[0].level == logging.DEBUG:
             parts.append(record.name)
-        parts.append(self.format(record))
-        tqdm.write(": ".join(parts), file=sys.stderr)
+        try:
+            parts.append(self.format(record))
+            tqdm.write(": ".join(parts), file=sys.stderr)
+        except Exception:  # a message that cannot be shown ends no work
+            self.handleError(record)
 
 
 def _of_the_system(error: OSError) -> str:
