@@ -406,7 +406,7 @@ def test_compiled_blocks_take_over_and_agree(world):
     eager = Session(world, image="grey-0")
     np.testing.assert_array_equal(
         eager.step(WALK[0]).frames, plain[0]
-    )  # nobody waits for the compiler
+    )  # without waiting for the compiler
     compiled.wait()
     assert compiled.error == "" and compiled.ready >= 2
     with torch.compiler.set_stance("fail_on_recompile"):  # one code for all blocks

@@ -78,7 +78,7 @@ def test_no_step_of_a_session_waits_for_the_device(tiny_bundle):
         session.step(pose)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for pose in poses[4:]:  # the window is made anew in between
+        for pose in poses[4:]:  # the ring is rebuilt in between
             session.step(pose)
             session.commit_pending()
     finally:

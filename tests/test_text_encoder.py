@@ -352,7 +352,7 @@ BROKEN = {
     ),
     "small vocabulary": (
         lambda e: shutil.rmtree(e / "text_encoder") or make_encoder(e, vocab_size=6),
-        "more words than",
+        "larger vocabulary than",
     ),
 }
 

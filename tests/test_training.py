@@ -267,7 +267,7 @@ def test_a_broken_checkpoint_is_one_sentence(clips, tmp_path):
 def test_a_stopped_training_leaves_a_checkpoint_and_no_export(
     clips, tmp_path, monkeypatch, capsys, number, status
 ):
-    """`train --stage one && train --stage two` must not go on from half-trained weights."""
+    """`train --stage one && train --stage two` must not continue from half-trained weights."""
 
     def asked_to_stop(name, recipe, device):
         stage = build_stage(name, recipe, device)
@@ -392,7 +392,7 @@ def test_weights_without_a_camera_become_pose_conditioned(clips, tmp_path, caplo
     teacher = load_recipe(TINY, overrides(clips, tmp_path / "runs", "model.text_dim=24"))
     assert build_stage(
         "teacher_forcing", teacher, torch.device("cpu")
-    ).student.config.camera  # its export goes on as any other
+    ).student.config.camera  # its export is a start like any other
 
 
 def test_weights_stay_without_a_camera_where_the_recipe_has_none(clips, tmp_path, caplog):

@@ -223,8 +223,7 @@ def check_poses(c2w, count: int | None = None, source: str = "") -> np.ndarray:
         )
     if len(poses) < (count or 1):
         raise UserError(
-            f"{where}{count or 1} poses are needed (one a latent frame), only {len(poses)} are "
-            "there."
+            f"{where}{count or 1} poses are needed (one per latent frame), got {len(poses)}."
         )
     for index, pose in enumerate(poses):
         fault = _pose_fault(pose)

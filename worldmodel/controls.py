@@ -153,7 +153,7 @@ class Controls:
         self._add(t, "look", (dx, dy))
 
     def reset(self, c2w=None) -> None:
-        """Stand still at `c2w` [4,4] (default: identity). Keys stay held; the clock starts anew
+        """Stand still at `c2w` [4,4] (default: identity). Keys stay held; the clock restarts
         with the next pose, so `reset(pose)` also ends a pause.
         """
         pose = np.eye(4) if c2w is None else check_poses(c2w, 1, "reset")[0].copy()
@@ -243,8 +243,8 @@ class Controls:
         )
 
     def _mouse_turn(self, counts: np.ndarray, by_keys: np.ndarray) -> np.ndarray:
-        """Mouse counts (right, down) -> degrees [2] of yaw and pitch that still fit beside the
-        keys' turn.
+        """Mouse counts (right, down) -> degrees [2] of yaw and pitch that the keys' turn
+        leaves within the limits.
         """
         limits = self.envelope.limits[3:]
         fresh = np.where(limits > 0, counts * [1, -1] * self.sensitivity, 0.0)

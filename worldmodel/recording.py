@@ -77,10 +77,10 @@ _FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_p
 
 @dataclass(frozen=True)
 class Log:
-    """What session.jsonl says."""
+    """The contents of session.jsonl."""
 
     header: dict
-    lines: tuple[dict, ...]  # one a latent
+    lines: tuple[dict, ...]  # one per latent
     closed: bool  # whether the recording was ended properly
 
     @property
@@ -483,7 +483,7 @@ def _as_recorded(recorded: dict) -> Iterator[None]:
 
 
 def engine(world: World, rollout: RolloutConfig) -> dict:
-    """What decides about the last bit besides the world's weights: written into recordings,
+    """What decides about the last bit in addition to the world's weights: written into recordings,
     compared by `verify`.
     """
     return {
@@ -514,9 +514,9 @@ def _engine_differences(now: dict, recorded: dict) -> list[str]:
 
 
 def verify(folder, world: World) -> dict:
-    """Generates a recording again and compares.
+    """Replay a recording and compare its frames.
 
-    Returns "latents"; "exact" (every frame the same to the last bit); "first_difference" (latent or
+    Returns "latents"; "exact" (every frame bit-identical); "first_difference" (latent or
     None); "psnr_mean" and "psnr_min" (decibels, against the lossy video, with which other machines
     can be judged); "engine_differs" (names of what is not as it was when recorded: torch, device,
     dtype, kernels, ...; empty = the frames should be exact).

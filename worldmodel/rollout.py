@@ -32,7 +32,7 @@ class RolloutConfig:
     shift: float = 5.0
     chunk: int = 1  # latent frames denoised together
     window: int = 12  # latent frames attention may see, the current chunk included
-    sinks: int = 0  # first latent frames that stay in the window for ever
+    sinks: int = 0  # first latent frames, which never leave the window
     # rotary positions: "window" (relative to the window) or "absolute" (frame numbers, as the
     # references)
     positions: str = "window"
@@ -125,9 +125,9 @@ class Rollout:
 
     `height` and `width` count latent cells. Latents are `[B, C, F, H, W]` float32 outside the
     model; cameras come as w2c `viewmats` `[B, F, 4, 4]` (float64 keeps far-away places exact) and
-    normalised `intrinsics`, `[B, 4]` or one a frame, `[B, F, 4]`, both on the
+    normalised `intrinsics`, `[B, 4]` or one per frame, `[B, F, 4]`, both on the
     `device.float64_device` of `device`.
-    With guidance the rollout without prompt goes along as further rows of the batch, with a past of
+    With guidance the rollout without prompt occupies further rows of the batch, with a past of
     its own; its embedding is `unconditional` `[L, D]` or `[B, L, D]`.
     """
 
@@ -188,11 +188,10 @@ class Rollout:
     ) -> Tensor:
         """Generates the next chunk and commits it; returns its clean latents `[B, C, F, H, W]`.
 
-        noise: starts the chunk. renoise: added between steps, one a step but the last, same shape.
-        What is not given is drawn from `generator`. training: see `TrainingStep`; None = play,
-        without gradients of its own.
-        With `defer_commit` the clean pass is left to `commit_pending`, or to the next step: the
-        latents can be shown first.
+        noise: starts the chunk. renoise: added between steps, one per step but the last, same
+        shape. What is not given is drawn from `generator`. training: see `TrainingStep`; None =
+        play, without gradients of its own. With `defer_commit` the clean pass is left to
+        `commit_pending`, or to the next step: the latents can be shown first.
         """
         self.commit_pending()
         levels = self.levels if self.frames else self.first_levels
@@ -315,7 +314,7 @@ class Rollout:
         return unconditional + self.config.guidance * (conditional - unconditional)
 
     def _time(self, level: NoiseLevel, frames: int) -> Tensor | TimeContext:
-        """The level for a pass; embedded once, unless a gradient shall reach the embedder."""
+        """The level for a pass; embedded once, unless a gradient must reach the embedder."""
         (sigmas,) = self._rows(level.network_sigma.expand(self.batch, frames))
         if torch.is_grad_enabled():
             return sigmas

@@ -150,7 +150,7 @@ class Session:
 
         `early` is called with the first frames, uint8 [n,H,W,3], as soon as they are decoded. When
         the device's memory is full, the world goes down a tier (`engine/engine.py`), `notice` of
-        the result says so, and the chunk is generated with that; MemoryError when there is no
+        the result reports it, and the chunk is generated in that tier; MemoryError when there is no
         smaller one. The same goes for `reset` and `set_prompt`, whose notice comes with the next
         chunk.
         """
@@ -363,7 +363,7 @@ class Session:
             full = True
 
     def _step_down(self) -> None:
-        """Goes on with the same past in less memory, without a ring until the next pass makes
+        """Continue with the same past in less memory, without a ring until the next pass makes
         one.
         """
         self._notice = self.world.engine.step_down()

@@ -1,5 +1,5 @@
-"""`python -m distill encode`: clips -> latents, one file beside each clip; any number of workers,
-each may be killed and restarted.
+"""`python -m distill encode`: clips -> latents, one file in each clip's folder, by any number of
+workers, each of which may be killed and restarted.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def encode_clips(folders: list[Path], autoencoder: Autoencoder) -> int:
-    """Writes `latents.safetensors` beside each clip that lacks it; returns how many were written.
+    """Write `latents.safetensors` into each clip that lacks it; return how many were written.
 
     File: "latents" float16 [C,F,h,w], normalised; metadata `encoder` names the encoder that made
     it.

@@ -4,8 +4,8 @@ which kernel attends, what is compiled.
 Memory is what a GPU runs out of: a latent frame of Wan2.1-1.3B at 480x832 is 290 MB of keys and
 values, and three times as much while it stands in the window. So there are tiers. The first one
 whose demand fits into the free memory is chosen and printed, with as many latents to rewind as
-fit beside it; when memory runs out all the same, the session goes down one tier, says so, and
-tries again (`Session.step`).
+the rest holds. When memory runs out nevertheless, the session moves to the next tier, notifies the
+player and tries again (`Session.step`).
 """
 
 from dataclasses import dataclass, replace

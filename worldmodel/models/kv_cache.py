@@ -340,8 +340,8 @@ class KVCache:
         missing = set(recent) - {frame.index for frame in kept}
         if missing or not 0 <= committed <= self.committed:
             raise ValueError(
-                f"can rewind to latent {min(missing, default=0)} no more, got {committed} of "
-                f"{self.committed}: rewind less"
+                f"cannot return to {committed} of {self.committed} latents, because latent "
+                f"{min(missing, default=0)} is no longer kept: rewind less"
             )
         self.frames = kept
         self.committed = committed
@@ -359,7 +359,7 @@ class KVCache:
         return twin
 
     def restore(self, frames: Sequence[CachedFrame], committed: int) -> None:
-        """Goes on from `frames`, what is kept of a past of `committed` latent frames."""
+        """Continue from `frames`, what is kept of a past of `committed` latent frames."""
         self.frames = list(frames)
         self.committed = committed
         self._forget_ring()
@@ -378,7 +378,7 @@ class KVCache:
 
     def _forget_ring(self) -> None:
         """After a change of the past the ring is projected from the store again, so that a rewound
-        rollout equals a reopened one to the bit. Its memory is used again.
+        rollout equals a reopened one bit for bit. Its memory is reused.
         """
         self._open = None
         if self._ring is not None:

@@ -137,7 +137,7 @@ def clean(text: str) -> str:
     text = " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
     if not text:
         raise UserError(
-            "The prompt is empty; describe a place in a few words, or leave it away for the "
+            "The prompt is empty; describe a place in a few words, or omit it to use the "
             "world's own."
         )
     return text
@@ -205,7 +205,7 @@ def encode(
     )
     if batch.input_ids.max() >= config.vocab_size:
         raise UserError(
-            f"The tokenizer in {place} knows more words than the text encoder beside it; fetch "
+            f"The tokenizer in {place} has a larger vocabulary than its text encoder; download "
             "both again."
         )
     network, report = _load(
@@ -218,7 +218,7 @@ def encode(
         use_safetensors=True,
         output_loading_info=True,
     )
-    if report["missing_keys"]:  # transformers would dice them
+    if report["missing_keys"]:  # transformers would initialise them at random
         raise UserError(
             f"The text encoder {place} lacks the weight {sorted(report['missing_keys'])[0]}; "
             "fetch it again."

@@ -15,9 +15,9 @@ from worldmodel.models.tiny_autoencoder import TinyAutoencoder
 class WanAutoencoder(nn.Module):
     """Wan2.1's autoencoder, diffusers' `AutoencoderKLWan`, behind the methods of `TinyAutoencoder`.
 
-    The streams drive its encoder and decoder a latent at a time with a memory of our own; joined,
-    their pieces equal diffusers' whole-clip results to the bit. Latents are the means of the
-    posterior, normalised by the config's `latents_mean` and `latents_std`.
+    The streams run its encoder and decoder one latent at a time with a feature cache of our own;
+    joined, their pieces equal diffusers' whole-clip results bit for bit. Latents are the means of
+    the posterior, normalised by the config's `latents_mean` and `latents_std`.
     Source: Wan2.1 `vae.py` as in diffusers. Differs: the result is not sampled.
     """
 
@@ -100,7 +100,7 @@ class _WanStream(Stream):
     """
 
     _WORD = "Rep"
-    _tells_first = False  # whether the part wants to be told its first piece
+    _tells_first = False  # whether the part takes `first_chunk`
 
     def __init__(self, model: WanAutoencoder, part: str):
         super().__init__(model.network._cached_conv_counts[part])

@@ -206,8 +206,8 @@ class Town:
         """Tile colours around cell (i, j) -> (near, far), both [T, T, 3], T = TILES * (2 * reach +
         1), rows x, columns z.
 
-        `far` is the mean colour of the kind of ground, what a tile looks like when it is too small
-        to be told from others.
+        `far` is the mean colour of the kind of ground: what tiles look like that are too small to
+        be distinguished.
         """
         tiles = np.arange(TILES * (2 * reach + 1), dtype=np.int64)
         tile_i, tile_j = np.meshgrid(

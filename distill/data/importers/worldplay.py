@@ -64,7 +64,8 @@ class ImportConfig:
     input: Path  # preencode_input.json, its folder, a folder of video folders, or an LMDB
     output: Path  # folder of clips
     videos: Path | None = (
-        None  # folder of the video folders; None = `videos` beside the JSON, else beside it
+        # folder of the video folders; None = `videos` next to the JSON, else the JSON's own folder
+        None
     )
     frames: int = 0  # at most so many video frames a clip, cut to 4F - 3; 0 = all
     height: int = 0  # pixels; 0 = the video's
@@ -116,7 +117,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, required=True, help="folder of the clips; clips in it are kept"
     )
     parser.add_argument(
-        "--videos", type=Path, help="folder of the video folders (default: videos/ beside the JSON)"
+        "--videos",
+        type=Path,
+        help="folder of the video folders (default: videos/ next to the JSON)",
     )
     parser.add_argument(
         "--frames", type=int, default=0, help="most video frames a clip, cut to 4F-3 (default: all)"
