@@ -506,6 +506,7 @@ def test_clips(says, factory, tmp_path, spoil, reason):
         (None, "dmd.clamp=[0.9, 0.1]", "clamp must rise"),
         (None, "run.log_every=0", "log_every must be at least 1"),
         (None, "model.channels=8", "latents of 8 channels .* have 16"),
+        (None, "model.patch=[1, 3, 2]", "patches of 3x2 latent cells, the clips .* have 4x4"),
         (
             None,
             "bidirectional.init=WORLD/transformer",

@@ -241,7 +241,7 @@ class LatentClips(torch.utils.data.Dataset):
                 f"{root}: expected latents of one size, {clips[0].path} is {clips[0].size}, "
                 f"{other.path} {other.size}"
             )
-        self.channels = clips[0].size[0]
+        self.channels, *self.cells = clips[0].size  # of a latent; cells: rows and columns
         self.clips = [clip for clip in clips if len(clip.c2w) >= frames]
         if not self.clips:
             longest = max(len(clip.c2w) for clip in clips)

@@ -192,6 +192,13 @@ class TransformerStage(Stage):
                 f"{expected[1]}, the clips in {self.recipe.data.root} have {given[0]} and the "
                 f"prompts {given[1]}: choose another network, or change model or data"
             )
+        patch = network.config.patch_size[1:]
+        if any(cells % size for cells, size in zip(self._clips.cells, patch, strict=True)):
+            raise UserError(
+                f"{name}: a network for patches of {patch[0]}x{patch[1]} latent cells, the clips "
+                f"in {self.recipe.data.root} have {self._clips.cells[0]}x{self._clips.cells[1]}: "
+                "choose another network, or change model.patch or data"
+            )
         return network
 
     def load_frozen(self, source: str) -> CausalWanTransformer:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -273,7 +274,10 @@ def _folder(place: Place) -> Path:
     """
     if isinstance(place, Path):
         return place
-    found = try_to_load_from_cache(place, f"{ENCODER}/config.json")
+    try:
+        found = try_to_load_from_cache(place, f"{ENCODER}/config.json")
+    except HFValidationError as error:  # such as a--b/c
+        raise FileNotFoundError(first_line(error)) from None
     if not isinstance(found, str):
         raise FileNotFoundError("it is not on this machine")
     return Path(found).parent.parent
