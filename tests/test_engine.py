@@ -247,13 +247,13 @@ def test_every_failure_is_a_tier_until_there_is_none(world, monkeypatch, kind, w
         monkeypatch, world.transformer, "forward", {0, 1}, kind, words
     )  # the clean pass, and again with the middle tier
     chunk = session.step(WALK[1])
-    assert (chunk.notice, chunk.index, world.engine.tiers) == (DOWN, 1, (SMALL,))
+    assert (chunk.notice, chunk.index, world.engine.tiers) == (DOWN, 2, (SMALL,))
     out_of_memory(monkeypatch, world.transformer, "forward", {1}, kind, words)
     with pytest.raises(
         MemoryError, match=r"full in the smallest tier \(small\): close other programs"
     ):
         session.step(WALK[2])
-    assert session.frames == 2 and session.step(WALK[2]).index == 2  # somebody did
+    assert session.frames == 3 and session.step(WALK[2]).index == 3  # somebody did
 
 
 @pytest.mark.parametrize(("place", "name"), [(KVCache, "_filled_ring"), (engine, "quantize")])
@@ -356,9 +356,8 @@ def test_without_torchao_the_weights_stay_full(wan, world, monkeypatch):
         session.step(WALK[0]).notice == "Memory is full: going on as with 8 GB"
         and session.config.window == 4
     )
-    assert "weights full (int8 with torchao, which is not installed)" in world.engine.describe(
-        session.config
-    )
+    described = world.engine.describe(session.config, HISTORY)
+    assert "weights full (int8 with torchao, which is not installed)" in described
     with pytest.raises(
         ValueError, match=r"install torchao \(int8 weights need less\), or play a smaller world"
     ):
@@ -366,7 +365,7 @@ def test_without_torchao_the_weights_stay_full(wan, world, monkeypatch):
     assert tiers_from(EngineOptions(memory="8", weights="full"))[0].unavailable_weights == ""
 
 
-def test_weights_that_change_are_compiled_anew(tiny_bundle, monkeypatch):
+def test_weights_that_change_are_compiled_again(tiny_bundle, monkeypatch):
     compiled_by = []
 
     def compile(half, **_):
@@ -377,9 +376,8 @@ def test_weights_that_change_are_compiled_anew(tiny_bundle, monkeypatch):
         return run
 
     monkeypatch.setattr(torch, "compile", compile)
-    world = World.from_pretrained(
-        tiny_bundle, dtype=torch.float32, engine=EngineOptions(compile="on")
-    )
+    world = World.from_pretrained(tiny_bundle, dtype=torch.float32)
+    world.engine.compiled = CompiledBlocks(world.transformer.blocks)
     session = Session(world)
     world.engine.tiers = (TIERS[0], replace(SMALL, weights="int8"))
     session.step(WALK[0])
@@ -394,9 +392,37 @@ def test_weights_that_change_are_compiled_anew(tiny_bundle, monkeypatch):
     assert session.step(WALK[2]).notice == DOWN and stopped == [True]
     new = world.engine.compiled
     new.wait()
-    assert (
-        compiled_by[0] == "compiler" and new is not old and new.ready
-    )  # the new thread meets the new weights first
+    # the new thread meets the new weights first
+    assert compiled_by[0] == "compiler" and new is not old and new.ready
+
+
+def test_compile_on_compiles_before_play(tiny_bundle, monkeypatch):
+    compiled = []
+
+    def compile(half, **_):
+        seen = set()
+
+        def run(block, *inputs, **options):
+            kind = (half.__name__, *options.items())
+            if kind not in seen:
+                seen.add(kind)
+                compiled.append(kind)
+            return half(block, *inputs, **options)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile)
+    engine = EngineOptions(compile="on")
+    world = World.from_pretrained(tiny_bundle, dtype=torch.float32, engine=engine)
+    expected = Session(World.from_pretrained(tiny_bundle, dtype=torch.float32), image="grey-0")
+    session = Session(world, image="grey-0")
+    kinds = [("pre_attention",), ("pre_attention", ("queries", False)), ("post_attention",)]
+    assert sorted(compiled) == sorted(kinds) and session.frames == 1
+    ready = world.engine.compiled.ready
+    for pose in WALK[:6]:
+        np.testing.assert_array_equal(session.step(pose).frames, expected.step(pose).frames)
+    assert sorted(compiled) == sorted(kinds) and world.engine.compiled.ready == ready
+    assert "compiled before play" in world.engine.describe(session.config, 0)
 
 
 @pytest.mark.slow
@@ -426,9 +452,7 @@ def test_a_compiler_that_fails_is_mentioned_once(tiny_bundle, monkeypatch):
         tiny_bundle, dtype=torch.float32, engine=EngineOptions(compile="on")
     )
     session = Session(world)
-    session.step(WALK[0])
     compiled = world.engine.compiled
-    compiled.wait()
     assert "cannot be compiled here (no C++ compiler)" in session.step(WALK[1]).notice
     assert (
         session.step(WALK[2]).notice == "" and world.engine.compiled is None and compiled.ready == 0

@@ -29,7 +29,6 @@ def same(ours, theirs):
 VARIANTS = [
     {"chunk": 1},
     {"chunk": 2, "window": 6},
-    {"merge_clean": True},
     {"guidance": 3.0},
     {"wan": True},
 ]
@@ -37,7 +36,7 @@ VARIANTS = [
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request, tmp_path_factory):
-    """(world, walk cut into what a step takes) frame-wise, chunk-wise, clean pass merged, with
+    """(world, walk cut into what a step takes) frame-wise, chunk-wise, with
     guidance, with Wan2.1's autoencoder.
     """
     folder = make_tiny_bundle(tmp_path_factory.mktemp("variant") / "tiny", **request.param)
@@ -46,9 +45,8 @@ def variant(request, tmp_path_factory):
 
 
 def test_shapes_and_bookkeeping(tiny_world):
-    session = Session(tiny_world)
-    assert session.first is None
-    first = session.step(WALK[0])
+    session = Session(tiny_world, c2w=WALK[0])
+    first = session.first
     second = session.step(WALK[1])
     assert first.frames.shape == (1, 32, 48, 3) and second.frames.shape == (4, 32, 48, 3)
     assert first.frames.dtype == np.uint8 and (first.index, second.index, session.frames) == (
@@ -84,8 +82,8 @@ def test_inputs_matter(tiny_world):
 
 def test_only_relative_poses_matter(tiny_world):
     away = advance(np.eye(4), [10_000.0, 3.0, -20_000.0], 130.0, 10.0)
-    here = dream(Session(tiny_world), WALK[:6])
-    there = dream(Session(tiny_world), away @ WALK[:6])
+    here = dream(Session(tiny_world, c2w=WALK[0]), WALK[1:6])
+    there = dream(Session(tiny_world, c2w=away @ WALK[0]), away @ WALK[1:6])
     for one, other in zip(here, there, strict=True):
         assert np.abs(one.astype(int) - other).max() <= 1  # one step of rounding
 
@@ -111,9 +109,7 @@ def test_rewind_and_fork(variant):
     session.rewind(2 * session.chunk)
     assert session.frames == 1 + len(WALK[:12]) - 2 * session.chunk
     for one, other in zip(dream(session, walk[-2:]), straight[-2:], strict=True):
-        assert (
-            np.abs(one.astype(int) - other).max() <= 1
-        )  # a merged clean pass was redone by itself
+        assert np.abs(one.astype(int) - other).max() <= 1
 
 
 def test_rewind_is_exact_and_bounded(tiny_world):
@@ -138,9 +134,11 @@ def test_the_clean_pass_beside_the_decoder_changes_nothing(variant, monkeypatch)
     torch.set_num_threads(1)
     films = []
     threads = set()
-    settle = Rollout.settle
+    commit = Rollout.commit_pending
     monkeypatch.setattr(
-        Rollout, "settle", lambda rollout: threads.add(threading.get_ident()) or settle(rollout)
+        Rollout,
+        "commit_pending",
+        lambda rollout: threads.add(threading.get_ident()) or commit(rollout),
     )
     for cores in (1, 2):  # the second has a core to spare
         monkeypatch.setattr("worldmodel.session.cores", lambda count=cores: count)
@@ -148,8 +146,7 @@ def test_the_clean_pass_beside_the_decoder_changes_nothing(variant, monkeypatch)
         with torch.inference_mode():  # a mode of a thread
             films.append(dream(session, walk))
     same(*films)
-    merged = world.config.rollout.merge_clean
-    assert len(threads) == (1 if merged else 2) and (session.rollout.pending is None) != merged
+    assert len(threads) == 2 and session.rollout.pending is None
 
 
 def test_an_error_of_the_clean_pass_beside_the_decoder_is_told(tiny_world, monkeypatch):
@@ -159,7 +156,7 @@ def test_an_error_of_the_clean_pass_beside_the_decoder_is_told(tiny_world, monke
     torch.set_num_threads(1)
     monkeypatch.setattr("worldmodel.session.cores", lambda: 2)
     session = Session(tiny_world)
-    monkeypatch.setattr(Rollout, "settle", fail)
+    monkeypatch.setattr(Rollout, "commit_pending", fail)
     with pytest.raises(RuntimeError, match="is broken"):
         session.step(WALK[0])
 
@@ -233,7 +230,7 @@ def test_bad_input(tiny_world, tmp_path):
         session.step(np.full((4, 4), np.nan))
     with pytest.raises(ValueError, match="1 poses are needed .* got 2"):
         session.step(WALK[:2])
-    assert session.frames == 0
+    assert session.frames == 1
     for seed in (-1, 2**63, 0.5, "x"):
         with pytest.raises(ValueError, match="seed"):
             Session(tiny_world, seed=seed)

@@ -114,7 +114,7 @@ class Session:
         compiled = self.world.engine.compiled
         if compiled and compiled.before_play:
             ahead = self.fork()
-            ahead.step(np.stack([poses[-1]] * chunk))
+            ahead._generate(np.stack([poses[-1]] * chunk))
             ahead.commit_pending()
         return self.first
 
