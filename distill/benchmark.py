@@ -2,7 +2,7 @@
 
 The stages and the training step are those of `python -m distill train`. Clips and weights are
 random, so no files are read, and none are written. Steps with and without gradient checkpointing
-take turns on the same networks; one that does not fit into memory has an `error` in the report.
+alternate on the same networks; one that does not fit into memory has an `error` in the report.
 """
 
 import argparse
@@ -47,7 +47,7 @@ WARM_UP = 2  # steps of each variant that are not counted
 
 @dataclass(frozen=True)
 class Caption:
-    """What a stage reads of a clip before it loads it."""
+    """The part of a clip that stages read before training."""
 
     caption: str
 
@@ -116,7 +116,7 @@ class TimedStage:
         self.steps: list[dict[str, float]] = []
 
     def step(self, number: int, batch: dict) -> None:
-        """Take a training step; when memory is full, set `error` and free what the step held."""
+        """Take a training step; when memory is full, set `error` and free the step's memory."""
         for network in self.stage.modules.values():
             network.gradient_checkpointing = self.checkpointing
         self.memory.reset()
@@ -159,7 +159,7 @@ class TimedStage:
         return {"total": now - begin, **seconds}
 
     def report(self, name: str) -> dict:
-        """Figures a sample, of all steps since `steps` was last cleared."""
+        """Figures per sample, of all steps since `steps` was last cleared."""
         batch = self.stage.config.batch
         report = {"stage": name, "gradient_checkpointing": self.checkpointing, "batch": batch}
         if self.error:
@@ -211,7 +211,7 @@ def _free_memory(device: torch.device) -> None:
 
 
 def published_recipe(name: str, overrides: list[str]) -> Recipe:
-    """A recipe for a published shape: bfloat16, one sample a step, whole clips, AdamW as at that
+    """A recipe for a published shape: bfloat16, one sample per step, whole clips, AdamW as at that
     scale.
     """
     shape: Shape = SHAPES[name]

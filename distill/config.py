@@ -38,7 +38,7 @@ RENAMED = {
     "dmd.truth_coarse": "dmd.ground_truth_low_pass_weight",
     "dmd.score_shift": "dmd.score_timestep_shift",
 }
-# Options that are gone -> the one value that is still what the program does.
+# Removed options -> the one value that the program still implements.
 RETIRED = {
     "consistency.sigma_lookup": "exact",
     "dmd.sigma_lookup": "exact",
@@ -50,7 +50,7 @@ RETIRED = {
 class Run:
     """Where and how a recipe runs."""
 
-    folder: str = "runs/blocks"  # one sub-folder a stage
+    folder: str = "runs/blocks"  # one sub-folder per stage
     seed: Annotated[int, Range(0, 2**31)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # of the matrix products; weights and sigmas stay float32
@@ -68,7 +68,7 @@ class Run:
 class Data:
     """The encoded clips that the transformer stages learn from."""
 
-    root: str = ""  # folder of clips: index.jsonl and one sub-folder a clip
+    root: str = ""  # folder of clips: index.jsonl and one sub-folder per clip
     frames: Count = 10  # latents in a training window
     first_frame_prob: Share = 0.3  # probability that a window starts at its clip's first latent
     # prompts.safetensors (caption -> [L, D]); empty = random embeddings seeded by the captions
@@ -83,7 +83,7 @@ class Model:
 
     layers: Count = 8
     heads: Count = 4
-    head_dim: Count = 64  # channels a head, a multiple of 4 (PRoPE)
+    head_dim: Count = 64  # channels per head, a multiple of 4 (PRoPE)
     ffn_dim: Count = 1024
     freq_dim: Count = 256  # width of the sinusoidal time embedding
     patch: tuple[Count, Count, Count] = (1, 2, 2)  # latent frames, cells, cells
@@ -108,13 +108,13 @@ class StageConfig:
     """Options of every stage."""
 
     steps: Count = 1000  # optimizer steps of the network that is exported
-    batch: Count = 6  # samples an optimizer step
+    batch: Count = 6  # samples per optimizer step
     lr: Positive = 1e-4
     warmup: Whole = 100  # steps of linear rise
     decay: Literal["constant", "linear", "cosine"] = "constant"
     decay_from: Share = 0.0  # share of the run after which the decay begins, 0..1
     lr_end: Amount = 0.05  # learning rate at the end of the decay, as a share of `lr`
-    ema: Annotated[float, Range(0, 0.999999)] = 0.99  # decay of the moving average, a step
+    ema: Annotated[float, Range(0, 0.999999)] = 0.99  # decay of the moving average per step
     ema_start: Whole = 0  # step before which the average is a plain copy
 
 
@@ -133,7 +133,7 @@ class TransformerConfig(StageConfig):
 
 @dataclass(frozen=True)
 class BidirectionalConfig(TransformerConfig):
-    """Flow matching, one sigma a clip; every frame attends to every frame."""
+    """Flow matching, one sigma per clip; every frame attends to every frame."""
 
     weighting: bool = True  # weight the loss by the reference's bell over the time steps
     sample_steps: Count = 12  # denoising steps of the sample pictures
@@ -141,7 +141,7 @@ class BidirectionalConfig(TransformerConfig):
 
 @dataclass(frozen=True)
 class TeacherForcingConfig(TransformerConfig):
-    """Flow matching, one sigma a chunk; a noisy chunk attends to itself and to the clean chunks
+    """Flow matching, one sigma per chunk; a noisy chunk attends to itself and to the clean chunks
     before it.
     """
 
@@ -180,7 +180,7 @@ class DmdConfig(TransformerConfig):
     first_denoise: tuple[int, ...] = (1000, 750, 500, 250)  # of the first chunk
     # latents of the longest self-rollout, of which the last data.frames are scored; 0 = data.frames
     rollout: Whole = 0
-    # latents that the scores see at once: data.frames in equal parts of this length; 0 = all
+    # latents that the scores see together: data.frames in equal parts of this length; 0 = all
     score_window: Whole = 0
     # a rollout's length is uniform to this power: 1 = every length is as likely, more = most
     # rollouts are short
@@ -219,9 +219,9 @@ class AutoencoderConfig(StageConfig):
     lr: Positive = 6e-4  # 1.5e-3 diverges
     weight_decay: Amount = 0.0
     encoder_widths: tuple[Count, ...] = (32, 32, 64, 128)  # channels
-    encoder_blocks: tuple[Whole, ...] = (1, 2, 2)  # a level
+    encoder_blocks: tuple[Whole, ...] = (1, 2, 2)  # per level
     decoder_widths: tuple[Count, ...] = (160, 96, 48, 48)  # channels
-    decoder_blocks: tuple[Whole, ...] = (3, 2, 1)  # a level
+    decoder_blocks: tuple[Whole, ...] = (3, 2, 1)  # per level
     strides: tuple[int, ...] = (1, 2, 2)  # of the encoder's levels
     patch_size: Count = 2  # pixels of a side folded into channels
     latent_channels: Count = 16
@@ -322,8 +322,8 @@ def make_recipe(values: dict, overrides: typing.Sequence[str], where: str) -> Re
 def current_names(values: dict, where: str) -> dict:
     """Sections of a recipe, or of the config in a checkpoint, under today's names.
 
-    Options that are gone are left out at the value that is still in force. Raises UserError for
-    another value of them, and where an option is given under both its names.
+    Removed options are dropped at the value that the program still implements. Raises UserError for
+    another value, and where an option is given under both its names.
     """
     current: dict = {}
     for section, options in values.items():

@@ -46,11 +46,11 @@ class ExportOptions:
     images: int = 4  # start images per caption
     height: int | None = None  # pixels; None = as the footage
     width: int | None = None  # pixels; None = as the footage
-    fps: float | None = None  # video frames a second; None = as the footage
+    fps: float | None = None  # video frames per second; None = as the footage
     title: str | None = None  # a line for menus; None = the sources of the footage
     envelope: tuple[str, ...] = ()  # AXIS=VALUE, instead of the footage's motion
     dtype: str = "bfloat16"  # of the stored weights
-    steps: int | None = None  # denoising steps a chunk; None = the recipe's `dmd.denoise`
+    steps: int | None = None  # denoising steps per chunk; None = the recipe's `dmd.denoise`
     sampler: str = "renoise"  # "euler" for a diffusion model that was not distilled
     seed: int = START_SEED  # of the start images
 

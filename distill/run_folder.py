@@ -2,10 +2,10 @@
 exported result.
 
     runs/<recipe>/<stage>/
-        checkpoints/step-00000500/   one safetensors file a network and an optimizer, state.json
-        metrics.jsonl                one line a log step
+        checkpoints/step-00000500/   one safetensors file per network and optimizer, state.json
+        metrics.jsonl                one line per log step
         samples/step-00000500.png
-        export/                      what the next stage and the bundle start from
+        export/                      input of the next stage and the bundle
 
 Everything is written under a temporary name and renamed. Nothing is pickled.
 """

@@ -279,7 +279,7 @@ class Meter:
     def line(
         self, step: int, samples: int, optimizers: Mapping[str, torch.optim.Optimizer]
     ) -> dict[str, float]:
-        """One line of metrics.jsonl; `samples` a step.
+        """One line of metrics.jsonl; `samples` per step.
 
         Raises UserError when a loss or gradient is not finite: such weights are not saved.
         """

@@ -1,10 +1,10 @@
-"""The clip format: one folder a clip, written by collectors, importers and by play itself, read by
+"""The clip format: one folder per clip, written by collectors, importers and play itself, read by
 training.
 
 A clip folder holds `video.mp4` (H.264), `poses.json` (WorldPlay's format: per latent frame
 camera-to-world and K in pixels), `meta.yaml` (caption, fps, source, licence) and, after `distill
 encode`, `latents.safetensors` (one float16 tensor `latents` [C, F, h, w]). The folder of clips
-holds `index.jsonl`, one line a clip. F latents are 4F - 3 video frames, see
+holds `index.jsonl`, one line per clip. F latents are 4F - 3 video frames, see
 `worldmodel.camera.FRAMES_PER_LATENT`.
 """
 
@@ -51,8 +51,8 @@ class Clip:
     c2w: np.ndarray  # float64 [F, 4, 4], camera-to-world in the clip's own world
     intrinsics: np.ndarray  # float64 [4]: fx/W, fy/H, cx/W, cy/H
     caption: str
-    fps: float  # video frames a second
-    source: str  # where it comes from, e.g. blocks:meadow:12
+    fps: float  # video frames per second
+    source: str  # origin, e.g. blocks:meadow:12
     licence: str
     extra: dict = field(default_factory=dict)  # the other entries of meta.yaml
 

@@ -1,5 +1,5 @@
-"""`python -m distill encode`: clips -> latents, one file in each clip's folder, by any number of
-workers, each of which may be killed and restarted.
+"""`python -m distill encode`: clips -> latents, one file in each clip's folder. There may be any
+number of workers, and each may be killed and restarted.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from worldmodel.camera import FRAMES_PER_LATENT
 from worldmodel.cli import print_line
 from worldmodel.device import open_device
 from worldmodel.errors import UserError
+from worldmodel.images import to_unit_range
 from worldmodel.models.wan_autoencoder import Autoencoder
 from worldmodel.recording import recover
 from worldmodel.worlds.weights import open_autoencoder
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Encodes what is missing or was made by another encoder."""
+    """Encode the clips without latents, or with those of another encoder."""
     if not 0 <= args.worker < args.workers:
         raise UserError(
             f"expected --worker between 0 and {args.workers - 1} (--workers {args.workers}), got "
@@ -74,38 +75,38 @@ def run(args: argparse.Namespace) -> None:
 
 
 def encode_clips(folders: list[Path], autoencoder: Autoencoder) -> int:
-    """Write `latents.safetensors` into each clip that lacks it; return how many were written.
+    """Write `latents.safetensors` into each clip's folder that lacks it; return how many were
+    written.
 
-    File: "latents" float16 [C,F,h,w], normalised; metadata `encoder` names the encoder that made
-    it.
+    File: "latents" float16 [C,F,h,w], normalised; the metadata `encoder` identifies the encoder.
 
     Raises:
-        UserError: clips that are broken, of no size that fits, empty or still being recorded; all
-        others are encoded first.
+        UserError: clips that are broken, empty, still being recorded or of a size that does not
+        fit; all others are encoded first.
     """
     encoder = encoder_fingerprint(autoencoder)
     made = 0
-    faults = []
+    errors = []
     for folder in tqdm(folders, "encode", unit="clip"):
         try:
             made += _encode_clip(folder, autoencoder, encoder)
         except UserError as error:
-            faults.append(str(error).rstrip("."))
-            logger.warning(faults[-1])
-    if faults:
+            errors.append(str(error).rstrip("."))
+            logger.warning(errors[-1])
+    if errors:
         raise UserError(
-            f"{faults[0]}; {len(faults)} of {len(folders)} clips could not be encoded, the others "
-            "are: remove them, or encode again when they are whole"
+            f"{errors[0]}; {len(errors)} of {len(folders)} clips could not be encoded, the others "
+            "are: remove them, or encode again when they are complete"
         )
     return made
 
 
 def _encode_clip(folder: Path, autoencoder: Autoencoder, encoder: str) -> bool:
-    """Whether there was anything to do."""
+    """Encode one clip, unless it has latents of this encoder; return whether it was encoded."""
     if latents_encoder(folder / LATENTS) == encoder:
         return False
     recorded = (folder / RECORDING).is_file()
-    if recorded:  # play may have been killed in the middle of a latent; footage must be whole
+    if recorded:  # play may have been killed in the middle of a latent
         recover(folder)
     frames = read_clip(folder, trim=recorded).frames
     try:
@@ -129,16 +130,14 @@ def encode_frames(autoencoder: Autoencoder, frames: torch.Tensor, piece: int = 8
     first = FRAMES_PER_LATENT * (piece - 1) + 1
     parts = [video[:, :, :first], *video[:, :, first:].split(FRAMES_PER_LATENT * piece, 2)]
     latents = [
-        stream.step(part.to(autoencoder.device).float() / 127.5 - 1)
-        for part in parts
-        if part.shape[2]
+        stream.step(to_unit_range(part.to(autoencoder.device))) for part in parts if part.shape[2]
     ]
     return torch.cat(latents, 2)[0].float().cpu()
 
 
 def encoder_fingerprint(autoencoder: Autoencoder) -> str:
-    """16 hex digits of everything that latents depend on: the decoder may be trained further
-    without a new encoding.
+    """16 hex digits of everything that latents depend on; further training of the decoder does not
+    change it.
     """
     options, tensors = autoencoder.encoding_parts()
     digest = hashlib.sha256(json.dumps(options).encode())
@@ -150,7 +149,7 @@ def encoder_fingerprint(autoencoder: Autoencoder) -> str:
 
 
 def latents_encoder(path: Path) -> str | None:
-    """Fingerprint of the encoder that made a latents file; None when there is no (whole) file."""
+    """Fingerprint of the encoder that made a latents file; None when there is no complete file."""
     try:
         with safe_open(path, "pt") as file:
             return (file.metadata() or {}).get("encoder")

@@ -1,5 +1,5 @@
-"""What a folder of clips says of the world that is learned from it: captions, pace, lens, motion,
-places to start from.
+"""Properties of a world that follow from its folder of clips: captions, frame rate, lens, motion,
+start images.
 """
 
 from collections import Counter
@@ -17,18 +17,19 @@ from worldmodel.controls import AXES, Envelope
 from worldmodel.errors import UserError
 from worldmodel.images import fit_picture
 
-CANDIDATES = 4  # first frames looked at for one start image; the sharpest shows most
-MOST_CAPTIONS = 12  # that get start images, the most frequent ones
-# percentile of the motion a latent that a player may make: beyond are falls, doors and faults
+CANDIDATES = 4  # first frames compared for each start image; the sharpest is taken
+MOST_CAPTIONS = 12  # captions with start images, the most frequent ones
+# percentile of the motion per latent that a player may make; larger motions are falls, doors and
+# errors
 COMMON = 99
-# share of the fastest axis below which a movement is a by-product of another, not one of its own
+# share of the fastest axis below which a movement is a by-product of another one
 LEAST_MOVE = 0.05
-LEAST_TURN = 0.2  # degrees a latent, likewise
-MOST_ROLL = 1.0  # degrees beyond which the camera is no walker's
+LEAST_TURN = 0.2  # degrees per latent, likewise
+MOST_ROLL = 1.0  # degrees of roll above which the camera is not a walker's
 
 
 class Footage:
-    """The clips under `root` that have poses. UserError when there are none, or a clip is
+    """The clips under `root` that have poses. Raises UserError when there are none, or a clip is
     broken.
     """
 
@@ -41,12 +42,12 @@ class Footage:
 
     @property
     def of_blocks(self) -> bool:
-        """Whether all of it is the town's, which can be rendered anywhere."""
+        """Whether all clips show the town of blocks, which can be rendered at any pose."""
         return all(meta["source"].startswith("blocks:") for meta in self._metas)
 
     @cached_property
     def captions(self) -> tuple[str, ...]:
-        """Every caption once, the most frequent first."""
+        """The distinct captions, the most frequent first."""
         counts = Counter(meta["caption"] for meta in self._metas)
         return tuple(sorted(counts, key=lambda caption: (-counts[caption], caption)))
 
@@ -67,7 +68,7 @@ class Footage:
 
     @property
     def fps(self) -> float:
-        """Video frames a second; UserError where clips differ."""
+        """Video frames per second. Raises UserError where clips differ."""
         rates = sorted({float(meta["fps"]) for meta in self._metas})
         if len(rates) > 1:
             raise UserError(
@@ -78,7 +79,7 @@ class Footage:
 
     @cached_property
     def cameras(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of every clip c2w [F, 4, 4] and intrinsics [4]."""
+        """c2w [F, 4, 4] and intrinsics [4] of every clip."""
         cameras = (
             read_pose_json(folder / POSES)
             for folder in tqdm(self.folders, "poses", unit="clip", leave=False)
@@ -102,14 +103,15 @@ class Footage:
                 rows, columns = file.get_slice("latents").get_shape()[2:]
         except (OSError, SafetensorError, ValueError):
             raise UserError(
-                f"{folder}: expected {VIDEO} or {LATENTS}, which say how large a picture is"
+                f"{folder}: expected {VIDEO} or {LATENTS}, which determine the picture size; add "
+                "one, or give --height and --width"
             ) from None
         return rows * factor, columns * factor
 
     @property
     def envelope(self) -> Envelope:
-        """The motion a latent that is common in the clips; an axis that hardly moves is locked.
-        Roll makes it a flight.
+        """The usual motion per latent; an axis that hardly moves is locked. With roll the style is
+        "fly".
         """
         poses = [c2w for c2w, _ in self.cameras]
         roll = np.concatenate([np.abs(_degrees(c2w[:, 1, 0])) for c2w in poses])
@@ -118,9 +120,9 @@ class Footage:
         most = np.percentile(steps, COMMON, axis=0) if len(steps) else np.zeros(len(AXES))
         most[:3][most[:3] < LEAST_MOVE * most[:3].max()] = 0.0
         most[3:][most[3:] < LEAST_TURN] = 0.0
-        placed = poses if style == "walk" else [relative_to_first(c2w) for c2w in poses]
+        levelled = poses if style == "walk" else [relative_to_first(c2w) for c2w in poses]
         tilt = np.percentile(
-            np.concatenate([np.abs(_degrees(c2w[:, 1, 2])) for c2w in placed]), COMMON
+            np.concatenate([np.abs(_degrees(c2w[:, 1, 2])) for c2w in levelled]), COMMON
         )
         known = dict(zip(AXES, (float(f"{value:.3g}") for value in most), strict=True))
         return Envelope(
@@ -131,8 +133,8 @@ class Footage:
         )
 
     def pictures(self, height: int, width: int, count: int) -> dict[str, list[np.ndarray]]:
-        """First frames uint8 [height, width, 3] by caption, at most `count` each: level ones, since
-        play begins level, and sharp.
+        """First frames uint8 [height, width, 3] by caption, at most `count` each: sharp ones, and
+        level ones, since play begins level.
         """
         level = sorted(
             range(len(self.folders)), key=lambda number: abs(self.cameras[number][0][0, 1, 2])
@@ -161,7 +163,8 @@ def motions(c2w: np.ndarray, style: str) -> np.ndarray:
     (units, degrees).
 
     walk: along the heading on the ground and about the vertical; fly: along and about the camera's
-    own axes. Movement is measured half-way through the turn, so that a curve is no strafe.
+    own axes. Movement is measured half-way through the turn, so that a curve does not count as
+    strafing.
     """
     if style == "walk":
         right = c2w[:, :3, 0]

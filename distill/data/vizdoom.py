@@ -390,14 +390,14 @@ class Wanderer:
         self.patience = 0  # frames until the next wish
         self.turn = 0.0  # current speed, degrees per tic
         self.look = 0.0  # likewise
-        self.place = game.variables()
+        self.camera = game.variables()
 
     def step(self) -> None:
         """Play one frame."""
         self.patience -= 1
         now = self.game.variables()
-        moved = np.linalg.norm(now[:2] - self.place[:2])
-        self.place = now
+        moved = np.linalg.norm(now[:2] - self.camera[:2])
+        self.camera = now
         left, ahead, right = self.game.openness()
         stuck = self.wish.forward > 0.5 and moved < 2.0 and self.turning < 0.5
         if (ahead < _CLOSE or stuck) and self.turning < 1.0:

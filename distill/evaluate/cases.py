@@ -163,14 +163,14 @@ def _return_script(name: str) -> tuple[list[Order], int]:
     """Orders of a leave-and-return path and the latent at which it is farthest."""
     if name == "out and back":
         out = 32
-        gone = Order(32, forward=1.0)
+        leave = Order(32, forward=1.0)
         home = Order(32, forward=-1.0)
     else:
         # video frames at 10 degrees per latent
         out = {"turn 30 degrees": 12, "turn 90 degrees": 36}[name]
-        gone = Order(out, yaw=1.0)
+        leave = Order(out, yaw=1.0)
         home = Order(out, yaw=-1.0)
-    return [gone, Order(REST), home, Order(REST)], (out + REST) // FRAMES_PER_LATENT
+    return [leave, Order(REST), home, Order(REST)], (out + REST) // FRAMES_PER_LATENT
 
 
 def free_path(

@@ -65,7 +65,7 @@ def distribution_gradient(
     lookup: str,
     shift: float,
 ) -> Tensor:
-    """`(x0_fake - x0_real) / mean |x - x0_real|` at one noise level a sample.
+    """`(x0_fake - x0_real) / mean |x - x0_real|` at one noise level per sample.
 
     `samples` `[B, C, F, H, W]`, `sigma` `[B, F]`. The real score is guided `c + guidance (c - u)`:
     0 needs no `u`. `lookup` and `shift` as in `predict_x0`.

@@ -15,7 +15,7 @@ from worldmodel.schedule import over_latents, sigma_grid, training_weight
 
 
 class BidirectionalStage(TransformerStage):
-    """Flow matching with one sigma a clip."""
+    """Flow matching with one sigma per clip."""
 
     def __init__(self, recipe: Recipe, device: torch.device):
         super().__init__(recipe, recipe.bidirectional, device)

@@ -31,8 +31,8 @@ class RolloutSample(NamedTuple):
 
     latents: Tensor  # [B, C, F, H, W]
     windows: Windows  # the clips' own frames at the same cameras
-    anchored: bool  # whether the rollout started from the clips' first chunk, so that it should
-    # show their frames
+    # whether the rollout started from the clips' first chunk, so that it should show their frames
+    anchored: bool
 
 
 class RolloutPlan(NamedTuple):
@@ -230,7 +230,7 @@ class DmdStage(TransformerStage):
         )
 
     def _score_draws(self, samples: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """One noise level a sample, `[B, F]`, and noise of the samples' shape."""
+        """One noise level per sample, `[B, F]`, and noise of the samples' shape."""
         batch, _, frames = samples.shape[:3]
         index = draw_index(batch, frames, frames, GRID, generator).to(self.device)
         noise = torch.randn(samples.shape, generator=generator, device=generator.device).to(
@@ -239,7 +239,7 @@ class DmdStage(TransformerStage):
         return score_sigma(index, self.score_shift, self.config.clamp), noise
 
     def _sigma_lookup(self) -> dict:
-        """Arguments of the objectives that say how a sigma is read: exactly, under this shift."""
+        """Arguments of the objectives: sigmas are used exactly, under this shift."""
         return {"lookup": "exact", "shift": self.score_shift}
 
 

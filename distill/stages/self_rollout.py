@@ -18,7 +18,8 @@ class RolloutDraws:
     noise: `[B, C, F, H, W]`, the start of every chunk.
     exit, first_exit: the denoising step (0 = first) after which all later chunks and the first
     chunk stop; gradients pass through that step alone.
-    renoise: one list a chunk, of one tensor a step but the last; None = drawn from the generator.
+    renoise: one list per chunk, of one tensor per step but the last; None = drawn from the
+    generator.
     context: `[B, C, F, H, W]`, noise of the clean pass where `context_sigma` is above 0; None
     = drawn from the generator.
     """

@@ -253,7 +253,7 @@ class TransformerStage(Stage):
 
     @torch.no_grad()
     def sample(self, generator: torch.Generator) -> np.ndarray | None:
-        """Two windows, ground truth above generated frames, one column a latent; None without
+        """Two windows, ground truth above generated frames, one column per latent; None without
         `data.autoencoder`.
         """
         if self._decoder is None:

@@ -13,7 +13,7 @@ from worldmodel.schedule import add_noise, training_weight
 
 
 class TeacherForcingStage(TransformerStage):
-    """Flow matching with one sigma a chunk.
+    """Flow matching with one sigma per chunk.
 
     Differs: with `context_sigma_max` above 0 every frame of the context is noised by its own sigma,
     which is an input of the network. Generated frames are never as clean as footage, and a model

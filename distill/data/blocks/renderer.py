@@ -3,10 +3,10 @@ resolution and device.
 
 Every pixel gets samples x samples rays on a regular grid, averaged. A box is tested only against
 the pixels inside the screen rectangle that bounds it, and its shadow only inside the rectangle that
-bounds its shadow volume; both rectangles are conservative, so the picture is that of the plain path
-(`plain=True`: every ray against every box), which is kept as the reference. At 96x160 with 2x2 rays
-one CPU core makes about 75 pictures a second. Coordinates are taken relative to the camera in
-float64 before they become float32: no loss of detail far from the origin.
+bounds its shadow volume. Both rectangles are conservative, so the picture equals that of the plain
+path (`plain=True`: every ray against every box), which is the reference. At 96x160 with 2x2 rays
+one CPU core renders about 75 pictures per second. Coordinates become relative to the camera in
+float64 before they become float32, so that no detail is lost far from the origin.
 """
 
 import math
@@ -16,18 +16,14 @@ import torch
 
 from distill.data.blocks.town import CELL, TILES, Boxes, Town
 
-FAR = 1e3  # depth of the sky, units; the fog leaves nothing of a surface there
+FAR = 1e3  # depth of the sky, units; the fog hides every surface there
 NEAR = 1e-3  # nothing nearer than this is drawn, units
-# a shadow ray must run at least so far inside a box to be stopped by it (a face does not shade
-# itself)
+# length inside a box from which a shadow ray is stopped by it (a face does not shade itself)
 SKIN = 1e-3
-FACE_LIGHT = np.array(
-    [0.92, 1.0, 0.80]
-)  # ambient light on faces across x, y, z: unlit faces stay distinct
-TILE_FADE = (
-    1.4,
-    3.4,
-)  # distances at which the tiles of the ground begin and end to melt into one tone, units
+# ambient light on faces across x, y, z: unlit faces stay distinct
+FACE_LIGHT = np.array([0.92, 1.0, 0.80])
+# distances at which the tiles of the ground begin and end to blend into one tone, units
+TILE_FADE = (1.4, 3.4)
 
 
 def render(
@@ -45,7 +41,7 @@ def render(
     Args:
         c2w: camera-to-world matrices [N, 4, 4] (or [4, 4]) in world units, numpy or torch.
         intrinsics: fx/W, fy/H, cx/W, cy/H, [4] or [N, 4].
-        samples: rays along each side of a pixel (2 = four rays a pixel).
+        samples: rays along each side of a pixel (2 = four rays per pixel).
         plain: test every ray against every box; slow, the reference for the default.
     Returns:
         uint8 [N, height, width, 3] on `device`.
@@ -65,8 +61,8 @@ def render(
         )
     reach = math.ceil(1.2 * town.look.visibility / CELL)
     frames = torch.empty(len(c2w), height, width, 3, dtype=torch.uint8, device=device)
-    rays = {}  # what consecutive frames share
-    surroundings = {}
+    rays = {}  # of the last lens
+    surroundings = {}  # of the last cell
     for index, (pose, lens) in enumerate(zip(c2w, intrinsics)):
         cell = tuple(math.floor(pose[k, 3] / CELL) for k in (0, 2))
         if cell not in surroundings:
@@ -146,8 +142,8 @@ class _View:
         return torch.stack(pixels, dim=-1).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
 
     def _ground(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Depth along the rays and tile number of the ground, both [samples^2, H, W]; FAR where
-        there is none.
+        """Depth along the rays and tile number of the ground, both [samples^2, H, W]; FAR where no
+        ground is hit.
         """
         depth = self.inverse[1] * self.ground_y
         depth.masked_fill_((depth <= 0) | (depth > FAR), FAR)
@@ -191,17 +187,15 @@ class _View:
         return depth, surface
 
     def _shade(self, depth: torch.Tensor) -> torch.Tensor:
-        """Whether the surface seen lies in the shadow of a box, bool [samples^2, H, W]."""
+        """Whether the visible surface lies in the shadow of a box, bool [samples^2, H, W]."""
         shadow = torch.zeros(depth.shape, dtype=torch.bool, device=self.device)
         sun = self.look.sun_direction
-        minus = [
-            self.directions[axis] * depth / float(-sun[axis]) for axis in range(3)
-        ]  # way back along the sun ray
+        # distance back along the sun ray
+        minus = [self.directions[axis] * depth / float(-sun[axis]) for axis in range(3)]
         start, end = self._sun_slabs()
         corners = _corners(self.low, self.high)
-        fall = (corners[..., 1:2] - self.ground_y) / sun[
-            1
-        ]  # way along the sun ray from the ground to the corner
+        # distance along the sun ray from the ground to the corner
+        fall = (corners[..., 1:2] - self.ground_y) / sun[1]
         rectangles = self._rectangles(np.concatenate([corners, corners - fall * sun], axis=1))
         for box in np.flatnonzero(rectangles[:, 0] < rectangles[:, 1]):
             top, bottom, left, right = rectangles[box].tolist()
@@ -291,8 +285,8 @@ class _View:
         return np.where(empty[:, None], 0, bounds)
 
     def _tile_colours(self, near: np.ndarray, far: np.ndarray) -> np.ndarray:
-        """Tile colours [T, T, 3], each melted into its far tone by its distance, before it would be
-        too small to sample.
+        """Tile colours [T, T, 3], blended into their far tone by distance, before they become too
+        small to sample.
         """
         centres = (np.arange(len(near)) + 0.5) * CELL / TILES
         distance = np.hypot(
@@ -302,19 +296,17 @@ class _View:
         return near + weight * (far - near)
 
     def _colours(self) -> np.ndarray:
-        """Colour of every surface number, lit and in shadow in turn: [2 * (T * T + 3 * M), 3]."""
+        """Colour of every surface number, lit and shaded alternating: [2 * (T * T + 3 * M), 3]."""
         look = self.look
         sun = look.sun_direction
         light = np.array(look.light)
         ambient = np.array(look.ambient)
         tiles = self.tiles.reshape(-1, 3)
         ground = np.stack([tiles * (ambient - light * sun[1]), tiles * ambient], axis=1)
-        toward = np.where(
-            self.low > 0, -sun, sun
-        )  # the face seen across each axis: low side (normal -1) or high side
-        albedo = np.stack(
-            [self.boxes.side, self.boxes.top, self.boxes.side], axis=1
-        )  # [M, axis, 3]
+        # of the visible face across each axis: low side (normal -1) or high side
+        toward = np.where(self.low > 0, -sun, sun)
+        # [M, axis, 3]
+        albedo = np.stack([self.boxes.side, self.boxes.top, self.boxes.side], axis=1)
         glow = self.boxes.glow[:, None, None]
         shade = albedo * (glow + (1 - glow) * FACE_LIGHT[None, :, None] * ambient)
         lit = shade + albedo * (1 - glow) * np.maximum(toward, 0)[..., None] * light
@@ -346,8 +338,8 @@ def _enter(inverse: torch.Tensor, low: list, high: list):
     """Slab test of the rays [3, ...] from the origin against one box -> (entry, leave, [(axis, its
     entry), ...]) or None.
 
-    Only faces turned to the origin are entry faces; a box around the origin has none. A ray that
-    runs away from the box leaves before it enters, so no sign test is needed.
+    Only faces towards the origin are entry faces; a box around the origin has none. A ray away from
+    the box leaves before it enters, so no sign test is needed.
     """
     faces = []
     leave = None

@@ -1,10 +1,10 @@
-"""An endless, seeded town of flat-coloured boxes. Nothing is stored: every cell follows from an
-integer hash of its place.
+"""An endless, seeded town of flat-coloured boxes. Nothing is stored: every cell is determined by an
+integer hash of its position.
 
 World axes are the camera's (OpenCV): x right, y down, z forward. The ground is the plane y = 0,
-everything built has y < 0. One unit is about 10 metres. The plan is a grid of cells; in both
-directions one line of cells in three (at a hashed place of the three) is a street, the rest are
-plots with a house, a tower, a tree, a wall or nothing.
+buildings have y < 0. One unit is about 10 metres. The plan is a grid of cells; in both directions
+one of every three lines of cells (which one, is hashed) is a street, the others are plots with a
+house, a tower, a tree, a wall or nothing.
 """
 
 import math
@@ -16,7 +16,7 @@ from worldmodel.errors import UserError
 
 CELL = 1.1  # side of a cell, units
 TILES = 3  # ground tiles along the side of a cell
-STREET_EVERY = 3  # one street line in so many cells
+STREET_EVERY = 3  # cells per street line
 GOLDEN = 0x9E3779B1
 
 
@@ -26,9 +26,8 @@ class Mood:
 
     sky: tuple  # colour high above
     horizon: tuple  # colour at the horizon, and of the fog
-    sun: tuple[
-        float, float
-    ]  # azimuth (degrees from +z towards +x) and elevation (degrees) of the sun or moon
+    # azimuth (degrees from +z towards +x) and elevation (degrees) of the sun or moon
+    sun: tuple[float, float]
     light: tuple  # colour of the direct light
     ambient: tuple  # colour of the light in the shade
     disc: tuple  # colour of the sun or moon disc
@@ -40,10 +39,8 @@ class Mood:
     doors: tuple  # door colours
     trunk: tuple
     crowns: tuple  # crown colours of the trees
-    glow: float = 0.0  # share of a crown's colour that shines by itself (lanterns)
-    visibility: float = (
-        6.0  # distance at which 2 % of a surface's colour are left by the fog, units
-    )
+    glow: float = 0.0  # share of a crown's colour that emits light (lanterns)
+    visibility: float = 6.0  # distance at which 2 % of a surface's colour pass the fog, units
 
     @property
     def sun_direction(self) -> np.ndarray:
@@ -129,8 +126,8 @@ MOODS = {
 
 @dataclass(frozen=True)
 class Boxes:
-    """M axis-aligned boxes: corners `low` <= `high` [M, 3] (units), colours [M, 3] in [0, 1], own
-    light `glow` [M].
+    """M axis-aligned boxes: corners `low` <= `high` [M, 3] (units), colours [M, 3] in [0, 1],
+    emitted light `glow` [M].
     """
 
     low: np.ndarray
@@ -206,8 +203,7 @@ class Town:
         """Tile colours around cell (i, j) -> (near, far), both [T, T, 3], T = TILES * (2 * reach +
         1), rows x, columns z.
 
-        `far` is the mean colour of the kind of ground: what tiles look like that are too small to
-        be distinguished.
+        `far` is the mean colour of the kind of ground: a tile that is too small to be resolved.
         """
         tiles = np.arange(TILES * (2 * reach + 1), dtype=np.int64)
         tile_i, tile_j = np.meshgrid(
@@ -292,10 +288,10 @@ def _house(look: Mood, centre: np.ndarray, draws: np.ndarray) -> list:
 def _door(
     look: Mood, centre: np.ndarray, size: np.ndarray, side: np.ndarray, colour: np.ndarray
 ) -> tuple:
-    """A flat box that stands a little out of one of the four walls."""
-    turn = np.floor(4 * side).astype(int)
-    along_x = turn % 2 == 0
-    outward = np.where(turn < 2, 0.5, -0.5)
+    """A flat box that protrudes slightly from one of the four walls."""
+    wall = np.floor(4 * side).astype(int)
+    along_x = wall % 2 == 0
+    outward = np.where(wall < 2, 0.5, -0.5)
     shift = np.stack(
         [np.where(along_x, outward * size[:, 0], 0), np.where(along_x, 0, outward * size[:, 1])],
         axis=1,

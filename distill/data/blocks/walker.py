@@ -1,8 +1,8 @@
-"""A seeded walker: holds keys for a while as a player does, and yields the camera's pose at every
+"""A seeded walker: holds keys for a while, as a player does, and yields the camera's pose at every
 video frame.
 
-It walks, runs, strafes, steps back, stands, turns, looks up and down, and often comes back to what
-it has seen: turns away and back, walks out and back, makes whole loops. Speeds change with
+It walks, runs, strafes, steps back, stands, turns, looks up and down, and often revisits what it
+has seen: it turns away and back, walks out and back, makes whole loops. Speeds change with
 momentum, houses stop it (it slides along them), and it steers away from walls in front of it. The
 camera has no roll: yaw about the world's vertical, pitch about its own x axis.
 """
@@ -22,13 +22,13 @@ SIGHT = 3  # cells around the walker in which it sees obstacles
 class Gait:
     """How the walker moves; speeds per latent frame (4 video frames)."""
 
-    walk: float = 0.10  # units a latent, forward and back
-    strafe: float = 0.08  # units a latent, sideways
+    walk: float = 0.10  # units per latent, forward and back
+    strafe: float = 0.08  # units per latent, sideways
     run: float = 1.6  # factor on both
-    yaw: float = 10.0  # degrees a latent, at most
-    pitch: float = 5.0  # degrees a latent, at most
+    yaw: float = 10.0  # degrees per latent, at most
+    pitch: float = 5.0  # degrees per latent, at most
     pitch_limit: float = 20.0  # degrees up and down
-    momentum: float = 0.35  # share of a speed change made in one video frame
+    momentum: float = 0.35  # share of a speed change applied in each video frame
     eye: float = 0.17  # height of the eye, units
     radius: float = 0.12  # distance kept from walls, units
     caution: float = 0.55  # steers away from obstacles nearer than this, units
@@ -49,10 +49,9 @@ class Order:
 
 def walk(town: Town, frames: int, seed, gait: Gait = Gait()) -> np.ndarray:
     """Poses of a walk through a town, one per video frame: camera-to-world float64 [frames, 4, 4];
-    equal seeds, equal walks.
+    equal seeds give equal walks.
 
-    seed: anything numpy's default_rng takes. The walk begins on a street, either at rest or already
-    moving.
+    seed: anything that numpy's default_rng accepts. The walk begins on a street, at rest or moving.
     """
     walker = Walker(town, seed, gait)
     poses = [walker.step() for _ in range(frames + int(walker.rng.integers(0, 2)) * 16)]
@@ -70,12 +69,13 @@ class Walker:
         self.cell = None
         self.low = None
         self.high = None
-        self.pitch = 0.0  # forward, strafe (units a frame), yaw, pitch (degrees a frame)
+        self.pitch = 0.0  # degrees, + up
+        # forward, strafe (units per frame), yaw, pitch (degrees per frame)
         self.speed = np.zeros(4)
-        self.place, self.yaw = self._start()
+        self.position, self.yaw = self._start()
 
     def step(self) -> np.ndarray:
-        """Advances by one video frame; the pose [4, 4] reached."""
+        """Advance by one video frame; return the new pose [4, 4]."""
         if not self.orders:
             self.orders = self._plan()
         order = self.orders.pop(0)
@@ -90,10 +90,10 @@ class Walker:
         )
         ahead = _heading(self.yaw)
         right = _heading(self.yaw + 90)
-        before = self.place
-        self.place = self._pushed_out(self.place + self.speed[0] * ahead + self.speed[1] * right)
-        made = self.place - before
-        self.speed[:2] = made @ ahead, made @ right  # what a wall took is lost
+        before = self.position
+        self.position = self._pushed_out(before + self.speed[0] * ahead + self.speed[1] * right)
+        moved = self.position - before
+        self.speed[:2] = moved @ ahead, moved @ right  # a wall takes the momentum towards it
         return self.pose()
 
     def pose(self) -> np.ndarray:
@@ -112,11 +112,11 @@ class Walker:
         )
         pose = np.eye(4)
         pose[:3, :3] = about_y @ about_x
-        pose[:3, 3] = self.place[0], -self.gait.eye, self.place[1]
+        pose[:3, 3] = self.position[0], -self.gait.eye, self.position[1]
         return pose
 
     def _wanted(self, order: Order) -> np.ndarray:
-        """Speeds a frame that the order asks for, changed where a wall is close ahead."""
+        """Target speeds per frame of an order, changed where a wall is close ahead."""
         gait = self.gait
         both = math.sqrt(2) if order.forward and order.strafe else 1.0  # a diagonal is not faster
         ahead = order.forward * gait.walk / both
@@ -147,7 +147,7 @@ class Walker:
                 return level + [Order(int(rng.integers(16, 60)), forward=pace)]
             case 1:  # a curve
                 return [Order(int(rng.integers(10, 32)), forward=pace, yaw=side * rate)]
-            case 2:  # sideways, alone or on the way
+            case 2:  # sideways, alone or while walking
                 return [
                     Order(
                         int(rng.integers(8, 28)), strafe=side, forward=float(rng.choice([0, 0, 1]))
@@ -175,7 +175,7 @@ class Walker:
                     yaw=float(rng.choice([0, 0, side * rate])),
                 )
                 return self._look(angle, rate) + [hold] + self._look(-self.pitch - angle, rate)
-            case 7:  # out and back, backwards or turned round
+            case 7:  # out and back, backwards or after a turn
                 frames = int(rng.integers(12, 36))
                 out = Order(frames, forward=1.0)
                 rest = Order(int(rng.integers(2, 8)))
@@ -207,8 +207,8 @@ class Walker:
         )
 
     def _rotate(self, angle: float, rate: float, full: float, order) -> list[Order]:
-        """Turns by exactly `angle` degrees at about `rate` of the full speed (what momentum delays
-        it makes up after).
+        """Turn by exactly `angle` degrees at about `rate` of the full speed (momentum delays the
+        turn, and completes it afterwards).
         """
         if abs(angle) < 0.1:
             return []
@@ -216,25 +216,25 @@ class Walker:
         return [order(frames, angle * FRAMES_PER_LATENT / (full * frames))]
 
     def _start(self) -> tuple[np.ndarray, float]:
-        """A free place on a street and a heading (degrees) with a view along it."""
+        """A free position on a street and a heading (degrees) with a view along it."""
         best = None
         for _ in range(64):
             cell = self.rng.integers(-40, 40, size=2)
             if not self.town.street(*cell[:, None]).item():
                 continue
-            self.place = (cell + 0.5 + self.rng.uniform(-0.25, 0.25, size=2)) * CELL
+            self.position = (cell + 0.5 + self.rng.uniform(-0.25, 0.25, size=2)) * CELL
             yaw = 90.0 * int(self.rng.integers(4)) + float(self.rng.normal(0, 12))
-            if np.allclose(self._pushed_out(self.place), self.place):
+            if np.allclose(self._pushed_out(self.position), self.position):
                 clear = self._clearance(yaw)
                 if best is None or clear > best[0]:
-                    best = clear, self.place, yaw
+                    best = clear, self.position, yaw
                 if clear > 1.8:
                     break
         return best[1], best[2]
 
     def _obstacles(self) -> tuple[np.ndarray, np.ndarray]:
-        """Footprints (low, high) [n, 2] of what stands in the way at the height of the body."""
-        cell = tuple(math.floor(x / CELL) for x in self.place)
+        """Footprints (low, high) [n, 2] of the boxes at the height of the body."""
+        cell = tuple(math.floor(x / CELL) for x in self.position)
         if cell != self.cell:
             boxes: Boxes = self.town.boxes(*cell, SIGHT)
             body = boxes.high[:, 1] > -self.gait.eye - 0.03
@@ -243,36 +243,37 @@ class Walker:
             self.high = boxes.high[body][:, [0, 2]]
         return self.low, self.high
 
-    def _pushed_out(self, place: np.ndarray) -> np.ndarray:
-        """The nearest place that keeps the radius from every wall."""
+    def _pushed_out(self, position: np.ndarray) -> np.ndarray:
+        """The nearest position that keeps the radius from every wall."""
         low, high = self._obstacles()
         for _ in range(4):
-            away = place - np.clip(place, low, high)
+            away = position - np.clip(position, low, high)
             distance = np.hypot(away[:, 0], away[:, 1])
             nearest = int(distance.argmin())
             if distance[nearest] >= self.gait.radius:
-                return place
+                return position
             if distance[nearest] < 1e-9:  # inside: leave through the nearest side
-                gaps = np.concatenate([place - low[nearest], high[nearest] - place])
+                gaps = np.concatenate([position - low[nearest], high[nearest] - position])
                 axis = int(gaps.argmin())
-                place = place.copy()
-                place[axis % 2] = (
+                position = position.copy()
+                position[axis % 2] = (
                     low[nearest, axis] - self.gait.radius
                     if axis < 2
                     else high[nearest, axis - 2] + self.gait.radius
                 )
             else:
-                place = place + away[nearest] * (self.gait.radius * 1.0001 / distance[nearest] - 1)
-        return place
+                factor = self.gait.radius * 1.0001 / distance[nearest] - 1
+                position = position + away[nearest] * factor
+        return position
 
     def _clearance(self, yaw: float) -> float:
-        """Free way in a direction (degrees) for a body of the walker's radius, units."""
+        """Free distance in a direction (degrees) for a body of the walker's radius, units."""
         low, high = self._obstacles()
         ray = _heading(yaw)
         ray = np.where(np.abs(ray) < 1e-9, 1e-9, ray)
         margin = 0.9 * self.gait.radius
-        one = (low - margin - self.place) / ray
-        other = (high + margin - self.place) / ray
+        one = (low - margin - self.position) / ray
+        other = (high + margin - self.position) / ray
         enter = np.minimum(one, other).max(1)
         leave = np.maximum(one, other).min(1)
         hits = enter[(leave > np.maximum(enter, 0))]

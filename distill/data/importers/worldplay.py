@@ -1,11 +1,11 @@
-"""`python -m distill import`: WorldPlay's and minWM's footage -> clips that every stage trains on.
+"""`python -m distill import`: footage of WorldPlay and minWM -> clips that every stage trains on.
 
 Three kinds of input are read:
 - `preencode_input.json` (or its folder): a list of entries with `caption`, `pose_str` ("w-3,
-  right-1, d-4") and perhaps `pose_json_path`; the video of entry i is `{i:06d}_{pose_str without
-  punctuation}/gen.mp4`. A pose file wins over the string, since it also holds the intrinsics. An
-  entry without a video is reported and left out, as the reference does.
-- a folder of such video folders alone; the poses are then read back from the folders' names.
+  right-1, d-4") and, optionally, `pose_json_path`; the video of entry i is `{i:06d}_{pose_str
+  without punctuation}/gen.mp4`. A pose file takes precedence over the string, since it also holds
+  the intrinsics. An entry without a video is reported and skipped, as in the reference.
+- a folder of such video folders alone; the poses are then derived from the folders' names.
 - minWM's latent LMDB (package `lmdb`): latents, poses and captions without videos. One motion of a
   pose string is one LATENT frame (0.08 units or 3 degrees).
 """
@@ -24,10 +24,17 @@ import av
 import cv2
 import numpy as np
 import torch
-import yaml
 from tqdm import tqdm
 
-from distill.data.clips import META, POSES, frames_of, read_meta, write_clip, write_latents
+from distill.data.clips import (
+    POSES,
+    frames_of,
+    latents_of,
+    read_meta,
+    write_clip,
+    write_latents,
+    write_meta,
+)
 from worldmodel.camera import (
     check_poses,
     parse_trajectory,
@@ -49,9 +56,9 @@ logger = logging.getLogger(__name__)
 ENTRIES = "preencode_input.json"
 VIDEO = "gen.mp4"
 LMDB = "data.mdb"
-# The reference's camera: 969.7 pixels of 1920 x 1080. Pose strings say nothing about it.
+# The reference's camera: 969.7 pixels of 1920 x 1080. Pose strings do not hold it.
 INTRINSICS = (32000 / 33 / 1920, 32000 / 33 / 1080, 0.5, 0.5)
-LMDB_FPS = 16.0  # Wan's rate; the LMDB does not say
+LMDB_FPS = 16.0  # Wan's rate; the LMDB does not hold it
 PIXELS_PER_CELL = 8  # of a Wan latent
 _FOLDER = re.compile(r"(\d{6})_(.+)")
 _SUFFIX = re.compile(r"(right|left|up|down|w|a|s|d)(\d+(?:\.\d+)?)")
@@ -59,15 +66,13 @@ _SUFFIX = re.compile(r"(right|left|up|down|w|a|s|d)(\d+(?:\.\d+)?)")
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """What to import."""
+    """What to import. Raises UserError for values that do not fit."""
 
     input: Path  # preencode_input.json, its folder, a folder of video folders, or an LMDB
     output: Path  # folder of clips
-    videos: Path | None = (
-        # folder of the video folders; None = `videos` next to the JSON, else the JSON's own folder
-        None
-    )
-    frames: int = 0  # at most so many video frames a clip, cut to 4F - 3; 0 = all
+    # folder of the video folders; None = `videos` next to the JSON, else the JSON's folder
+    videos: Path | None = None
+    frames: int = 0  # most video frames per clip, cut to 4F - 3; 0 = all
     height: int = 0  # pixels; 0 = the video's
     width: int = 0  # pixels; 0 = the video's
     caption_key: str = "caption"  # of an entry of the JSON
@@ -97,8 +102,8 @@ class Entry:
     video: Path
     caption: str | None
     pose_text: str
-    pose_file: Path | None = None  # wins over the text
-    exact: bool = False  # the text was guessed from the name and must fit the video to the frame
+    pose_file: Path | None = None  # takes precedence over the text
+    exact: bool = False  # the text was derived from the name and must fit the video exactly
 
 
 class NoVideo(UserError):
@@ -106,7 +111,7 @@ class NoVideo(UserError):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `import`."""
+    """Add the options of `import`."""
     parser.add_argument(
         "--input",
         type=Path,
@@ -122,12 +127,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of the video folders (default: videos/ next to the JSON)",
     )
     parser.add_argument(
-        "--frames", type=int, default=0, help="most video frames a clip, cut to 4F-3 (default: all)"
+        "--frames",
+        type=int,
+        default=0,
+        help="most video frames per clip, cut to 4F-3 (default: all)",
     )
     parser.add_argument("--height", type=int, default=0, help="pixels (default: the video's)")
     parser.add_argument("--width", type=int, default=0, help="pixels (default: the video's)")
     parser.add_argument(
-        "--caption-key", default="caption", help="where an entry has its caption (default: caption)"
+        "--caption-key", default="caption", help="an entry's key for its caption (default: caption)"
     )
     parser.add_argument("--caption", help="caption of entries that have none")
     parser.add_argument(
@@ -136,9 +144,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Imports what the command line asks for; one clear sentence (UserError) for everything that
-    could not be.
-    """
+    """Import the requested footage. Raises UserError for entries that could not be imported."""
     options = {
         key: value for key, value in vars(args).items() if key in ImportConfig.__dataclass_fields__
     }
@@ -146,12 +152,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def import_clips(config: ImportConfig) -> int:
-    """Imports every entry that is not there yet; returns how many. May be killed and started again
-    at any time.
+    """Import every missing entry; return how many. May be killed and restarted at any time.
 
     Raises:
-        UserError: input of no known kind, nothing to import, an output that another process writes
-        into, or broken entries (all others are imported first).
+        UserError: the input is of no known kind or has nothing to import, another process writes
+        into the output, or entries are broken (all others are imported first).
     """
     check_output_folder(config.output)
     jobs = list(_lmdb_jobs(config) if (config.input / LMDB).is_file() else _video_jobs(config))
@@ -163,32 +168,30 @@ def import_clips(config: ImportConfig) -> int:
 def _import(config: ImportConfig, jobs: list[tuple[str, str, Callable]]) -> int:
     made = 0
     kept = 0
-    faults = []
+    errors = []
     for name, source, job in tqdm(jobs, "import", unit="clip"):
         try:
-            if _finished(config, name, source):
+            if _is_finished(config, name, source):
                 kept += 1
             else:
                 job()
                 made += 1
         except NoVideo as error:
-            logger.warning(f"{error}; left out")
+            logger.warning(f"{error}; skipped")
         except UserError as error:
-            faults.append(str(error))
+            errors.append(str(error))
             logger.warning(str(error))
-    if faults:
+    if errors:
         raise UserError(
-            f"{len(faults)} of {len(jobs)} entries could not be imported, the first because "
-            f"{faults[0]}"
+            f"{len(errors)} of {len(jobs)} entries could not be imported, the first because "
+            f"{errors[0]}"
         )
     if not made + kept:
         raise UserError(
-            f"{config.input}: expected footage, found no entry with a video; say where with "
-            "--videos"
+            f"{config.input}: expected footage, found no entry with a video; give the videos' "
+            "folder with --videos"
         )
-    print_line(
-        f"{made} clips imported, {kept} were there, {len(jobs) - made - kept} without a video"
-    )
+    print_line(f"{made} clips imported, {kept} existed, {len(jobs) - made - kept} without a video")
     return made
 
 
@@ -198,8 +201,8 @@ def _import(config: ImportConfig, jobs: list[tuple[str, str, Callable]]) -> int:
 def read_entries(config: ImportConfig) -> list[Entry]:
     """The entries of a `preencode_input.json`, or of a folder of video folders.
 
-    Raises UserError for a file that is not a list of entries with pose strings, and for input of
-    no known kind.
+    Raises UserError for a file that is not a list of entries with pose strings, and for input of no
+    known kind.
     """
     path = config.input / ENTRIES if config.input.is_dir() else config.input
     if not path.exists() and config.input.is_dir():
@@ -245,16 +248,14 @@ def read_entries(config: ImportConfig) -> list[Entry]:
 
 
 def folder_suffixes(pose_text: str) -> tuple[str, str]:
-    """What a pose string is called in a folder's name; the reference has two ways, which differ for
-    fractions.
-    """
+    """The two forms of a pose string in the reference's folder names; they differ for fractions."""
     lower = pose_text.lower()
     return re.sub(r"[^a-z0-9]", "", lower), re.sub(r"[\s,-]", "", pose_text)
 
 
 def read_frames(path: Path, most: int = 0) -> tuple[np.ndarray, float]:
     """A video's first frames, uint8 [T,H,W,3], T = 4F - 3 and at most `most` (0: no limit); its
-    frames a second.
+    frames per second.
     """
     frames = []
     try:
@@ -270,12 +271,12 @@ def read_frames(path: Path, most: int = 0) -> tuple[np.ndarray, float]:
         ) from error
     if not frames:
         raise UserError(f"{path}: expected a video with at least one frame, got none")
-    return np.stack(frames[: frames_of((len(frames) + 3) // 4)]), float(rate)
+    return np.stack(frames[: frames_of(latents_of(len(frames)))]), float(rate)
 
 
 def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [T,h,w,3] -> uint8 [T,height,width,3], averaging where it shrinks (the reference
-    interpolates).
+    """uint8 [T,h,w,3] -> uint8 [T,height,width,3]. Differs: shrinking averages, where the reference
+    interpolates.
     """
     if frames.shape[1:3] == (height, width):
         return frames
@@ -285,7 +286,7 @@ def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def import_entry(entry: Entry, config: ImportConfig) -> Path:
-    """Reads one video with its poses and writes the clip."""
+    """Read one video with its poses and write the clip."""
     if not entry.video.is_file():
         raise NoVideo(f"{entry.name}: no video {entry.video}")
     caption = config.caption if entry.caption is None else entry.caption
@@ -296,11 +297,11 @@ def import_entry(entry: Entry, config: ImportConfig) -> Path:
         )
     c2w, intrinsics = read_poses(entry)
     frames, fps = read_frames(entry.video, config.frames)
-    latents = (len(frames) + 3) // 4
+    latents = latents_of(len(frames))
     if entry.exact and latents != len(c2w):
         raise UserError(
-            f"{entry.name}: the name tells of {len(c2w)} poses, the video has {latents} latent "
-            f"frames; so the poses are not sure, give {ENTRIES}"
+            f"{entry.name}: the name has {len(c2w)} poses, the video {latents} latent frames, so "
+            f"the poses are uncertain; give {ENTRIES}"
         )
     c2w = check_poses(c2w, latents, source=entry.name)[:latents]
     height, width = (config.height, config.width) if config.height else frames.shape[1:3]
@@ -327,9 +328,7 @@ def import_entry(entry: Entry, config: ImportConfig) -> Path:
 
 
 def read_poses(entry: Entry) -> tuple[np.ndarray, np.ndarray]:
-    """Poses of an entry: c2w [F,4,4] relative to nothing in particular, intrinsics [4]
-    normalised.
-    """
+    """Poses of an entry: c2w [F,4,4] in any coordinate frame, intrinsics [4] normalised."""
     if entry.pose_file is None:
         return parse_trajectory(entry.pose_text), np.array(INTRINSICS)
     c2w, intrinsics = read_pose_json(entry.pose_file)
@@ -344,7 +343,7 @@ def _video_jobs(config: ImportConfig) -> Iterator[tuple[str, str, Callable]]:
 
 
 def _entries_of_folders(root: Path) -> list[Entry]:
-    """Entries from names such as 000000_w3right1d4. "w29" may have been w-2.9, hence `exact`."""
+    """Entries from names such as 000000_w3right1d4. "w29" may stand for w-2.9, hence `exact`."""
     entries = []
     for video in sorted(root.glob(f"*/{VIDEO}")):
         match = _FOLDER.fullmatch(video.parent.name)
@@ -367,8 +366,10 @@ def _settings(config: ImportConfig) -> dict:
     return {"most_frames": config.frames, "height": config.height, "width": config.width}
 
 
-def _finished(config: ImportConfig, name: str, source: str) -> bool:
-    """Whether the clip is there; UserError when another clip has its place."""
+def _is_finished(config: ImportConfig, name: str, source: str) -> bool:
+    """Whether the clip exists. Raises UserError when it was made from another entry or with other
+    settings.
+    """
     folder = config.output / name
     if not folder.exists():
         return False
@@ -386,7 +387,9 @@ def _finished(config: ImportConfig, name: str, source: str) -> bool:
 
 
 def _lmdb_jobs(config: ImportConfig) -> Iterator[tuple[str, str, Callable]]:
-    """One job a row. Errors: no `lmdb` package, or an LMDB of something else."""
+    """One job per row. Raises UserError without the package `lmdb`, and for an LMDB with other
+    contents.
+    """
     try:
         import lmdb
     except ImportError as error:
@@ -426,7 +429,7 @@ def _lmdb_jobs(config: ImportConfig) -> Iterator[tuple[str, str, Callable]]:
 def import_row(
     environment, row: int, shape: tuple[int, ...], name: str, config: ImportConfig
 ) -> Path:
-    """Writes one row of a latent LMDB as a clip without video: `shape` is (F, C, h, w), float16."""
+    """Write one row of a latent LMDB as a clip without video: `shape` is (F, C, h, w), float16."""
     with environment.begin() as rows:
         stored = {
             key: rows.get(f"{key}_{row}_data".encode())
@@ -437,14 +440,14 @@ def import_row(
         if stored[key] is None or len(stored[key]) != size:
             raise UserError(
                 f"{name}: expected {size} bytes of {key}, got {len(stored[key] or b'')}; the LMDB "
-                "is damaged"
+                "is corrupt"
             )
     latents = np.frombuffer(stored["latents"], np.float16).reshape(shape).transpose(1, 0, 2, 3)
     try:
         c2w = vectors_to_poses(np.frombuffer(stored["poses"], np.float32).reshape(-1, 7))
         caption = config.caption if stored["prompts"] is None else stored["prompts"].decode("utf-8")
     except ValueError as error:  # a quaternion of length 0, or a caption that is no text
-        raise UserError(f"{name}: {error}; the LMDB is damaged") from None
+        raise UserError(f"{name}: {error}; the LMDB is corrupt") from None
     if caption is None:
         raise UserError(f"{name}: expected a caption, the LMDB has none; give --caption TEXT")
     intrinsics = np.frombuffer(stored["intrinsics"], np.float32)
@@ -462,7 +465,5 @@ def import_row(
         write_latents(
             folder, torch.from_numpy(latents.copy()), {"encoder": "Wan2.1 (minWM's LMDB)"}
         )
-        (folder / META).write_text(
-            yaml.safe_dump(meta, sort_keys=False, allow_unicode=True), encoding="utf-8"
-        )
+        write_meta(folder, meta)
     return config.output / name
