@@ -22,6 +22,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
 
 
+def usual_threads() -> int:
+    """CPU threads of torch in play: all cores but one, which the window and the recorder need."""
+    return max(1, cores() - 1)
+
+
 def open_device(name: str | torch.device) -> torch.device:
     """ "cpu", "cuda", "cuda:1", ... as a torch.device that can compute.
 

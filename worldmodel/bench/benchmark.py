@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from worldmodel import cli
+from worldmodel.bench.against import PAIRS, Settings, compare
 from worldmodel.bench.machine import (
     PeakMemory,
     command_line,
@@ -24,15 +25,27 @@ from worldmodel.bench.machine import (
 )
 from worldmodel.bench.random_world import AUTOENCODERS, SHAPES, Shape, random_config, random_world
 from worldmodel.bench.walk import ENGINE_KEYS, PARTS, Variant, Walk
-from worldmodel.device import fast_dtype, open_device, synchronize
+from worldmodel.device import fast_dtype, open_device, synchronize, usual_threads
 from worldmodel.engine.engine import EngineOptions
 from worldmodel.errors import UserError
 from worldmodel.files import check_output
+from worldmodel.worlds.catalog import find_world
 from worldmodel.worlds.world import World
 
 ROUNDS = 8  # turns that each variant gets
 MAX_REFERENCE_LATENTS = 900  # the public rotary tables end at 1,024
 WORLD = "blocks"
+# options that --against does not take, and their defaults
+_WITHIN_ONE_PROCESS = {
+    "set": [],
+    "versus": [],
+    "reference_loop": False,
+    "rate": False,
+    "memory": "auto",
+    "weights": "auto",
+    "compile": "auto",
+    "attention": "auto",
+}
 
 # opens the world with the engine's options and the autoencoder of a random world
 Opener = Callable[[EngineOptions, str | None], World]
@@ -156,8 +169,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_world(parser)
     _add_comparison(parser)
     _add_machine(parser)
+    _add_checkout(parser)
     parser.add_argument(
-        "--latents", type=int, default=64, help="latents measured for each variant (default: 64)"
+        "--latents",
+        type=cli.positive,
+        default=64,
+        help="latents measured per variant, or per process (default: 64)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     parser.add_argument("--output", type=Path, help="also write the JSON into this file")
@@ -222,7 +239,9 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--threads", type=cli.threads, help="CPU threads (default: torch's own choice)"
+        "--threads",
+        type=cli.threads,
+        help="CPU threads (default: torch's own choice; with --against as in play)",
     )
     parser.add_argument(
         "--memory",
@@ -244,6 +263,18 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_checkout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="CHECKOUT",
+        help="compare with another checkout of this project: processes of both alternate",
+    )
+    parser.add_argument(
+        "--pairs", type=cli.positive, help=f"of processes, with --against (default: {PAIRS})"
+    )
+
+
 def run(args: argparse.Namespace) -> None:
     """Open the world, measure it and print the report.
 
@@ -251,7 +282,44 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.output is not None:
         check_output(args.output)
-    cli.print_report({"command": command_line("worldmodel"), **_measure(args)}, args.output)
+    if args.pairs is not None and args.against is None:
+        raise UserError("expected --pairs together with --against CHECKOUT")
+    report = _measure(args) if args.against is None else _compare(args)
+    cli.print_report({"command": command_line("worldmodel"), **report}, args.output)
+
+
+def _compare(args: argparse.Namespace) -> dict:
+    """Compare with the checkout `args.against`.
+
+    Raises UserError for options that the processes cannot be given.
+    """
+    for name, unset in _WITHIN_ONE_PROCESS.items():
+        if getattr(args, name) != unset:
+            raise UserError(
+                f"--against cannot be combined with --{name.replace('_', '-')}, which chooses "
+                "between ways to play in one process"
+            )
+    open_device(args.device)
+    if args.random_weights is None:
+        _refuse_random_options(args.size, args.autoencoder)
+        world = str(find_world(str(args.world or WORLD)).resolve())
+    else:
+        Shape.parse(args.random_weights)
+        known = args.world is not None and args.world.exists()
+        world = str(args.world.resolve()) if known else args.world and str(args.world)
+    settings = Settings(
+        world,
+        args.latents,
+        args.threads or usual_threads(),
+        args.seed,
+        args.steps,
+        args.device,
+        args.dtype,
+        args.random_weights,
+        args.size,
+        args.autoencoder or "tiny",
+    )
+    return compare(args.against, settings, args.pairs or PAIRS)
 
 
 def _measure(args: argparse.Namespace) -> dict:
@@ -292,14 +360,19 @@ def _opener(args: argparse.Namespace, variants: list[Variant], device: torch.dev
         return lambda engine, autoencoder: _of_one_tier(
             random_world(shape, config, autoencoder or "tiny", device, dtype).fitted(engine)
         )
-    if args.size or any(variant.autoencoder for variant in variants):
+    for variant in variants:
+        _refuse_random_options(args.size, variant.autoencoder)
+    return lambda engine, _: _of_one_tier(
+        World.from_pretrained(args.world or WORLD, device, dtype, engine)
+    )
+
+
+def _refuse_random_options(size: tuple[int, int] | None, autoencoder: str | None) -> None:
+    if size or autoencoder:
         raise UserError(
             "expected --size and --autoencoder with --random-weights alone: a stored world has "
             "its own"
         )
-    return lambda engine, _: _of_one_tier(
-        World.from_pretrained(args.world or WORLD, device, dtype, engine)
-    )
 
 
 def _of_one_tier(world: World) -> World:

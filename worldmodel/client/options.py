@@ -9,7 +9,7 @@ from pathlib import Path
 from worldmodel.camera import parse_trajectory
 from worldmodel.cli import Parser, positive, print_progress, threads
 from worldmodel.config import build, parse_yaml
-from worldmodel.device import cores
+from worldmodel.device import usual_threads
 from worldmodel.errors import UserError
 from worldmodel.files import check_output, check_output_folder, data_folder
 from worldmodel.worlds.catalog import find_world
@@ -127,11 +127,6 @@ def parse_options(arguments: list[str]) -> PlayOptions:
     if options.trajectory is not None:
         parse_trajectory(options.trajectory)
     return options
-
-
-def usual_threads() -> int:
-    """All cores but one, which the window and the decoder of the recording need."""
-    return max(1, cores() - 1)
 
 
 def _check_together(options: PlayOptions) -> None:
