@@ -159,7 +159,7 @@ def change(path: Path, **values):
         (["--steps", "²"], "whole number of at least 1, got '²'"),
         (["--steps", "51"], "steps must be 1 to 50, got 51"),
         (["--seed", str(2**70)], "seed must be a whole number from 0"),
-        (["--image", str(TINY)], "tiny.yaml is no complete PNG or JPEG"),
+        (["--image", str(TINY)], "tiny.yaml is not a complete PNG or JPEG"),
         (["--prompt", "海边的红房子"], "has no prompt '海边的红房子'; there are grey, loud"),
         (
             ["--prompt", "a red house " * 1000],
@@ -186,7 +186,7 @@ def test_a_picture_of_the_wrong_kind(says, tiny_bundle, tmp_path, content):
         "--image",
         tmp_path / "photo.jpg",
     ]
-    says("photo.jpg is no complete PNG or JPEG file", play, *walk)
+    says("photo.jpg is not a complete PNG or JPEG file", play, *walk)
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
 
 
@@ -298,7 +298,7 @@ def electron(bundle):
             lambda b: change(b / "autoencoder" / "config.json", _class_name="AutoencoderKL"),
             "holds a AutoencoderKL",
         ),
-        (lambda b: cut(b / "images" / "grey-0.png"), "grey-0.png is no complete"),
+        (lambda b: cut(b / "images" / "grey-0.png"), "grey-0.png is not a complete"),
         (lambda b: (b / "world.yaml").write_bytes(bytes(range(256))), "cannot be read as YAML"),
         (
             lambda b: change(b / "world.yaml", fps=float("inf")),
@@ -386,7 +386,7 @@ def row(number: int, **values):
             "video.mp4 (cannot be read|ends before)",
             2,
         ),
-        (lambda f: (f / "session.jsonl").write_text("[]\n"), "is no recording", 2),
+        (lambda f: (f / "session.jsonl").write_text("[]\n"), "is not a recording", 2),
     ],
 )
 def test_recordings(says, tiny_bundle, take, tmp_path, spoil, reason, status):

@@ -123,7 +123,7 @@ def test_bad_poses(tmp_path):
         spoil(bad[4])
         with pytest.raises(ValueError, match=f"pose 4 .*{fault}"):
             check_poses(bad)
-    with pytest.raises(ValueError, match="8 poses are needed .* only 6"):
+    with pytest.raises(ValueError, match="8 poses are needed .* got 6"):
         check_poses(good, count=8, source="walk.json")
     with pytest.raises(ValueError, match="shape"):
         check_poses(np.zeros((3, 3)))

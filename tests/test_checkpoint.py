@@ -316,7 +316,7 @@ def test_sharded_weights(weights, tmp_path):
     ):
         read_state(index)
     index.write_text(index.read_text()[:100])
-    with pytest.raises(ValueError, match="is no index of weights files"):
+    with pytest.raises(ValueError, match="is not an index of weights files"):
         read_state(index)
 
 
@@ -804,7 +804,7 @@ def test_tiny_autoencoders(tmp_path):
     torch.save({"encoder.conv1.weight": torch.zeros(1)}, tmp_path / "Wan2.1_VAE.pth")
     with pytest.raises(
         ValueError,
-        match=r"Wan2.1_VAE.pth is no tiny autoencoder.*missing: encoder.0.weight.*give vae/",
+        match=r"Wan2.1_VAE.pth is not a tiny autoencoder.*missing: encoder.0.weight.*give vae/",
     ):
         open_vae(tmp_path / "Wan2.1_VAE.pth")
     (tmp_path / "empty").mkdir()

@@ -665,7 +665,7 @@ def torch_settings():
         (["--headless", "--trajectory", "w*"], "'w*' is not KEY*COUNT"),
         (["--output", "x.mp4"], "add --headless"),
         (["--verify"], "--replay DIR"),
-        (["--replay", "."], "is no recording"),
+        (["--replay", "."], "is not a recording"),
         (["--record", str(ROOT)], "not empty"),
     ],
 )

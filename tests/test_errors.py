@@ -238,13 +238,16 @@ def test_outputs_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for path, reason in (
         (tmp_path, "got the folder"),
-        (tmp_path / "fifo", "no regular file"),
-        (Path("/dev/null"), "no regular file"),
+        (tmp_path / "fifo", "not a regular file"),
+        (Path("/dev/null"), "not a regular file"),
         (tmp_path / "file/below/it", "is a file"),
     ):
         with pytest.raises(UserError, match=reason):
             check_output(path)
-    for path, reason in ((tmp_path / "fifo", "no folder"), (tmp_path / "file/below", "is a file")):
+    for path, reason in (
+        (tmp_path / "fifo", "not a folder"),
+        (tmp_path / "file/below", "is a file"),
+    ):
         with pytest.raises(UserError, match=reason):
             check_output_folder(path)
     assert check_output(tmp_path / "a/b.txt") == tmp_path / "a/b.txt"
@@ -280,5 +283,5 @@ def test_outputs_are_checked_first(capsys, play, tiny_bundle, tmp_path, monkeypa
         words = [word.replace(name, str(path)) for word in words]
     assert (play if main == "play" else main)(words) == BAD_INPUT
     shown = capsys.readouterr().err
-    assert shown.count("\n") == 1 and ("no regular file" in shown or "is a file" in shown)
+    assert shown.count("\n") == 1 and ("not a regular file" in shown or "is a file" in shown)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo.json", "file"]

@@ -261,7 +261,7 @@ def test_bad_folders(tiny_world, tmp_path):
         Recorder(tmp_path / "file", Session(tiny_world))
     with pytest.raises(ValueError, match="cannot begin"):
         Recorder(tmp_path / "file" / "take", Session(tiny_world))
-    with pytest.raises(ValueError, match="is no recording"):
+    with pytest.raises(ValueError, match="is not a recording"):
         read_log(tmp_path)
     other = make_tiny_bundle(tmp_path / "worlds" / "tiny", window=5)
     with pytest.raises(ValueError, match="was recorded in the world 'tiny' .* same version"):

@@ -191,16 +191,16 @@ def test_bad_saves(tiny_world, tiny_bundle, tmp_path):
     session.step(WALK[0])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").write_text("dear")
-    with pytest.raises(ValueError, match="is no saved session; choose another name"):
+    with pytest.raises(ValueError, match="is not a saved session; choose another name"):
         session.save(tmp_path / "mine")
     session.save(tmp_path / "save")
     with pytest.raises(ValueError, match="with dtype torch.float32, .* has torch.bfloat16"):
         Session.load(tmp_path / "save", World.from_pretrained(tiny_bundle, dtype=torch.bfloat16))
     weights = tmp_path / "save" / "session.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
-    with pytest.raises(ValueError, match="no complete saved session"):
+    with pytest.raises(ValueError, match="not a complete saved session"):
         Session.load(tmp_path / "save", tiny_world)
-    with pytest.raises(ValueError, match="no complete saved session"):
+    with pytest.raises(ValueError, match="not a complete saved session"):
         Session.load(tmp_path / "nothing", tiny_world)
 
 
@@ -237,7 +237,7 @@ def test_bad_input(tiny_world, tmp_path):
     with pytest.raises(ValueError, match="no start image 'grey-9'"):
         Session(tiny_world, image="grey-9")
     (tmp_path / "broken.png").write_bytes(b"PNG")
-    with pytest.raises(ValueError, match="no complete PNG"):
+    with pytest.raises(ValueError, match="not a complete PNG"):
         Session(tiny_world, image=tmp_path / "broken.png")
     with pytest.raises(ValueError, match="uint8"):
         Session(tiny_world, image=np.zeros((8, 8, 3)))

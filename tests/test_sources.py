@@ -272,7 +272,7 @@ def test_what_the_cache_lacks_is_named(cache):
     ):
         fetch("wan/diffusers")
     (snapshot / "transformer/m.safetensors.index.json").write_text(INDEX[:40])
-    with pytest.raises(SourceError, match="is no index of weights files"):
+    with pytest.raises(SourceError, match="is not an index of weights files"):
         fetch("wan/diffusers")
 
 
@@ -290,7 +290,7 @@ def test_what_the_cache_lacks_is_named(cache):
 def test_damaged_indices(tmp_path, text):
     path = tmp_path / "m.safetensors.index.json"
     path.write_text(text)
-    with pytest.raises(SourceError, match="is no index of weights files"):
+    with pytest.raises(SourceError, match="is not an index of weights files"):
         read_index(path)
 
 

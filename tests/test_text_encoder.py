@@ -386,7 +386,7 @@ def test_code_in_the_files_is_never_run(encoder, tmp_path):
 
 
 def test_no_valid_unicode():
-    with pytest.raises(ValueError, match="no valid Unicode"):
+    with pytest.raises(ValueError, match="not valid Unicode"):
         clean("a \udcff house")
 
 

@@ -219,7 +219,7 @@ def test_unknown_names(tiny_world, tiny_bundle):
         tiny_world.prompts["load"]
     with pytest.raises(ValueError, match="did you mean 'grey-1'"):
         tiny_world.image("gray-1")
-    with pytest.raises(ValueError, match="no complete PNG"):
+    with pytest.raises(ValueError, match="not a complete PNG"):
         read_image(tiny_bundle / "world.yaml")
     with pytest.raises(ValueError, match="missing"):
         WorldConfig.read(_yaml(tiny_bundle, "title"))

@@ -27,7 +27,7 @@ def check_output(path: str | Path) -> Path:
     if path.is_dir():
         raise UserError(f"expected a file to write to, got the folder {path}: name a file in it.")
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no regular file: name another file to write to.")
+        raise UserError(f"{path} is not a regular file: name another file to write to.")
     _check_writable(path.parent)
     return path
 
@@ -39,7 +39,7 @@ def check_output_folder(folder: str | Path) -> Path:
     """
     folder = Path(os.path.realpath(folder))
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is no folder: name another folder to write to.")
+        raise UserError(f"{folder} is not a folder: name another folder to write to.")
     _check_writable(folder)
     return folder
 

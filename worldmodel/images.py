@@ -29,7 +29,7 @@ def read_image(path: str | Path) -> np.ndarray:
     finally:
         cv2.utils.logging.setLogLevel(level)
     if picture is None:
-        raise UserError(f"Picture {path} is no complete PNG or JPEG file; give another one.")
+        raise UserError(f"Picture {path} is not a complete PNG or JPEG file; give another one.")
     return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
 
 

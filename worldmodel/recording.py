@@ -335,7 +335,7 @@ def _reason(error: Exception) -> str:
 
 
 def read_log(folder) -> Log:
-    """Reads session.jsonl; a last line that was cut off is left out. UserError when it is no log
+    """Reads session.jsonl; a last line that was cut off is left out. UserError when it is not a log
     of ours.
     """
     path = Path(folder) / LOG
@@ -343,7 +343,7 @@ def read_log(folder) -> Log:
         rows = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
         raise UserError(
-            f"{folder} is no recording: {LOG} cannot be read ({error.strerror})."
+            f"{folder} is not a recording: {LOG} cannot be read ({error.strerror})."
         ) from None
     values = []
     for row in rows[:-1]:  # what follows the last line break is empty or cut off
@@ -357,7 +357,7 @@ def read_log(folder) -> Log:
         values.append(value)
     if not values or values[0].get("format") != FORMAT:
         raise UserError(
-            f"{path} is no session log of format {FORMAT}; it cannot be replayed by this program."
+            f"{path} is not a session log of format {FORMAT}; this program cannot replay it."
         )
     lines = tuple(value for value in values[1:] if "index" in value)
     for row, kinds in ((values[0], _HEADER), *((line, _LINE) for line in lines)):

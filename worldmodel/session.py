@@ -211,7 +211,7 @@ class Session:
         """
         path = Path(path)
         if path.exists() and not (path / _FILES[0]).is_file():
-            raise UserError(f"{path} exists and is no saved session; choose another name.")
+            raise UserError(f"{path} exists and is not a saved session; choose another name.")
         tensors, decoder = self._state_tensors()
         values = {
             "format": _FORMAT,
@@ -245,7 +245,7 @@ class Session:
             ) as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except (OSError, SafetensorError, UnicodeError, UserError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is no complete saved session ({error}).") from None
+            raise UserError(f"{path} is not a complete saved session ({error}).") from None
         for key, ours in (("fingerprint", world.fingerprints), ("dtype", (str(world.dtype),))):
             if values[key] not in ours:
                 raise UserError(

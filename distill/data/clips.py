@@ -151,7 +151,7 @@ def read_meta(folder) -> dict:
     """meta.yaml of a clip, with at least caption, fps, source and licence (the last two "" where
     the file has none).
 
-    Raises UserError when the file is missing, is no YAML, or has no valid caption or fps.
+    Raises UserError when the file is missing, is not YAML, or has no valid caption or fps.
     """
     path = Path(folder) / META
     if not path.is_file():

@@ -171,13 +171,15 @@ def _check_together(options: PlayOptions) -> None:
 
 
 def recorded_world(folder: Path) -> str:
-    """Name of the world that a recording was made in; UserError when `folder` is no recording."""
+    """Name of the world that a recording was made in; UserError when `folder` is not a
+    recording.
+    """
     try:
         with (folder / "session.jsonl").open(encoding="utf-8") as lines:
             return str(json.loads(lines.readline())["world"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
-            f"{folder} is no recording (session.jsonl cannot be read); name a folder F9 made."
+            f"{folder} is not a recording (session.jsonl cannot be read); name a folder F9 made."
         ) from None
 
 

@@ -125,14 +125,14 @@ def clean(text: str) -> str:
     """The text as diffusers' WanPipeline embeds it: mended by ftfy, HTML entities resolved twice,
     single spaces.
 
-    Errors: UserError when nothing is left, or when it is no valid Unicode. Differs: ftfy is not
+    Errors: UserError when nothing is left, or when it is not valid Unicode. Differs: ftfy is not
     optional, so that one text has one embedding.
     """
     try:
         text.encode()
     except UnicodeEncodeError:
         raise UserError(
-            "The prompt is no valid Unicode text; type it again in a terminal that speaks UTF-8."
+            "The prompt is not valid Unicode text; type it again in a terminal that speaks UTF-8."
         ) from None
     _, ftfy = libraries()
     text = " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())

@@ -114,7 +114,7 @@ def migrate(values: Mapping) -> tuple[dict, dict]:
 
 def without_retired(rollout: object) -> tuple[object, dict]:
     """The section `rollout` without the options of `RETIRED`, and those that had another value
-    than the default. What is no mapping is returned as it is.
+    than the default. What is not a mapping is returned as it is.
     """
     if not isinstance(rollout, Mapping):
         return rollout, {}

@@ -204,7 +204,7 @@ def open_vae(path: Path, dtype: torch.dtype = torch.float32) -> Autoencoder:
         )
     except UserError as error:
         raise UserError(
-            f"{path} is no tiny autoencoder in taew2_1's layout, {error} For Wan2.1's own give "
+            f"{path} is not a tiny autoencoder in taew2_1's layout, {error} For Wan2.1's own give "
             "vae/ of a diffusers repository."
         ) from None
     tiny.load_state_dict(

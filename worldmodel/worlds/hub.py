@@ -133,7 +133,7 @@ def read_index(index: Path) -> dict[str, str]:
         return dict(table)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise SourceError(
-            f"{index} is no index of weights files, or only half of one: fetch it again."
+            f"{index} is not an index of weights files, or only half of one: fetch it again."
         ) from None
 
 
@@ -168,7 +168,7 @@ def _listing(place: HubPlace) -> tuple[dict[str, int], str]:
         )
     except HFValidationError as error:
         raise SourceError(
-            f"{place.repository} is no name of a repository ({first_line(error)}): give owner/name."
+            f"{place.repository} is not a repository name ({first_line(error)}): give owner/name."
         ) from None
     except RevisionNotFoundError:
         raise SourceError(

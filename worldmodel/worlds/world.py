@@ -259,7 +259,7 @@ def save_world(
     only by a complete one.
 
     images: prompt -> uint8 [H,W,3] start images, stored as images/<prompt>-<n>.png (they replace
-    `config.images`); of a prompt that is no file name, its letters and digits.
+    `config.images`); of a prompt that is not a file name, its letters and digits.
     readme: README.md of the bundle. The networks are stored in the type they have, in files of at
     most `shard_size`.
     """
