@@ -322,36 +322,30 @@ def make_recipe(values: dict, overrides: typing.Sequence[str], where: str) -> Re
 def current_names(values: dict, where: str) -> dict:
     """Sections of a recipe, or of the config in a checkpoint, under today's names.
 
-    Removed options are dropped at the value that the program still implements. Raises UserError for
+    A removed option is dropped at the value that the program still implements. Raises UserError for
     another value, and where an option is given under both its names.
     """
     current: dict = {}
     for section, options in values.items():
-        if not isinstance(options, dict):
-            _add(current, RENAMED.get(section, section), options, section, where)
-            continue
-        renamed: dict = {}
-        for key, value in options.items():
-            name = _current_path([section, str(key)], value, where)
-            if name is not None:
-                _add(renamed, name[-1], value, f"{section}.{key}", where)
-        _add(current, RENAMED.get(section, section), renamed, section, where)
+        if isinstance(options, dict):
+            options = _current_options(section, options, where)
+        _add(current, RENAMED.get(section, section), options, section, where)
     return current
 
 
-def _current_path(keys: list[str], value: object, where: str) -> list[str] | None:
-    """Keys of an option under today's names; None for a retired option at its only value."""
-    path = ".".join(keys)
-    if path in RETIRED:
-        if value == RETIRED[path]:
-            return None
-        raise UserError(
-            f"{where}: {path} = {value!r} is no longer supported, only {RETIRED[path]!r} is: remove"
-            " the option"
-        )
-    path = RENAMED.get(path, path)
-    section, dot, key = path.partition(".")
-    return f"{RENAMED.get(section, section)}{dot}{key}".split(".")
+def _current_options(section: str, options: dict, where: str) -> dict:
+    current: dict = {}
+    for key, value in options.items():
+        path = f"{section}.{key}"
+        if path not in RETIRED:
+            name = RENAMED.get(path, path).removeprefix(f"{section}.")
+            _add(current, name, value, path, where)
+        elif value != RETIRED[path]:
+            raise UserError(
+                f"{where}: {path} = {value!r} is no longer supported, only {RETIRED[path]!r} is: "
+                "remove the option"
+            )
+    return current
 
 
 def _add(values: dict, name: str, value: object, given: str, where: str) -> None:
@@ -364,19 +358,15 @@ def _add(values: dict, name: str, value: object, given: str, where: str) -> None
 
 def _override(values: dict, text: str) -> None:
     path, equals, value = text.partition("=")
-    keys = path.strip().split(".")
-    if not equals or len(keys) < 2:
+    section, dot, key = path.strip().partition(".")
+    if not (equals and section and dot and key):
         raise UserError(f"expected section.key=value after --set, got {text!r}")
     try:
         parsed = parse_yaml(value) if value.strip() else ""
     except UserError:
         raise UserError(f"expected a value in YAML after --set {path}=, got {value!r}") from None
-    current = _current_path(keys, parsed, f"--set {path.strip()}")
-    if current is None:
-        return
-    *sections, last = current
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise UserError(f"--set {text}: {section} is not a section")
-    values[last] = parsed
+    for name, options in current_names({section: {key: parsed}}, "--set").items():
+        known = values.setdefault(name, {})
+        if not isinstance(known, dict):
+            raise UserError(f"--set {text}: {name} is not a section")
+        known.update(options)

@@ -431,14 +431,14 @@ def test_encode_names_what_is_wrong(tmp_path, capsys):
     shutil.copy(clip(tmp_path, "short", frames=5) / "video.mp4", bad)  # fewer frames than poses
     (empty / "session.jsonl").write_text('{"format": 1}\n')
     assert main(command) == 2
-    told = capsys.readouterr()
-    error = told.err.splitlines()[-1]
+    reported = capsys.readouterr()
+    error = reported.err.splitlines()[-1]
     assert (
         error.startswith(f"encode: {bad}: expected 9 video frames")
         and "; 2 of 4 clips could not be encoded, the others are" in error
     )
-    assert f"encode: warning: {bad}: expected 9" in told.err
-    assert f"encode: warning: {empty / 'session.jsonl'} is damaged" in told.err
+    assert f"encode: warning: {bad}: expected 9" in reported.err
+    assert f"encode: warning: {empty / 'session.jsonl'} is damaged" in reported.err
     assert [(folder / LATENTS).exists() for folder in (good, bad, later, empty)] == [
         True,
         False,
