@@ -23,8 +23,9 @@ from worldmodel.client.scenes import Scene, Scenes
 from worldmodel.controls import Envelope
 from worldmodel.errors import UserError, user_log
 from worldmodel.pacing import MARGIN
-from worldmodel.recording import read_log, verify
+from worldmodel.recording import verify
 from worldmodel.session import FrameChunk
+from worldmodel.session_log import read_log
 from worldmodel.worlds.config import WorldConfig
 from worldmodel.worlds.labels import Labels
 

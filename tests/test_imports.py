@@ -29,6 +29,7 @@ WINGS = [
     "worldmodel.engine",
     "worldmodel.worlds",
     "worldmodel.session",
+    "worldmodel.session_log",
     "worldmodel.recording",
     "worldmodel",  # the package's own file: names what a library user imports
     "worldmodel.bench",

@@ -175,7 +175,8 @@ def test_bidirectional_matches_reference(network):
 
 def teacher_forced(model, data, chunk, sigma, cameras=None, clean_sigma=None):
     """Velocity of the noisy half of a golden case."""
-    noisy, clean = data["x"], data["clean_x"]
+    noisy = data["x"]
+    clean = data["clean_x"]
     frames = noisy.shape[2]
     context = TeacherForcing(model.layout(*noisy.shape[3:]), frames, chunk, cameras)
     first = torch.zeros_like(sigma) if clean_sigma is None else clean_sigma

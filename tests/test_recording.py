@@ -21,8 +21,9 @@ from distill.data.clips import read_clip
 from worldmodel.camera import MotionStep, parse_trajectory
 from worldmodel.client.loop import Loop, LoopOptions
 from worldmodel.client.scenes import Scenes
-from worldmodel.recording import Recorder, read_log, recover, replay, verify
+from worldmodel.recording import Recorder, replay, verify
 from worldmodel.session import Session
+from worldmodel.session_log import read_log, recover
 from worldmodel.worlds.world import World
 
 WALK = parse_trajectory("w*6,w+l*8,s*6", MotionStep(0.5, 6.0), style="walk")[1:]

@@ -19,7 +19,7 @@ from worldmodel.device import open_device
 from worldmodel.errors import UserError
 from worldmodel.images import to_unit_range
 from worldmodel.models.wan_autoencoder import Autoencoder
-from worldmodel.recording import recover
+from worldmodel.session_log import recover
 from worldmodel.worlds.weights import open_autoencoder
 
 logger = logging.getLogger(__name__)

@@ -138,7 +138,8 @@ class Scenes:
         """Play a recording again: return an iterator of (FrameChunk, c2w [F, 4, 4]), and the scene
         that it was made in.
         """
-        from worldmodel.recording import IMAGE, read_log, replay
+        from worldmodel.recording import replay
+        from worldmodel.session_log import IMAGE, read_log
 
         log = read_log(folder)
         if (

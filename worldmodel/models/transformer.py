@@ -220,8 +220,9 @@ class WanBlock(nn.Module):
         self, x: Tensor, modulation: Modulation, context: CachedContext, layer: int
     ) -> None:
         """Leaves keys and values in the context as `forward` does, and computes nothing else."""
-        rope, cameras = context.rope, context.cameras
-        _, kv, projected = self.pre_attention(x, modulation, rope, cameras, queries=False)
+        _, kv, projected = self.pre_attention(
+            x, modulation, context.rope, context.cameras, queries=False
+        )
         context.store(layer, *kv)
         context.write(layer, *projected)
 
