@@ -1,13 +1,12 @@
-"""Where weights come from: a text that names a file, a folder or a place on the Hugging Face hub ->
-a path on this machine.
+"""Resolve a source of weights (a file, a folder or a path on the Hugging Face hub) to a local path.
 
-    FILE or FOLDER                        taken as it is
+    FILE or FOLDER                        used as it is
     owner/name[@revision][/path]          a model repository on the hub, or a file or folder in it
     hf:owner/name[@revision][/path]       the same, where a folder here has the owner's name
 
-Only what is wanted of a repository is fetched, once, into the hub library's own cache (`HF_HOME`);
-a download that broke off goes on where it stopped. With `HF_HUB_OFFLINE=1`, or without a
-connection, the cache answers alone. The hub library is imported when it is needed.
+Only the requested files of a repository are downloaded, once, into the hub library's own cache
+(`HF_HOME`); an interrupted download resumes. With `HF_HUB_OFFLINE=1`, or without a connection, only
+the cache is used. The hub library is imported when it is needed.
 """
 
 import json
@@ -32,12 +31,12 @@ _MOST_NAMES = 8  # in a sentence
 
 
 class SourceError(UserError):
-    """A source that names nothing that can be had; the message is one sentence for the user."""
+    """A source that cannot be resolved; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True)
 class HubPlace:
-    """A repository of models on the hub, or something in it."""
+    """A model repository on the hub, or a file or folder in it."""
 
     repository: str  # owner/name
     path: str = ""  # file or folder in it
@@ -52,8 +51,8 @@ class HubPlace:
 
 
 def parse_source(source: str | Path) -> Path | HubPlace:
-    """What a source means; nothing is fetched. SourceError for what is neither here nor could be on
-    the hub.
+    """Parse a source without downloading anything. Raises SourceError for a text that is neither a
+    local path nor a possible hub path.
     """
     text = str(source)
     if isinstance(source, Path) or (text and Path(text).exists() and not text.startswith("hf:")):
@@ -75,14 +74,15 @@ def fetch(
     part: str = "transformer",
     progress: Callable[[str], object] = logger.info,
 ) -> Path:
-    """The file or folder that a source names, on this machine; of a repository or a folder in one,
-    the weights file (or its index).
+    """Return the local file or folder of a source; for a repository or a folder in one, the weights
+    file (or its index).
 
-    part: sub-folder that is looked into first, as diffusers' repositories have them ("transformer",
-    "vae"). A weights file of the hub comes with the `config.json` beside it, an index with the
-    files it names. progress: is called with a sentence before a download begins.
-    Errors: SourceError naming the file and the repository that cannot be had, or the files among
-    which to choose.
+    part: sub-folder to search first, as in diffusers' repositories ("transformer", "vae"). A
+    weights file from the hub is downloaded with the `config.json` of its folder, an index with the
+    files it
+    names. progress: called with a sentence before a download begins.
+    Raises SourceError naming the file and the repository that are not available, or the files to
+    choose from.
     """
     place = parse_source(source)
     if isinstance(place, Path):
@@ -90,8 +90,8 @@ def fetch(
     sizes, reason = _listing(place)
     name = place.path if place.path in sizes else _chosen(place, sizes, part, reason)
     config = str(PurePosixPath(name).with_name("config.json"))
-    told = [beside for beside in (config,) if beside in sizes and beside != name]
-    path = _download(place, [name, *told], sizes, reason, progress)
+    companions = [config] if config in sizes and config != name else []
+    path = _download(place, [name, *companions], sizes, reason, progress)
     if name.endswith(".index.json"):
         folder = PurePosixPath(name).parent
         shards = [str(folder / shard) for shard in shards_of(path)]
@@ -123,7 +123,7 @@ def shards_of(index: Path) -> list[str]:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """An index: tensor name -> file beside it. SourceError when it cannot be read."""
+    """An index as tensor name -> file in its folder. Raises SourceError when it cannot be read."""
     try:
         table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not table or any(
@@ -288,7 +288,7 @@ def _download(
                 raise  # the disk's, not the hub's
             raise SourceError(
                 f"the download of {name} from {place.repository} broke off ({first_line(error)}): "
-                "start again, it goes on from there."
+                "start again, the download resumes."
             ) from None
     return Path(paths[0])
 
