@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 
 from worldmodel.files import world_cache
 from worldmodel.worlds.hub import (
-    HubPlace,
+    HubPath,
     SourceError,
     fetch,
     parse_source,
@@ -102,10 +102,10 @@ def hub(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "place"),
     [
-        ("owner/name", HubPlace("owner/name")),
-        ("owner/name/a/b.pt", HubPlace("owner/name", "a/b.pt")),
-        ("owner/name@v1/a.pt", HubPlace("owner/name", "a.pt", "v1")),
-        ("hf:runs/name/", HubPlace("runs/name")),
+        ("owner/name", HubPath("owner/name")),
+        ("owner/name/a/b.pt", HubPath("owner/name", "a/b.pt")),
+        ("owner/name@v1/a.pt", HubPath("owner/name", "a.pt", "v1")),
+        ("hf:runs/name/", HubPath("runs/name")),
     ],
 )
 def test_places_on_the_hub(text, place, tmp_path, monkeypatch):
@@ -118,7 +118,7 @@ def test_what_is_here_is_taken_as_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner/name").mkdir(parents=True)
     assert parse_source("owner/name") == fetch("owner/name") == Path("owner/name")
-    assert parse_source("hf:owner/name") == HubPlace("owner/name")
+    assert parse_source("hf:owner/name") == HubPath("owner/name")
     for absent in (
         "owner/nam",
         "./owner/other",

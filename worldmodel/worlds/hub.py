@@ -35,7 +35,7 @@ class SourceError(UserError):
 
 
 @dataclass(frozen=True)
-class HubPlace:
+class HubPath:
     """A model repository on the hub, or a file or folder in it."""
 
     repository: str  # owner/name
@@ -50,7 +50,7 @@ class HubPlace:
         )
 
 
-def parse_source(source: str | Path) -> Path | HubPlace:
+def parse_source(source: str | Path) -> Path | HubPath:
     """Parse a source without downloading anything. Raises SourceError for a text that is neither a
     local path nor a possible hub path.
     """
@@ -66,7 +66,7 @@ def parse_source(source: str | Path) -> Path | HubPlace:
             f"there is no file or folder {text!r}; on the hub a source reads owner/name or "
             "owner/name/path/to/file."
         )
-    return HubPlace(match["repository"], match["path"] or "", match["revision"])
+    return HubPath(match["repository"], match["path"] or "", match["revision"])
 
 
 def fetch(
@@ -144,7 +144,7 @@ def _folders_here() -> set[tuple[str]]:
     return {(entry.name,) for entry in os.scandir() if entry.is_dir()}
 
 
-def _listing(place: HubPlace) -> tuple[dict[str, int], str]:
+def _listing(place: HubPath) -> tuple[dict[str, int], str]:
     """({file of the repository: bytes}, ""), or what the cache has of it and why the hub could not
     be asked.
     """
@@ -189,7 +189,7 @@ def _listing(place: HubPlace) -> tuple[dict[str, int], str]:
     return {file.rfilename: file.size or 0 for file in found or ()}, ""
 
 
-def _cached(place: HubPlace) -> dict[str, int]:
+def _cached(place: HubPath) -> dict[str, int]:
     """{file: bytes} of the newest snapshot of the repository's revision that the hub library's
     cache holds.
     """
@@ -213,7 +213,7 @@ def _cached(place: HubPlace) -> dict[str, int]:
     return {}
 
 
-def _chosen(place: HubPlace, sizes: dict[str, int], part: str, reason: str) -> str:
+def _chosen(place: HubPath, sizes: dict[str, int], part: str, reason: str) -> str:
     """The one weights file (or index) of a repository or of the folder `place.path` in it."""
     prefix = f"{place.path}/" if place.path else ""
     inside = {name.removeprefix(prefix) for name in sizes if name.startswith(prefix)}
@@ -239,7 +239,7 @@ def _chosen(place: HubPlace, sizes: dict[str, int], part: str, reason: str) -> s
 
 
 def _download(
-    place: HubPlace,
+    place: HubPath,
     names: list[str],
     sizes: dict[str, int],
     reason: str,
