@@ -268,7 +268,8 @@ def _add_checkout(parser: argparse.ArgumentParser) -> None:
         "--against",
         type=Path,
         metavar="CHECKOUT",
-        help="compare with another checkout of this project: processes of both alternate",
+        help="compare with another checkout of this project: processes of both alternate; --world "
+        "must be one that both can open",
     )
     parser.add_argument(
         "--pairs", type=cli.positive, help=f"of processes, with --against (default: {PAIRS})"
