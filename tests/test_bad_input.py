@@ -25,9 +25,9 @@ from distill.__main__ import main as distill
 from distill.data.clips import write_clip, write_latents
 from worldmodel import cli as command_line
 from worldmodel import recording
+from worldmodel.__main__ import main as worldmodel
 from worldmodel.bench.benchmark import main as benchmark
 from worldmodel.errors import Stopped, UserError, user_log
-from worldmodel.worlds.checkpoint import main as checkpoint
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "blocks" / "tiny.yaml"
@@ -227,7 +227,7 @@ def test_no_free_memory(says, tiny_bundle, tmp_path, monkeypatch):
 )
 def test_weights(says, tmp_path, save, reason):
     save(tmp_path / "weights.pt")
-    says(reason, checkpoint, "inspect", tmp_path / "weights.pt")
+    says(reason, worldmodel, "inspect", tmp_path / "weights.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["weights.pt"]
 
 
@@ -684,9 +684,9 @@ EVALUATE = ["evaluate", "--output", "OUT.json"]
             [*EVALUATE, "--world", "WORLD", "--device", "abacus"],
             "a device that torch can compute on here.*'abacus'",
         ),
-        (checkpoint, ["inspect", TINY], "neither a safetensors file nor a torch.save file"),
+        (worldmodel, ["inspect", TINY], "neither a safetensors file nor a torch.save file"),
         (
-            checkpoint,
+            worldmodel,
             ["inspect", "ROOT/runs/autoencoder/export/" + WEIGHTS],
             "not the weights of a Wan transformer",
         ),

@@ -110,7 +110,8 @@ def run_command(
             if name == first:
                 importlib.import_module(module).add_arguments(command)
         args = parser.parse_args(argv)
-        return importlib.import_module(commands[args.command][0]).run(args)
+        module, _ = commands[vars(args).pop("command")]
+        return importlib.import_module(module).run(args)
 
     return run(first if first in commands else program, work)
 

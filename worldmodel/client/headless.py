@@ -124,7 +124,7 @@ def verify_recording(options: PlayOptions) -> int:
         else ""
     )
     print_progress(
-        f"play.py: from latent {result['first_difference']} on the dream is not the recorded "
+        f"verify: from latent {result['first_difference']} on the dream is not the recorded "
         f"one{changed}."
     )
     return 1

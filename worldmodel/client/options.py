@@ -1,5 +1,6 @@
-"""The command line of play.py: read, checked, and complete before anything slow is imported."""
+"""The options of `worldmodel play`: read and checked before anything slow is imported."""
 
+import argparse
 import difflib
 import json
 import textwrap
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from worldmodel.camera import parse_trajectory
-from worldmodel.cli import Parser, positive, print_progress, threads
+from worldmodel.cli import positive, print_progress, threads
 from worldmodel.config import build, parse_yaml
 from worldmodel.device import usual_threads
 from worldmodel.errors import UserError
@@ -44,35 +45,53 @@ class PlayOptions:
     verify: bool = False  # compare a replay with what was recorded
 
 
-def parse_options(arguments: list[str]) -> PlayOptions:
-    """Command line -> PlayOptions; UserError with one sentence for anything that cannot be
-    honoured.
-    """
-    parser = Parser(
-        prog="python play.py", description="Walk through a dreamed world.", epilog=KEYS_HELP
-    )
-    parser.add_argument(
-        "--world",
-        metavar="NAME|FOLDER",
-        help="world to enter (default: blocks, or the recorded one)",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `worldmodel play`."""
+    parser.epilog = KEYS_HELP
     parser.add_argument(
         "--prompt",
         metavar="MOOD",
         help="mood to start in, or your own words where there is a text encoder",
     )
     parser.add_argument(
-        "--image", metavar="NAME|FILE", help="start picture: one of the world's, or a file of yours"
+        "--image", metavar="NAME|FILE", help="start image: one of the world's, or a file of yours"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the dream (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument(
-        "--steps", type=positive, help="denoising steps a chunk (default: the world's)"
+        "--steps", type=positive, help="denoising steps per chunk (default: the world's)"
     )
     parser.add_argument(
         "--record",
         type=Path,
         metavar="DIR",
         help="record into this new folder from the first frame",
+    )
+    parser.add_argument(
+        "--headless", action="store_true", help="no window: walk a path and write an MP4"
+    )
+    parser.add_argument(
+        "--trajectory",
+        metavar="TEXT",
+        help='path to walk until a motion key is pressed: "w*10,l*5,w+l*8,wait*2"',
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="MP4 of a headless walk (default: out/walk.mp4)"
+    )
+    parser.add_argument(
+        "--replay", type=Path, metavar="DIR", help="replay a recording; P or R then walks on"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="with --replay: compare with what was recorded"
+    )
+    add_engine_arguments(parser)
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which world is opened, and how it is computed."""
+    parser.add_argument(
+        "--world",
+        metavar="NAME|FOLDER",
+        help="world to enter (default: blocks, or the recorded one)",
     )
     parser.add_argument(
         "--threads",
@@ -101,27 +120,16 @@ def parse_options(arguments: list[str]) -> PlayOptions:
     parser.add_argument(
         "--attention", choices=("auto", "torch", "fa3"), default="auto", help="attention kernel"
     )
-    parser.add_argument(
-        "--headless", action="store_true", help="no window: walk a path and write an MP4"
-    )
-    parser.add_argument(
-        "--trajectory",
-        metavar="TEXT",
-        help='path to walk until a motion key is pressed: "w*10,l*5,w+l*8,wait*2"',
-    )
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="MP4 of a headless walk (default: out/walk.mp4)"
-    )
-    parser.add_argument(
-        "--replay", type=Path, metavar="DIR", help="dream a recording again; P or R then walks on"
-    )
-    parser.add_argument(
-        "--verify", action="store_true", help="with --replay: compare with what was recorded"
-    )
-    given = parser.parse_args(arguments)
-    recorded = recorded_world(given.replay) if given.replay else "blocks"
-    given.world = recorded if given.world is None else given.world
-    options = PlayOptions(**{**vars(given), "world": find_world(given.world, print_progress)})
+
+
+def read_options(args: argparse.Namespace) -> PlayOptions:
+    """Parsed arguments -> PlayOptions. Raises UserError with one sentence for what cannot be
+    honoured; a published world is fetched first.
+    """
+    given = vars(args)
+    replay = given.get("replay")
+    world = given.pop("world") or (recorded_world(replay) if replay else "blocks")
+    options = PlayOptions(world=find_world(world, print_progress), **given)
     _check_together(options)
     _check_scene(options)
     if options.trajectory is not None:

@@ -1,24 +1,17 @@
-"""Reads published transformer weights: strictly (every tensor accounted for) and safely (no code in
-a file ever runs).
+"""Read published transformer weights: strictly (every tensor is accounted for) and safely (no code
+in a file runs).
 
-Understood: safetensors files, single or sharded, and `torch.save` files that hold plain tensors,
-with the parameter names of the original Wan2.1 code (Wan2.1, minWM, Self-Forcing, Causal-Forcing)
-or of diffusers, bare or inside a trainer's checkpoint; folders with one of these, worlds, and the
-checkpoints that our own training leaves; all of them here or on the hub (`worldmodel.worlds.hub`).
-What a file is, is read from its content, never from its name.
-
-    python -m worldmodel inspect SOURCE
-    python -m worldmodel convert SOURCE --world configs/worlds/NAME.yaml --output FOLDER
+Understood are safetensors files, single or sharded, and `torch.save` files that hold plain tensors
+(see `state_dict` for the names in them); folders with one of these, worlds, and the checkpoints of
+`distill train`; all of them on this machine or on the hub (see `hub`). The kind of a file is read
+from its content, never from its name.
 """
 
 import errno
-import importlib
 import json
 import pickle
-import sys
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
 
@@ -28,139 +21,31 @@ from safetensors.torch import load_file
 
 from worldmodel.errors import UserError, first_line
 from worldmodel.worlds.hub import fetch, read_index, weights_among
-
-State = Mapping[str, torch.Tensor]
-
-WAN_HEAD_DIM = (
-    128  # width of one attention head in every published Wan model; the shapes do not tell it
+from worldmodel.worlds.state_dict import (
+    PARTS,
+    CheckpointError,
+    CheckpointInfo,
+    check_tensors,
+    inspect_state,
+    is_transformer,
+    listing,
+    match_camera,
+    to_diffusers_names,
 )
-# Trainers save {part: state dict}; of several parts the first of these is taken, as the reference's
-# inference does.
-PARTS = (
-    "generator_ema",
-    "generator",
-    "model",
-    "average",
-    "student",
-)  # the last two: our own training's
-_STEP_NAMES = ("step", "global_step", "iteration")  # how trainers call the number of steps taken
-_RECIPE_SECTIONS = frozenset(
-    {"data", "optimiser", "model", "run"}
-)  # of our state.json; the one besides them is named after its stage
-_NETWORKS = (
-    "CausalWanTransformer",
-    "WanTransformer3DModel",
-    "WanModel",
-    "CausalWanModel",
-)  # `_class_name` in the config.json of a Wan
-# Path segments that training puts into names: FSDP, checkpointing and torch.compile anywhere, the
-# others in front.
-_WRAPPER_SEGMENTS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
-_LEADING_SEGMENTS = frozenset({"model", "diffusion_model", "module"})
 
-# Wan2.1 module -> diffusers module. The last path segment (weight, bias) is kept; `modulation` is
-# itself a parameter.
-_OUTER_NAMES = {
-    "patch_embedding": "patch_embedding",
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "head.head": "proj_out",
-}
-_BLOCK_NAMES = {
-    "self_attn.q": "attn1.to_q",
-    "self_attn.k": "attn1.to_k",
-    "self_attn.v": "attn1.to_v",
-    "self_attn.o": "attn1.to_out.0",
-    "self_attn.norm_q": "attn1.norm_q",
-    "self_attn.norm_k": "attn1.norm_k",
-    "self_attn.prope_o": "attn1.prope_out",
-    "cross_attn.q": "attn2.to_q",
-    "cross_attn.k": "attn2.to_k",
-    "cross_attn.v": "attn2.to_v",
-    "cross_attn.o": "attn2.to_out.0",
-    "cross_attn.norm_q": "attn2.norm_q",
-    "cross_attn.norm_k": "attn2.norm_k",
-    "norm3": "norm2",  # the two codes number the norms differently
-    "ffn.0": "ffn.net.0.proj",
-    "ffn.2": "ffn.net.2",
-}
-_FAMILY_MARKS = {
-    "wan": "text_embedding.0.weight",
-    "diffusers": "condition_embedder.text_embedder.linear_1.weight",
-}
-
-
-class CheckpointError(UserError):
-    """A weights file that cannot be used; the message is one sentence for the user."""
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """What a state dict holds, read from its names and shapes alone."""
-
-    family: str  # naming scheme: "wan" (original code) or "diffusers"
-    part: str  # part of a trainer's checkpoint that was taken, "" for a bare state dict
-    other_parts: tuple[str, ...]  # parts of the file that were left alone, for example "critic"
-    # what wrappers had put in front of the names, for example "model._fsdp_wrapped_module."
-    prefix: str
-    layers: int  # transformer blocks
-    width: int  # features per token
-    ffn_width: int  # features inside the feed-forward layers
-    in_channels: int  # channels of a latent
-    out_channels: int  # channels of the predicted velocity
-    patch_size: tuple[int, int, int]  # latent cells per token: frames, rows, columns
-    text_dim: int  # features of a text token
-    freq_dim: int  # features of the sinusoidal clock
-    camera: bool  # has the PRoPE output layers
-    cross_attn_norm: bool  # layer norm with weights before cross attention
-    head_dim: (
-        int | None
-    )  # width of an attention head where a file beside the weights says it; the tensors do not tell
-    stage: str  # what the trainer says of it, "" where it says nothing: "dmd, step 500"
-    dtypes: tuple[str, ...]  # number types of the tensors
-    parameters: int  # numbers in all tensors
-
-    def config(self, **overrides) -> dict:
-        """Configuration for `CausalWanTransformer`; `overrides` replace or complete what the shapes
-        tell.
-
-        The number of heads is width / `attention_head_dim` (default: what stands beside the
-        weights, or 128, as in every public Wan).
-        Errors: CheckpointError where the heads do not make the width.
-        """
-        if "num_attention_heads" in overrides and "attention_head_dim" not in overrides:
-            overrides["attention_head_dim"] = self.width // max(1, overrides["num_attention_heads"])
-        head_dim = overrides.setdefault("attention_head_dim", self.head_dim or WAN_HEAD_DIM)
-        heads = overrides.setdefault("num_attention_heads", self.width // max(1, head_dim))
-        if heads * head_dim != self.width or heads < 1:
-            raise CheckpointError(
-                f"{heads} heads of {head_dim} do not make the width {self.width} of this "
-                "checkpoint: give attention_head_dim (shapes do not tell it)."
-            )
-        derived = {
-            "patch_size": self.patch_size,
-            "in_channels": self.in_channels,
-            "out_channels": self.out_channels,
-            "text_dim": self.text_dim,
-            "freq_dim": self.freq_dim,
-            "ffn_dim": self.ffn_width,
-            "num_layers": self.layers,
-            "cross_attn_norm": self.cross_attn_norm,
-            "camera": self.camera,
-        }
-        return derived | overrides
+# sections of the recipe in our state.json; the remaining one is named after its stage
+_RECIPE_SECTIONS = frozenset({"data", "optimiser", "optimizer", "model", "run"})
+# `_class_name` in the config.json of a Wan
+_NETWORKS = ("CausalWanTransformer", "WanTransformer3DModel", "WanModel", "CausalWanModel")
 
 
 def read_state(path: str | Path) -> dict:
     """The content of weights here: {name: tensor}, or a trainer's {part: {name: tensor}}.
 
     path: a file, an index of sharded files, or a folder (see `find_weights`). Tensors are mapped
-    from the file, not read, where the format allows.
-    Errors: FileNotFoundError; CheckpointError for other formats, damaged files, and pickles that
-    hold anything besides plain data (nothing in them runs); SourceError for a damaged index.
+    from the file, not read, where the format allows. Raises FileNotFoundError; CheckpointError for
+    other formats, damaged files, and pickles that hold anything but plain data (nothing in them
+    runs); SourceError for a damaged index.
     """
     path = find_weights(path)
     if path.is_dir():
@@ -175,26 +60,22 @@ def read_state(path: str | Path) -> dict:
         if start[:2] == b"PK":  # a zip archive: torch.save since 1.6
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if start[:1] == b"\x80":  # torch.save before 1.6: a bare pickle
-            with warnings.catch_warnings(
-                action="ignore"
-            ):  # of an unusual protocol; what it holds is told below
+            with warnings.catch_warnings(action="ignore"):  # about an unusual pickle protocol
                 return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} holds Python objects besides tensors and could run code, so it was not "
+            f"{path} holds Python objects other than tensors and could run code, so it was not "
             "loaded: ask for a safetensors file, or save the tensors alone."
         ) from error
     except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
-        if (
-            isinstance(error, OSError) and error.errno != errno.EINVAL
-        ):  # that one: the reader seeks to before a short file's start
+        # EINVAL: the reader seeks to before the start of a short file
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         raise CheckpointError(
             f"{path} is damaged or incomplete ({first_line(error)}): fetch it again."
         ) from error
-    if (
-        len(start) < 9 or start == b"version h"
-    ):  # an empty file, or what git leaves where git-lfs is not installed
+    # an empty file, or what git leaves where git-lfs is not installed
+    if len(start) < 9 or start == b"version h":
         raise CheckpointError(
             f"{path} stands for a file that was not fetched, it holds {path.stat().st_size} "
             "bytes: fetch it again."
@@ -205,12 +86,12 @@ def read_state(path: str | Path) -> dict:
 
 
 def find_weights(path: str | Path) -> Path:
-    """What `read_state` reads of a path: a file itself; of a folder its one transformer, in
-    `transformer/` or in the folder.
+    """The file that `read_state` reads for a path: the file itself, or the one transformer of a
+    folder, in `transformer/` or in the folder.
 
-    A checkpoint folder of our training stays a folder. Of several weights files, the one with the
-    tensors of a transformer is taken.
-    Errors: FileNotFoundError for an absent path; CheckpointError for a folder with none or several.
+    A checkpoint folder of `distill train` stays a folder. Of several weights files, the one with
+    the tensors of a transformer is used. Raises FileNotFoundError for an absent path,
+    CheckpointError for a folder with none or several.
     """
     path = Path(path)
     if not path.exists():
@@ -229,50 +110,20 @@ def find_weights(path: str | Path) -> Path:
         )
     if len(found) != 1:
         what = (
-            f"{len(found)} transformers, {_listing(found)}" if found else "no transformer's weights"
+            f"{len(found)} transformers, {listing(found)}" if found else "no transformer's weights"
         )
         raise CheckpointError(f"{path} holds {what}: name the file that is meant.")
     return path / found[0]
 
 
 def inspect(source: str | Path, part: str | None = None) -> CheckpointInfo:
-    """Says what a file, folder or place on the hub holds, as `inspect_state`; what stands beside
+    """Describe a file, folder or place on the hub, see `inspect_state`; the configuration next to
     the weights is read too.
 
-    Errors: CheckpointError, SourceError, FileNotFoundError, as `read_state` and
-    `worldmodel.worlds.hub.fetch`.
+    Raises CheckpointError, SourceError, FileNotFoundError, as `read_state` and `hub.fetch`.
     """
-    return _inspect(*_select(*_open(source), part))
-
-
-def inspect_state(state: Mapping, part: str | None = None) -> CheckpointInfo:
-    """Says what a state dict (or a trainer's dict of state dicts) holds. `part` picks one part of a
-    trainer's file.
-
-    Errors: CheckpointError where it is not a Wan transformer for text and camera, naming what is
-    missing or foreign.
-    """
-    return _inspect(*_select(state, None, part))
-
-
-def to_diffusers_names(state: Mapping, part: str | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of a Wan or diffusers state dict under diffusers' names, whatever wraps them.
-
-    The reference's `self_attn.prope_o` becomes `attn1.prope_out`. `state` is not changed and shares
-    its tensors.
-    Errors: CheckpointError naming a tensor that no Wan transformer has.
-    """
-    bare = _bare_names(_select(state, None, part)[0])
-    if _family(bare) == "diffusers":
-        return bare
-    renamed = {name: _diffusers_name(name) for name in bare}
-    foreign = [name for name, new in renamed.items() if new is None]
-    if foreign:
-        raise CheckpointError(
-            f"a Wan text-to-video transformer has no such tensors: {_listing(foreign)}; give "
-            "another model."
-        )
-    return {renamed[name]: tensor for name, tensor in bare.items()}
+    state, head_dim = _open(source)
+    return inspect_state(state, part, head_dim)
 
 
 def load_transformer(
@@ -282,30 +133,27 @@ def load_transformer(
     dtype: torch.dtype | None = None,
     **overrides,
 ):
-    """Builds the `CausalWanTransformer` that weights describe; the model owns its memory.
+    """Build the `CausalWanTransformer` that weights describe; the model owns its memory.
 
-    Args:
-        source: file, folder or place on the hub (`worldmodel.worlds.hub`), or what `read_state`
-        returned.
-        part: which part of a trainer's checkpoint; default: the EMA if there is one.
-        dtype: number type of the weights, except those that diffusers keeps in float32; default:
-        the file's.
-        overrides: configuration values that shapes do not tell or that are to differ:
-        `attention_head_dim` (default: what a config.json beside the weights says, or 128);
-        `camera=True` adds the camera path (zero, so the output does not change) to a model without
-        one, `camera=False` leaves it out.
+    source: a file, folder or place on the hub (see `hub`), or what `read_state` returned.
+    part: which part of a trainer's checkpoint; default: the first of `PARTS`.
+    dtype: number type of the weights, except those that diffusers keeps in float32; default: the
+    file's.
+    overrides: configuration values that the shapes do not say, or that are to differ:
+    `attention_head_dim` (default: what a config.json next to the weights says, or 128);
+    `camera=True` adds the PRoPE layers (zero, so the output does not change) to a model without
+    them, `camera=False` leaves them out.
 
-    Errors: CheckpointError naming missing, foreign and misshapen tensors, or an unknown
-    configuration key; for a source also those of `read_state` and `worldmodel.worlds.hub.fetch`.
+    Raises CheckpointError naming missing, foreign and misshapen tensors, or an unknown
+    configuration key; for a source also the errors of `read_state` and `hub.fetch`.
     """
-    from accelerate import (
-        init_empty_weights,
-    )  # both imports are slow, and reading names needs neither
+    # both imports are slow, and reading names needs neither
+    from accelerate import init_empty_weights
 
     from worldmodel.models.transformer import CausalWanTransformer
 
-    state, beside = (source, None) if isinstance(source, Mapping) else _open(source)
-    info = _inspect(*_select(state, beside, part))
+    state, head_dim = (source, None) if isinstance(source, Mapping) else _open(source)
+    info = inspect_state(state, part, head_dim)
     config = info.config(**overrides)
     known = signature(CausalWanTransformer.__init__).parameters
     unknown = [key for key in config if key not in known]
@@ -318,9 +166,9 @@ def load_transformer(
         model = CausalWanTransformer(**config)
     tensors = dict(to_diffusers_names(state, part))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tensors = _match_camera(tensors, expected, info.camera, config["camera"])
+    tensors = match_camera(tensors, expected, info.camera, config["camera"])
     check_tensors(tensors, expected)
-    for name in list(tensors):  # one by one: a file is mapped, and only the copy lies in memory
+    for name in list(tensors):  # one by one: the file is mapped, only the copy is in memory
         precise = dtype and not set(name.split(".")).isdisjoint(model._keep_in_fp32_modules)
         tensors[name] = tensors[name].to(
             torch.float32 if precise else dtype or tensors[name].dtype, copy=True
@@ -329,52 +177,15 @@ def load_transformer(
     return model.eval()
 
 
-def check_tensors(state: State, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Compares names and shapes with the expected ones. Errors: one CheckpointError naming every
-    kind of difference.
-    """
-    missing = [name for name in expected if name not in state]
-    foreign = [name for name in state if name not in expected]
-    shapes = [
-        f"{name} {list(tensor.shape)} instead of {list(expected[name])}"
-        for name, tensor in state.items()
-        if name in expected and tuple(tensor.shape) != tuple(expected[name])
-    ]
-    found = [
-        f"{kind}: {_listing(names)}"
-        for kind, names in (
-            ("missing", missing),
-            ("not expected", foreign),
-            ("wrong shape", shapes),
-        )
-        if names
-    ]
-    if found:
-        raise CheckpointError(
-            f"the weights do not fit the network they are for ({'; '.join(found)}): "
-            "it is incomplete or of another model."
-        )
-
-
-@dataclass(frozen=True)
-class _Told:
-    """What is known of a state dict besides its tensors."""
-
-    part: str = ""
-    other_parts: tuple[str, ...] = ()
-    head_dim: int | None = None
-    stage: str = ""
-
-
 def _open(source: str | Path) -> tuple[dict, int | None]:
-    """Weights of any source -> (content, width of a head that a file beside them tells)."""
+    """Weights of any source -> (content, width of a head where a file next to them says it)."""
     path = find_weights(fetch(source))
-    return read_state(path), _told_head_dim(path)
+    return read_state(path), _head_dim(path)
 
 
-def _told_head_dim(path: Path) -> int | None:
-    """From the config.json of a Wan (diffusers' or the original) beside the weights, or our
-    training's state.json.
+def _head_dim(path: Path) -> int | None:
+    """From the config.json of a Wan (diffusers' or the original) next to the weights, or the
+    state.json of `distill train`.
     """
     values = _values(path / "state.json" if path.is_dir() else path.with_name("config.json"))
     try:
@@ -388,11 +199,11 @@ def _told_head_dim(path: Path) -> int | None:
             else values["dim"] // values["num_heads"]
         )
     except (ValueError, KeyError, TypeError, ZeroDivisionError):
-        return None  # nothing told: the usual width is tried, and has to fit
+        return None  # the usual width is tried, and has to fit
 
 
 def _values(file: Path) -> dict:
-    """What a JSON file beside the weights says; empty where it says nothing."""
+    """The values of a JSON file; empty where it cannot be read."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -409,9 +220,9 @@ def _read_training(folder: Path) -> dict:
     steps taken}.
     """
     try:
-        told = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        stages = [name for name in told["config"] if name not in _RECIPE_SECTIONS]
-        step = int(told["step"])
+        saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        stages = [name for name in saved["config"] if name not in _RECIPE_SECTIONS]
+        step = int(saved["step"])
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(
             f"{folder / 'state.json'} is damaged or of another program: name a weights file."
@@ -431,7 +242,7 @@ def _read_training(folder: Path) -> dict:
 
 
 def _read_shards(index: Path) -> dict[str, torch.Tensor]:
-    """The tensors that an index names, out of the files it names; each file holds exactly its
+    """The tensors that an index names, from the files it names; each file must hold exactly its
     own.
     """
     table = read_index(index)
@@ -445,11 +256,11 @@ def _read_shards(index: Path) -> dict[str, torch.Tensor]:
         named = {name for name in table if table[name] == file}
         for names, fault in (
             (named - set(held), "lacks"),
-            (set(held) - named, "holds beside what the index names"),
+            (set(held) - named, "also holds"),
         ):
             if names:
                 raise CheckpointError(
-                    f"{index.parent / file} {fault} {_listing(sorted(map(str, names)))}: fetch "
+                    f"{index.parent / file} {fault} {listing(sorted(map(str, names)))}: fetch "
                     "index and files again."
                 )
         state |= held
@@ -457,12 +268,12 @@ def _read_shards(index: Path) -> dict[str, torch.Tensor]:
 
 
 def _holds_transformer(path: Path) -> bool:
-    """Whether a file has the tensors of a Wan transformer, bare or in a part; of safetensors, only
-    the names are read.
+    """Whether a file has the tensors of a Wan transformer, bare or in a part; of a safetensors file
+    only the names are read.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return _is_transformer(file.keys())
+            return is_transformer(file.keys())
     except (SafetensorError, OSError):
         pass
     try:
@@ -472,173 +283,4 @@ def _holds_transformer(path: Path) -> bool:
     if not isinstance(state, Mapping):
         return False
     parts = [state, *(value for value in state.values() if isinstance(value, Mapping))]
-    return any(_is_transformer(part) for part in parts)
-
-
-def _is_transformer(names: Iterable) -> bool:
-    return not {_bare(str(name)) for name in names}.isdisjoint(_FAMILY_MARKS.values())
-
-
-def _select(state: Mapping, head_dim: int | None, part: str | None) -> tuple[State, _Told]:
-    """-> (state dict, what is known besides)."""
-    if not isinstance(state, Mapping) or not state:
-        raise CheckpointError(
-            f"expected a dict with the weights of a transformer, found {type(state).__name__} "
-            "with nothing in it."
-        )
-    parts = [name for name, value in state.items() if isinstance(value, Mapping)]
-    if part is None and not parts:
-        chosen = state
-        name = ""
-    else:
-        wanted = [part] if part else [name for name in PARTS if name in parts]
-        if not wanted or wanted[0] not in parts:
-            raise CheckpointError(
-                f"the checkpoint has no part {part or ' / '.join(PARTS)}: it has "
-                f"{_listing(map(str, state))}."
-            )
-        name = wanted[0]
-        chosen = state[wanted[0]]
-    wrong = [
-        key
-        for key, value in chosen.items()
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor)
-    ]
-    if wrong or not chosen:
-        raise CheckpointError(
-            "expected a dict with the weights of a transformer, found other things: "
-            f"{_listing(map(str, wrong))}."
-        )
-    if not name:
-        return chosen, _Told(head_dim=head_dim)
-    stage = [state[key] for key in ("stage",) if isinstance(state.get(key), str)]
-    steps = [f"step {int(state[key])}" for key in _STEP_NAMES if _is_count(state.get(key))]
-    others = tuple(str(key) for key in state if key not in (name, "stage", *_STEP_NAMES))
-    return chosen, _Told(name, others, head_dim, ", ".join(stage + steps[:1]))
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) or (isinstance(value, torch.Tensor) and value.numel() == 1)
-
-
-def _bare(name: str) -> str:
-    segments = [segment for segment in name.split(".") if segment not in _WRAPPER_SEGMENTS]
-    while len(segments) > 1 and segments[0] in _LEADING_SEGMENTS:
-        segments.pop(0)
-    return ".".join(segments)
-
-
-def _bare_names(state: State) -> dict[str, torch.Tensor]:
-    bare = {}
-    for name, tensor in state.items():
-        if _bare(name) in bare:
-            raise CheckpointError(
-                f"the checkpoint has two tensors for {_bare(name)}: expected one model."
-            )
-        bare[_bare(name)] = tensor
-    return bare
-
-
-def _family(bare: State) -> str:
-    for family, mark in _FAMILY_MARKS.items():
-        if mark in bare:
-            return family
-    raise CheckpointError(
-        f"not the weights of a Wan transformer: expected {' or '.join(_FAMILY_MARKS.values())}, "
-        f"found {_listing(bare)}."
-    )
-
-
-def _diffusers_name(name: str) -> str | None:
-    """Wan2.1 name -> diffusers name, None for a name that a text-to-video transformer has not."""
-    block = ""
-    inner = name
-    names = _OUTER_NAMES
-    if name.startswith("blocks."):
-        _, number, inner = (name.split(".", 2) + ["", ""])[:3]
-        block = f"blocks.{number}."
-        names = _BLOCK_NAMES
-    if name == "head.modulation" or (block and inner == "modulation"):
-        return block + "scale_shift_table"
-    module, _, leaf = inner.rpartition(".")
-    return f"{block}{names[module]}.{leaf}" if module in names else None
-
-
-def _inspect(state: State, told: _Told) -> CheckpointInfo:
-    bare = _bare_names(state)
-    family = _family(bare)
-    mark = _FAMILY_MARKS[family]
-    named = to_diffusers_names(bare)
-
-    def shape(name: str, dimensions: int) -> tuple[int, ...]:
-        if name not in named:
-            raise CheckpointError(f"the checkpoint is incomplete: {name} is missing.")
-        if named[name].ndim != dimensions:
-            raise CheckpointError(
-                f"{name} has shape {list(named[name].shape)}: expected {dimensions} dimensions."
-            )
-        return tuple(named[name].shape)
-
-    width, in_channels, *patch = shape("patch_embedding.weight", 5)
-    numbers = {name.split(".")[1] for name in named if name.startswith("blocks.")}
-    cells = patch[0] * patch[1] * patch[2]
-    return CheckpointInfo(
-        family=family,
-        part=told.part,
-        other_parts=told.other_parts,
-        prefix=next(name for name in state if _bare(name) == mark).removesuffix(mark),
-        layers=len(numbers),
-        width=width,
-        ffn_width=shape("blocks.0.ffn.net.0.proj.weight", 2)[0],
-        in_channels=in_channels,
-        out_channels=shape("proj_out.weight", 2)[0] // cells,
-        patch_size=tuple(patch),
-        text_dim=shape("condition_embedder.text_embedder.linear_1.weight", 2)[1],
-        freq_dim=shape("condition_embedder.time_embedder.linear_1.weight", 2)[1],
-        camera=any(".attn1.prope_out." in name for name in named),
-        cross_attn_norm="blocks.0.norm2.weight" in named,
-        head_dim=told.head_dim,
-        stage=told.stage,
-        dtypes=tuple(
-            sorted({str(tensor.dtype).removeprefix("torch.") for tensor in named.values()})
-        ),
-        parameters=sum(tensor.numel() for tensor in named.values()),
-    )
-
-
-def _match_camera(tensors: State, expected: Mapping, has: bool, wants: bool) -> State:
-    """Adds the camera path as zeros, or leaves it out, where the caller asked for the other kind
-    than the file has.
-    """
-    if wants and not has:
-        like = tensors["proj_out.weight"]
-        zeros = {
-            name: like.new_zeros(shape)
-            for name, shape in expected.items()
-            if ".attn1.prope_out." in name
-        }
-        return {**tensors, **zeros}
-    if has and not wants:
-        return {name: tensor for name, tensor in tensors.items() if ".attn1.prope_out." not in name}
-    return tensors
-
-
-def _listing(names: Iterable[str], most: int = 3) -> str:
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line, `inspect` and `convert`; returns the exit status (2 for weights that cannot
-    be used).
-    """
-    # It makes worlds, which are made of this room: it lives further down, in worldmodel/convert.py,
-    # and is found by name.
-    return importlib.import_module("worldmodel.worlds.convert").main(
-        sys.argv[1:] if argv is None else argv
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return any(is_transformer(part) for part in parts)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from worldmodel.errors import UserError, first_line
 from worldmodel.models.tiny_autoencoder import TinyAutoencoder
 from worldmodel.models.wan_autoencoder import Autoencoder, WanAutoencoder
-from worldmodel.worlds.checkpoint import check_tensors
+from worldmodel.worlds.state_dict import check_tensors
 
 
 def load_network(

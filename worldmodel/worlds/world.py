@@ -283,7 +283,8 @@ def save_world(
             for file, picture in zip(names[prompt], group, strict=True):
                 _check_picture(file, picture, config)
                 write_png(temporary / "images" / file, picture)
-        (temporary / "README.md").write_text(readme, encoding="utf-8")
+        if readme:
+            (temporary / "README.md").write_text(readme, encoding="utf-8")
         (temporary / WORLD_YAML).write_text(config.text(), encoding="utf-8")
         _check_bundle(temporary)
 
