@@ -19,11 +19,14 @@ from worldmodel.client.bindings import Bindings
 from worldmodel.client.hud import Hud
 from worldmodel.client.loop import NO_CAMERA, Loop, LoopOptions, Status
 from worldmodel.client.pacer import Pacer
+from worldmodel.client.rewind import STEP
 from worldmodel.client.scenes import Scene
 from worldmodel.client.window import Window, WindowOptions, fit, open_display
 from worldmodel.controls import Envelope
+from worldmodel.engine.engine import HISTORY
 from worldmodel.errors import UserError, user_log
 from worldmodel.session import FrameChunk
+from worldmodel.session_log import read_log
 from worldmodel.worlds.labels import Labels
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,6 +72,12 @@ def recorded(folder):
     except OSError:
         return np.zeros((0, 4, 4))
     return np.array([row["c2w"] for row in map(json.loads, rows) if "c2w" in row]).reshape(-1, 4, 4)
+
+
+def first_and_last(folder):
+    """Indices of the first and the last latent of a recording."""
+    lines = read_log(folder).lines
+    return lines[0]["index"], lines[-1]["index"]
 
 
 @pytest.mark.skipif(
@@ -117,10 +126,23 @@ def test_play_in_a_real_window(screen, tiny_bundle, tmp_path):
                 lambda: len(recorded(again)) > count + 3 or game.poll() is not None, "playing on"
             )
             assert game.poll() is None
+            xdotool("key", "BackSpace")
+            tapped = tmp_path / "take-3"
+            wait_for(lambda: len(recorded(tapped)) > 3, "a third recording, after the tap")
+            xdotool("keydown", "BackSpace")
+            time.sleep(5)  # more than it takes to reach the limit
+            xdotool("keyup", "BackSpace")
+            held = tmp_path / "take-4"
+            wait_for(lambda: len(recorded(held)) > 1, "a fourth recording, after the hold")
             xdotool("key", "Escape")
             assert game.wait(timeout=PATIENCE) == 0, game.stderr.read()
         finally:
             game.kill()
+    _, tap_from = first_and_last(again)
+    tap_to, hold_from = first_and_last(tapped)
+    assert tap_to == tap_from + 1 - STEP  # a take ends with the last latent before the rewind
+    limit = max(tap_from, hold_from) + 1 - HISTORY
+    assert first_and_last(held)[0] == (limit if limit > 1 else 0)  # 0: the start picture
     path = recorded(take)
     assert np.array_equal(path[0], np.eye(4)) and np.all(np.diff(path[:, 2, 3])[:4] >= 0)
     assert (
