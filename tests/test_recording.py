@@ -21,7 +21,8 @@ from distill.data.clips import read_clip
 from worldmodel.camera import MotionStep, parse_trajectory
 from worldmodel.client.loop import Loop, LoopOptions
 from worldmodel.client.scenes import Scenes
-from worldmodel.recording import Recorder, replay, verify
+from worldmodel.engine.engine import EngineOptions
+from worldmodel.recording import Recorder, recorded_engine, replay, verify
 from worldmodel.session import Session
 from worldmodel.session_log import read_log, recover
 from worldmodel.worlds.world import World
@@ -101,6 +102,37 @@ def test_verify_notices(tiny_world, tmp_path):
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = verify(tmp_path / "take", tiny_world)
     assert not report["exact"] and report["first_difference"] == 3
+
+
+def test_a_replay_takes_threads_and_precision_from_the_recording(tiny_world, tmp_path):
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("medium")
+    play(tmp_path / "take", Session(tiny_world), WALK[:3])
+    torch.set_num_threads(2)
+    torch.set_float32_matmul_precision("highest")
+    report = verify(tmp_path / "take", tiny_world)
+    assert report["exact"] and report["engine_differs"] == [] and report["expected"] == "exact"
+    for _ in replay(tmp_path / "take", tiny_world):
+        settings = torch.get_num_threads(), torch.get_float32_matmul_precision()
+        assert settings == (1, "medium")
+    assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == (2, "highest")
+
+
+def test_verify_says_what_another_machine_can_expect(tiny_world, tmp_path):
+    play(tmp_path / "take", Session(tiny_world), WALK[:3])
+    log = tmp_path / "take" / "session.jsonl"
+    header, *lines = log.read_text().splitlines(keepends=True)
+    header = json.loads(header)
+    header["engine"] |= {"torch": "0.1", "dtype": "torch.bfloat16", "weights": "int8"}
+    del header["engine"]["kernels"]  # as in older recordings
+    log.write_text(json.dumps(header) + "\n" + "".join(lines))
+    report = verify(tmp_path / "take", tiny_world)
+    assert report["engine_differs"] == ["torch", "dtype", "weights"]
+    assert report["expected"] == "40 dB"
+    dtype, options = recorded_engine(tmp_path / "take", EngineOptions())
+    assert (dtype, options.weights, options.compile) == (torch.bfloat16, "int8", "off")
+    _, options = recorded_engine(tmp_path / "take", EngineOptions(weights="full", compile="on"))
+    assert (options.weights, options.compile) == ("full", "on")
 
 
 def test_a_recording_is_a_clip(tiny_world, tmp_path):

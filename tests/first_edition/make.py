@@ -85,8 +85,10 @@ optimiser: {betas: [0.8, 0.95], eps: 1.0e-6, weight_decay: 0.1, grad_clip: 0.5}
 teacher_forcing: {steps: 4, batch: 2, lr: 2.0e-2, warmup: 3, weighting: false,
   context_sigma_max: 0.1}
 dmd:
-  {steps: 4, batch: 2, lr: 1.0e-2, critic_lr: 2.0e-2, warmup: 0, optimiser: muon, init: teacher_forcing, real: teacher_forcing,
-   critic_updates: 2, rollout: 6, window: 4, sinks: 1, start_share: 0.5, truth: 1.0, cache_gradient: detached, sigma_lookup: exact}
+  {steps: 4, batch: 2, lr: 1.0e-2, critic_lr: 2.0e-2, warmup: 0, optimiser: muon,
+   init: teacher_forcing, real: teacher_forcing, critic_updates: 2, rollout: 6,
+   window: 4, sinks: 1, start_share: 0.5,
+   truth: 1.0, cache_gradient: detached, sigma_lookup: exact}
 """
 STAGES = ("teacher_forcing", "dmd")
 STOPPED = 2  # steps

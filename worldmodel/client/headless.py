@@ -125,7 +125,7 @@ def verify_recording(options: PlayOptions) -> int:
     )
     print_progress(
         f"verify: from latent {result['first_difference']} on the dream is not the recorded "
-        f"one{changed}."
+        f"one{changed}. Expected: {result['expected']}."
     )
     return 1
 

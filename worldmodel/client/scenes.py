@@ -41,7 +41,12 @@ def open_scenes(options: PlayOptions, tell: Callable[[str, float], None]) -> "Sc
     from worldmodel.worlds.world import World
 
     engine = EngineOptions(options.memory, options.weights, options.compile, options.attention)
-    world = World.from_pretrained(options.world, device=fastest_device(), engine=engine)
+    dtype = None
+    if options.replay:
+        from worldmodel.recording import recorded_engine
+
+        dtype, engine = recorded_engine(options.replay, engine)
+    world = World.from_pretrained(options.world, fastest_device(), dtype, engine)
     if world.device.type != "cpu":
         print_progress(world.engine.describe(world.config.rollout, world.history))
     return Scenes(world, options.steps, tell)
