@@ -117,7 +117,7 @@ def measure(
         "commit": describe_commit(),
         "machine": machine,
         **_describe_world(world),
-        "engine": world.engine.describe(walks[0].rollout),
+        "engine": walks[0].engine,
         "latents": latents,
         "seed": seed,
         "matmul_rate": peak_rate,

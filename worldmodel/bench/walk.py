@@ -14,7 +14,7 @@ from worldmodel.bench.random_world import AUTOENCODERS
 from worldmodel.bench.reference_loop import ReferenceLoop
 from worldmodel.camera import FRAMES_PER_LATENT, MotionStep, parse_trajectory
 from worldmodel.config import as_dict, build, parse_yaml
-from worldmodel.device import synchronize
+from worldmodel.device import float64_device, synchronize
 from worldmodel.engine.engine import EngineOptions
 from worldmodel.errors import UserError, first_line
 from worldmodel.pacing import key_to_pixel
@@ -118,21 +118,17 @@ class Walk:
         self.error = ""  # why there are no times
         self.chunks: list[ChunkTimes] = []
 
+    @property
+    def engine(self) -> str:
+        """One line about memory, weights, attention and compiler."""
+        return self.world.engine.describe(self.rollout, self.rollout.history)
+
     def _begin(self) -> None:
         """Make the session, and time the methods it calls."""
-        history = self.rollout.chunk if self._reference else self.rollout.history
-        self._session = session = Session(self.world, seed=self._seed, history=history)
+        session = Session(self.world, seed=self._seed, history=self.rollout.history)
+        self._session = session
         if self._reference:
-            session.rewind(self.rollout.chunk)  # this loop cannot take over a past
-            rows, columns = self.world.latent_size
-            session.rollout = ReferenceLoop(
-                self.world.transformer,
-                self.world.prompts[session.prompt][None],
-                self.rollout,
-                height=rows,
-                width=columns,
-                device=self.world.device,
-            )
+            session.rollout = self._reference_loop(session.prompt)
         rollout = session.rollout
         decoder = session._decoder
         clock = self._clock
@@ -141,6 +137,22 @@ class Walk:
         clean = "commit" if self._reference else "commit_pending"
         setattr(rollout, clean, clock.timed("clean", getattr(rollout, clean)))
         decoder.frames = clock.timed_pieces("decode", decoder.frames)
+
+    def _reference_loop(self, prompt: str) -> ReferenceLoop:
+        """The loop after its first chunk, where a new session is too."""
+        rows, columns = self.world.latent_size
+        loop = ReferenceLoop(
+            self.world.transformer,
+            self.world.prompts[prompt][None],
+            self.rollout,
+            height=rows,
+            width=columns,
+            device=self.world.device,
+        )
+        options = {"dtype": torch.float64, "device": float64_device(self.world.device)}
+        poses = torch.eye(4, **options).expand(1, self.rollout.chunk, 4, 4)
+        loop.step(poses, torch.tensor([self.world.config.intrinsics], **options))
+        return loop
 
     def chunk(self) -> None:
         """Generate one more chunk. On CUDA only the next chunk waits for its clean pass, as in
@@ -206,7 +218,7 @@ class Walk:
         parts = self._parts()
         period = frames / self.world.config.fps * 1e3
         report |= {
-            "engine": self.world.engine.describe(self.rollout),
+            "engine": self.engine,
             "chunks": len(totals),
             "ms_per_latent": {
                 part: spread(values / chunk) for part, values in {"total": totals, **parts}.items()
