@@ -244,8 +244,8 @@ def test_a_take_from_the_middle_onto_a_full_disk(tiny_world, tmp_path, monkeypat
     scenes = Scenes(tiny_world)
     loop = Loop(lambda tell: scenes, LoopOptions(recordings=tmp_path / "takes"))
     loop.open()
-    loop._dream()
-    loop._dream()
+    loop._generate()
+    loop._generate()
 
     def full(tensors, path):
         Path(path).write_bytes(b"half")
@@ -257,12 +257,13 @@ def test_a_take_from_the_middle_onto_a_full_disk(tiny_world, tmp_path, monkeypat
         loop.turn()
     assert re.fullmatch(rf"Recording cannot begin in {tmp_path}\S+: {reason}\.", loop.notices[-1])
     assert list((tmp_path / "takes").iterdir()) == [] and loop.status.recording is None
-    loop._dream()
+    loop._generate()
     loop.command("record")  # there is room again
     loop.turn()
-    loop._dream()
+    loop._generate()
+    loop.command("record")  # ends it
+    loop.turn()
     loop.stop()
-    loop._stop_recording()
     (take,) = (tmp_path / "takes").iterdir()
     assert loop.status.latent >= 4 and verify(take, tiny_world)["exact"]
 
