@@ -88,7 +88,7 @@ def test_a_bug_in_a_data_command(is_a_bug, clips, tmp_path, monkeypatch):
     TinyAutoencoder(**WIDTHS).save_pretrained(tmp_path / "autoencoder")
     monkeypatch.setattr("distill.data.encode.encode_frames", planted)
     is_a_bug(distill, "encode", "--clips", clips, "--autoencoder", tmp_path / "autoencoder")
-    monkeypatch.setattr("distill.data.collect.render", planted)
+    monkeypatch.setattr("distill.data.blocks.collect.render", planted)
     collect = ["--clips", "1", "--latents", "1", "--height", "8", "--width", "8", "--workers", "1"]
     is_a_bug(distill, "collect", "blocks", "--output", tmp_path / "new", *collect)
 
