@@ -283,7 +283,7 @@ def read_pose_json(path) -> tuple[np.ndarray, np.ndarray]:
         matrices = np.array([entry["K"] for entry in ordered], np.float64).reshape(-1, 3, 3)
     except OSError as error:
         raise UserError(f"Pose file {path} cannot be read: {error.strerror}.") from None
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
         raise UserError(
             f"Pose file {path} is not in WorldPlay's form "
             '{"0": {"extrinsic": 4x4, "K": 3x3 pixels}, ...}.'
