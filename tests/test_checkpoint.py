@@ -436,7 +436,7 @@ rollout: {{steps: [1000, 500], first_steps: [1000, 750], window: 6, chunk: {chun
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A folder: `vae/` and `prompts.safetensors` to go with the weights returned beside it."""
+    """A folder: `vae/` and `prompts.safetensors` to go with the weights, which are returned too."""
     folder = tmp_path_factory.mktemp("published")
     torch.manual_seed(3)
     AutoencoderKLWan(base_dim=8, z_dim=16, num_res_blocks=1).save_pretrained(folder / "vae")
@@ -476,7 +476,7 @@ def minwm(state, folder):
 
 
 def forcing(state, folder):
-    """zhuhz22/Causal-Forcing, gdhe17/Self-Forcing: the average beside the generator, no camera."""
+    """zhuhz22/Causal-Forcing, gdhe17/Self-Forcing: the average next to the generator, no camera."""
     wrong = {name: tensor + 1 for name, tensor in without_camera(state).items()}
     torch.save(
         {
@@ -540,7 +540,7 @@ def test_every_published_form_is_played(published, tmp_path, play, form, camera,
     words = ["--world", str(output), *walk, "--output", str(tmp_path / "walk.mp4")]
     capsys.readouterr()
     if form is minwm:  # the others without a process of their own: it starts slowly
-        told = subprocess.run(
+        printed = subprocess.run(
             [sys.executable, str(ROOT / "play.py"), *words],
             capture_output=True,
             text=True,
@@ -548,8 +548,8 @@ def test_every_published_form_is_played(published, tmp_path, play, form, camera,
         ).stdout
     else:
         assert play(words) == 0
-        told = capsys.readouterr().out
-    report = json.loads(told)
+        printed = capsys.readouterr().out
+    report = json.loads(printed)
     assert (report["world"], report["latents"]) == ("theirs", 32 if chunk == 4 else 30)
     with av.open(str(tmp_path / "walk.mp4")) as film:
         pictures = [frame.to_ndarray(format="rgb24").astype(int) for frame in film.decode(video=0)]
@@ -869,6 +869,6 @@ def test_an_older_world_stays_until_the_new_one_is_there(published, tmp_path):
     with pytest.raises(CheckpointError):
         convert(world, tmp_path / "theirs", replace(good, head_dim=7))
     assert (tmp_path / "theirs/world.yaml").read_text() == before
-    convert(replace(world, title="Anew"), tmp_path / "theirs", good)
-    assert World.from_pretrained(tmp_path / "theirs").config.title == "Anew"
+    convert(replace(world, title="Second"), tmp_path / "theirs", good)
+    assert World.from_pretrained(tmp_path / "theirs").config.title == "Second"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.yaml", "model.pt", "theirs"]

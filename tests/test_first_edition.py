@@ -26,15 +26,15 @@ EXAMPLES = Path(__file__).parent / "first_edition"
 EXPECTED = json.loads((EXAMPLES / "expected.json").read_text())
 SAME_DB = 40.0  # where the last bits may differ
 
-# Equality to the bit is asked for where torch and the processor's kernels are those that made the
+# Frames must be bit-identical where torch and the processor's kernels are those that made the
 # examples. A recording's `engine` names torch but no kernels, and processors with equal `engine`
-# records can dream other last bits.
+# records can differ in the last bits.
 MADE_HERE = EXPECTED["machine"] == {
     "torch": torch.__version__,
     "processor": describe_machine(torch.device("cpu"))["processor"],
     "kernels": torch.backends.cpu.get_cpu_capability(),
 }
-# Examples that need not be equal to the bit even there.
+# Examples that need not be bit-identical even there.
 # The bundle `merged` ran a chunk's clean pass together with the next chunk's first step, which no
 # longer exists: the same arithmetic in another order.
 ROUNDED = {"merged", "save-merged"}

@@ -738,7 +738,7 @@ def test_two_thousand_latents_stay_finite_and_flat():
     latents = []
     work = []
     viewmats, lens = walk(2000)
-    generator = torch.Generator().manual_seed(1)  # in a period the ring is written anew once
+    generator = torch.Generator().manual_seed(1)  # the ring is rebuilt once per interval
     lap = 10 * rollout.cache.rebase_interval
     with torch.no_grad():
         for index in range(2000):

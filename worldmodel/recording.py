@@ -1,11 +1,10 @@
-"""Records a session so that nothing but the last moment can be lost, reads it back, and dreams it
-again.
+"""Record a session so that at most its last moment can be lost, and replay and verify recordings.
 
 A recording is one unbroken take, and a training clip:
 
     video.mp4      fragmented H.264, readable at any moment; 4F-3 frames for F latents
-    session.jsonl  a header, one line a latent, and an end line when it was closed properly
-    poses.json     WorldPlay's format, one camera a latent
+    session.jsonl  a header, one line per latent, and an end line when it was closed properly
+    poses.json     WorldPlay's format, one camera per latent
     meta.yaml      caption (the prompt), fps, source "play:<world>", licence
     start.png      the start image, if the session had one
     start/         the session's state, if recording began in the middle

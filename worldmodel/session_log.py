@@ -51,7 +51,7 @@ class Log:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """The prompts it was dreamed with, in the order of their first use."""
+        """The prompts of the recording, in the order of their first use."""
         return tuple(
             dict.fromkeys([self.header["prompt"], *(line["prompt"] for line in self.lines)])
         )

@@ -15,6 +15,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Verify, and return the exit status: 0 when every frame is the same to the last bit."""
+    """Verify, and return the exit status: 0 when every frame is bit-identical."""
     args.verify = True
     return verify_recording(read_options(args))

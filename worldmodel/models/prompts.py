@@ -17,8 +17,8 @@ from worldmodel.files import replacing_file
 class PromptBook:
     """Embeddings [L, D] float32 by name, all of one shape, and the full text of each prompt.
 
-    embeddings: name -> [L, D]; the name "" stands for what guided dreams keep away from, and is no
-    prompt. texts: name -> the sentence that was embedded (a name without one is its own text).
+    embeddings: name -> [L, D]; the name "" is the negative prompt of guidance and cannot be
+    chosen. texts: name -> the sentence that was embedded (a name without one is its own text).
     """
 
     def __init__(self, embeddings: Mapping[str, Tensor], texts: Mapping[str, str] | None = None):

@@ -162,7 +162,7 @@ class StreamingEncoder(_TinyStream):
 
 
 class StreamingDecoder(_TinyStream):
-    """Decodes a live dream: the first latent gives one frame, each later one four."""
+    """Decode a stream of latents: the first gives one frame, each later one four."""
 
     def step(self, latents: Tensor, *, clamp: bool = True) -> Tensor:
         """Normalised latents [B,C,f,h,w] -> video [B,3,T,H,W] in [-1, 1]; T = 4f - 3 on the first

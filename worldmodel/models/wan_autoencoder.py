@@ -150,7 +150,7 @@ class WanStreamingEncoder(_WanStream):
 
 
 class WanStreamingDecoder(_WanStream):
-    """Decodes a live dream: the first latent gives one frame, each later one four."""
+    """Decode a stream of latents: the first gives one frame, each later one four."""
 
     _tells_first = True
 
