@@ -248,7 +248,7 @@ def test_key_to_pixel_of_a_steady_machine():
     slow = key_to_pixel(np.full(40, 400.0), np.full(40, 400.0), 250.0)[20 * PRESSES :]
     assert slow.mean() == pytest.approx(
         600, abs=1
-    )  # always dreaming: half a chunk of waiting, one of dreaming
+    )  # never idle: half a chunk of waiting, one of generating
 
 
 def test_benchmark_refuses_what_it_cannot_do(tiny_bundle, capsys):

@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 
-def dream(device, config):
+def generate(device, config):
     model = load_transformer(WEIGHTS, attention_head_dim=24).eval().to(device)
     rollout = Rollout(
         model, torch.ones(1, 5, 32, device=device), config, height=4, width=4, device=device
@@ -42,7 +42,7 @@ def dream(device, config):
 
 def test_rollout_on_cuda_matches_cpu():
     config = RolloutConfig(window=4, sinks=1)
-    torch.testing.assert_close(dream("cuda", config), dream("cpu", config), atol=1e-3, rtol=0)
+    torch.testing.assert_close(generate("cuda", config), generate("cpu", config), atol=1e-3, rtol=0)
 
 
 def test_no_chunk_waits_for_the_device():

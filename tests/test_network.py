@@ -437,7 +437,7 @@ def test_first_chunk_steps_match_reference(steps):
     torch.testing.assert_close(torch.cat(outputs, 2).transpose(1, 2), expected, atol=1e-4, rtol=0)
 
 
-def dream(network, config, frames=10, origin=0.0):
+def generate(network, config, frames=10, origin=0.0):
     rollout = Rollout(network, torch.ones(1, 5, network.config.text_dim), config, height=4, width=4)
     viewmats, lens = walk(frames, origin=origin)
     generator = torch.Generator().manual_seed(1)
@@ -455,7 +455,7 @@ def dream(network, config, frames=10, origin=0.0):
 @pytest.mark.parametrize("positions", ["window", "absolute"])
 def test_a_ring_prepared_ahead_and_one_with_gradients_give_the_same_rollout(network, positions):
     config = RolloutConfig(window=4, sinks=1, positions=positions)
-    plain, _ = dream(network, config)
+    plain, _ = generate(network, config)
     viewmats, lens = walk(10)
     ahead, graded = (
         Rollout(network, torch.ones(1, 5, network.config.text_dim), config, height=4, width=4)
@@ -488,7 +488,7 @@ RINGS = [
     "config", RINGS, ids=lambda config: f"{config.window}-{config.sinks}-{config.chunk}"
 )
 def test_a_ring_that_lives_on_equals_one_from_the_store(network, config):
-    lasting, rollout = dream(network, config, frames=18)
+    lasting, rollout = generate(network, config, frames=18)
     viewmats, lens = walk(18)
     fresh = Rollout(network, rollout.text, config, height=4, width=4)
     generator = torch.Generator().manual_seed(1)
@@ -508,7 +508,7 @@ def ring(rollout):
 
 def test_the_ring_stays_where_it_is(network):
     config = RolloutConfig(window=4, sinks=1, history=6)  # a new reference every second latent
-    _, rollout = dream(network, config, frames=3)
+    _, rollout = generate(network, config, frames=3)
     first = ring(rollout)
     (viewmats, lens) = walk(10)
     assert len(first) == 2 * network.config.num_layers
@@ -531,7 +531,7 @@ class Full(Exception):
 
 def test_a_pass_that_failed_half_way_can_be_tried_again(network, monkeypatch):
     config = RolloutConfig(window=4, sinks=1)
-    plain, broken = (dream(network, config, frames=7)[1] for _ in range(2))
+    plain, broken = (generate(network, config, frames=7)[1] for _ in range(2))
     (viewmats, lens) = walk(9)
     write = Ring.write
     calls = iter(range(100))
@@ -561,7 +561,7 @@ def test_a_pass_that_failed_half_way_can_be_tried_again(network, monkeypatch):
 
 
 def test_a_pass_for_the_cache_alone_stores_the_same(network):
-    rollout = dream(network, RolloutConfig(window=4))[1]
+    rollout = generate(network, RolloutConfig(window=4))[1]
     latents = torch.randn(1, network.config.in_channels, 1, 4, 4)
     viewmats, lens = walk(1)
     stored = []
@@ -578,7 +578,7 @@ def test_a_pass_for_the_cache_alone_stores_the_same(network):
 
 
 def test_a_context_is_freed_when_it_is_dropped(network):
-    rollout = dream(network, RolloutConfig(window=4))[1]
+    rollout = generate(network, RolloutConfig(window=4))[1]
     viewmats, lens = walk(1)
     latents = torch.zeros(1, network.config.in_channels, 1, 4, 4)
     with torch.no_grad():
@@ -710,8 +710,8 @@ def test_exact_numbers_have_a_place():
 
 
 def test_far_away_is_the_same_world(network):
-    near, _ = dream(network, RolloutConfig(window=4))
-    far, _ = dream(network, RolloutConfig(window=4), origin=10_000.0)
+    near, _ = generate(network, RolloutConfig(window=4))
+    far, _ = generate(network, RolloutConfig(window=4), origin=10_000.0)
     assert (near - far).abs().max() < 1e-3
 
 
@@ -757,7 +757,7 @@ def test_two_thousand_latents_stay_finite_and_flat():
 
 def test_rewind_and_fork_give_the_same_future(network):
     config = RolloutConfig(window=3, history=4)
-    _, rollout = dream(network, config, frames=6)
+    _, rollout = generate(network, config, frames=6)
     viewmats, lens = walk(9)
     twin = rollout.fork()
     future = []

@@ -57,14 +57,14 @@ def play(folder, session, poses, prompts=None):
     return np.concatenate(shown)
 
 
-def dreamed_again(folder, world):
+def replayed(folder, world):
     return np.concatenate([chunk.frames for chunk in replay(folder, world)])
 
 
 def test_replay_is_exact(tiny_world, tmp_path):
     session = Session(tiny_world, image="loud-1", seed=5, steps=1)
     shown = play(tmp_path / "take", session, WALK, prompts={4: "loud"})
-    np.testing.assert_array_equal(dreamed_again(tmp_path / "take", tiny_world), shown)
+    np.testing.assert_array_equal(replayed(tmp_path / "take", tiny_world), shown)
     report = verify(tmp_path / "take", tiny_world)
     assert report["exact"] and report["latents"] == 21 and report["first_difference"] is None
     assert report["engine_differs"] == [] and report["psnr_min"] > 20
@@ -75,7 +75,7 @@ def test_replay_of_other_rollouts(tmp_path, rollout):
     world = World.from_pretrained(
         make_tiny_bundle(tmp_path / "tiny", **rollout), dtype=torch.float32
     )
-    for name, image in (("dreamed", None), ("pictured", "grey-0")):
+    for name, image in (("generated", None), ("pictured", "grey-0")):
         session = Session(world, image=image)
         play(tmp_path / name, session, WALK[:12].reshape(-1, session.chunk, 4, 4))
         assert verify(tmp_path / name, world)["exact"]
@@ -87,7 +87,7 @@ def test_a_take_that_begins_in_the_middle(tiny_world, tmp_path):
         session.step(pose)
     session.rewind(1)
     shown = play(tmp_path / "take", session, WALK[5:12])
-    np.testing.assert_array_equal(dreamed_again(tmp_path / "take", tiny_world), shown)
+    np.testing.assert_array_equal(replayed(tmp_path / "take", tiny_world), shown)
     assert verify(tmp_path / "take", tiny_world)["exact"]
     clip = read_clip(tmp_path / "take")
     assert len(clip.frames) == 4 * 7 - 3

@@ -16,7 +16,7 @@ from worldmodel.worlds.world import World
 WALK = parse_trajectory("w*4,w+l*6,s*3", MotionStep(0.5, 6.0), style="walk")[1:]
 
 
-def dream(session, poses):
+def generate(session, poses):
     return [session.step(pose).frames for pose in poses]
 
 
@@ -64,16 +64,16 @@ def test_shapes_and_bookkeeping(tiny_world):
 
 
 def test_inputs_matter(tiny_world):
-    plain = dream(Session(tiny_world), WALK[:3])
-    same(plain, dream(Session(tiny_world), WALK[:3]))
+    plain = generate(Session(tiny_world), WALK[:3])
+    same(plain, generate(Session(tiny_world), WALK[:3]))
     for other in (
         Session(tiny_world, seed=1),
         Session(tiny_world, prompt="loud"),
         Session(tiny_world, steps=1),
         Session(tiny_world, image="grey-0"),
     ):
-        assert not np.array_equal(dream(other, WALK[:3])[-1], plain[-1])
-    turned = dream(
+        assert not np.array_equal(generate(other, WALK[:3])[-1], plain[-1])
+    turned = generate(
         Session(tiny_world),
         [advance(pose, [0, 0, 0], 30.0 * k, 0) for k, pose in enumerate(WALK[:3])],
     )
@@ -82,8 +82,8 @@ def test_inputs_matter(tiny_world):
 
 def test_only_relative_poses_matter(tiny_world):
     away = advance(np.eye(4), [10_000.0, 3.0, -20_000.0], 130.0, 10.0)
-    here = dream(Session(tiny_world, c2w=WALK[0]), WALK[1:6])
-    there = dream(Session(tiny_world, c2w=away @ WALK[0]), away @ WALK[1:6])
+    here = generate(Session(tiny_world, c2w=WALK[0]), WALK[1:6])
+    there = generate(Session(tiny_world, c2w=away @ WALK[0]), away @ WALK[1:6])
     for one, other in zip(here, there, strict=True):
         assert np.abs(one.astype(int) - other).max() <= 1  # one step of rounding
 
@@ -100,33 +100,33 @@ def test_noise_is_the_latents_own(tiny_world, variant):
 
 def test_rewind_and_fork(variant):
     world, walk = variant
-    straight = dream(Session(world, seed=3, image="grey-1"), walk)
+    straight = generate(Session(world, seed=3, image="grey-1"), walk)
     session = Session(world, seed=3, image="grey-1")
-    dream(session, walk[:3])
+    generate(session, walk[:3])
     fork = session.fork()
-    dream(fork, walk[::-1])  # somewhere else altogether
-    same(dream(session, walk[3:]), straight[3:])
+    generate(fork, walk[::-1])  # somewhere else altogether
+    same(generate(session, walk[3:]), straight[3:])
     session.rewind(2 * session.chunk)
     assert session.frames == 1 + len(WALK[:12]) - 2 * session.chunk
-    for one, other in zip(dream(session, walk[-2:]), straight[-2:], strict=True):
+    for one, other in zip(generate(session, walk[-2:]), straight[-2:], strict=True):
         assert np.abs(one.astype(int) - other).max() <= 1
 
 
 def test_rewind_is_exact_and_bounded(tiny_world):
     session = Session(tiny_world, image="grey-0", history=6)
-    straight = dream(session, WALK[:10])
+    straight = generate(session, WALK[:10])
     before = session.poses
     with pytest.raises(ValueError, match="Cannot take back 7 latents: .* at most 6"):
         session.rewind(7)
     np.testing.assert_array_equal(session.poses, before)
     session.rewind(6)
-    same(dream(session, WALK[4:10]), straight[4:])
+    same(generate(session, WALK[4:10]), straight[4:])
     fresh = Session(tiny_world, image="grey-0")
     fresh.step(WALK[0])
     with pytest.raises(ValueError, match="at most 1 "):  # the start image itself stays
         fresh.rewind(2)
     fresh.rewind(1)
-    same(dream(fresh, WALK[:2]), straight[:2])
+    same(generate(fresh, WALK[:2]), straight[:2])
 
 
 def test_the_clean_pass_beside_the_decoder_changes_nothing(variant, monkeypatch):
@@ -144,7 +144,7 @@ def test_the_clean_pass_beside_the_decoder_changes_nothing(variant, monkeypatch)
         monkeypatch.setattr("worldmodel.session.cores", lambda count=cores: count)
         session = Session(world, image="grey-1")
         with torch.inference_mode():  # a mode of a thread
-            films.append(dream(session, walk))
+            films.append(generate(session, walk))
     same(*films)
     assert len(threads) == 2 and session.rollout.pending is None
 
@@ -163,7 +163,7 @@ def test_an_error_of_the_clean_pass_beside_the_decoder_is_told(tiny_world, monke
 
 def test_memory_is_bounded(tiny_world):
     session = Session(tiny_world, history=5)
-    dream(session, np.tile(WALK, (3, 1, 1)))
+    generate(session, np.tile(WALK, (3, 1, 1)))
     assert (
         len(session._states) == 6
         and len(session.rollout.cache.frames) <= tiny_world.config.rollout.window + 5
@@ -173,13 +173,13 @@ def test_memory_is_bounded(tiny_world):
 def test_save_and_load(variant, tmp_path):
     world, walk = variant
     session = Session(world, prompt="loud", image="loud-1", seed=11, steps=1)
-    dream(session, walk[:3])
+    generate(session, walk[:3])
     session.save(tmp_path / "save")
-    future = dream(session, walk[3:])
+    future = generate(session, walk[3:])
     loaded = Session.load(tmp_path / "save", world)
     assert (loaded.prompt, loaded.seed, loaded.steps, loaded.first) == ("loud", 11, 1, None)
     np.testing.assert_array_equal(loaded.image, session.image)
-    same(dream(loaded, walk[3:]), future)
+    same(generate(loaded, walk[3:]), future)
     np.testing.assert_array_equal(loaded.poses, session.poses)
     session.save(tmp_path / "save")  # over an older save
     assert Session.load(tmp_path / "save", world).frames == session.frames
@@ -209,19 +209,19 @@ def test_prompt_and_restart(tiny_world):
     session.step(WALK[0])
     session.set_prompt("loud")
     other = session.step(WALK[1])
-    plain = dream(Session(tiny_world, image="grey-0"), WALK[:2])
+    plain = generate(Session(tiny_world, image="grey-0"), WALK[:2])
     assert other.prompt == "loud" and not np.array_equal(other.frames, plain[1])
     with pytest.raises(ValueError, match="did you mean 'loud'"):
         session.reset(0, "load")
     assert session.frames == 3
     session.reset(0, "grey", "grey-0")
-    same(dream(session, WALK[:2]), plain)
+    same(generate(session, WALK[:2]), plain)
 
 
 def test_bfloat16(tiny_bundle):
     world = World.from_pretrained(tiny_bundle, dtype=torch.bfloat16)
     session = Session(world, image="grey-0")
-    assert dream(session, WALK[:6])[-1].shape == (4, 32, 48, 3)
+    assert generate(session, WALK[:6])[-1].shape == (4, 32, 48, 3)
 
 
 def test_bad_input(tiny_world, tmp_path):

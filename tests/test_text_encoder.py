@@ -489,29 +489,29 @@ def world(bundle):
     return World.from_pretrained(bundle, dtype=torch.float32)
 
 
-def dream(session, latents=3):
+def generate(session, latents=3):
     return np.concatenate([session.step(np.eye(4)).frames for _ in range(latents)])
 
 
-def test_a_session_dreams_what_was_written(world, encoder):
+def test_a_session_follows_the_prompt(world, encoder):
     session = Session(world, prompt=ENGLISH, seed=3)
-    shown = dream(session)
+    shown = generate(session)
     assert session.prompt == ENGLISH
     shutil.rmtree(encoder)
     again = Session(
         replace(world), prompt=ENGLISH, seed=3
     )  # another opening of the world: the cache answers
-    assert np.array_equal(dream(again), shown)
+    assert np.array_equal(generate(again), shown)
     with pytest.raises(ValueError, match="The text encoder is not in"):
         again.set_prompt(CHINESE)
     assert again.prompt == ENGLISH
     again.set_prompt("loud")
-    assert not np.array_equal(dream(again), dream(session))
+    assert not np.array_equal(generate(again), generate(session))
 
 
-def test_other_words_are_another_dream(world):
+def test_another_prompt_gives_other_frames(world):
     assert not np.array_equal(
-        dream(Session(world, prompt=ENGLISH)), dream(Session(world, prompt=CHINESE))
+        generate(Session(world, prompt=ENGLISH)), generate(Session(world, prompt=CHINESE))
     )
 
 
@@ -561,10 +561,10 @@ def test_replay_finds_the_words_again(world, encoder, tmp_path, cache):
 
 def test_a_saved_session_keeps_its_words(world, tmp_path):
     session = Session(world, prompt=CHINESE)
-    dream(session)
+    generate(session)
     session.save(tmp_path / "saved")
     again = Session.load(tmp_path / "saved", replace(world))
-    assert again.prompt == CHINESE and np.array_equal(dream(again), dream(session))
+    assert again.prompt == CHINESE and np.array_equal(generate(again), generate(session))
 
 
 @pytest.mark.parametrize("prompt", [CHINESE, LONG])

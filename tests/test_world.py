@@ -133,7 +133,7 @@ def test_only_what_decides_pixels_is_hashed(tiny_world, copy):
         assert World.from_pretrained(copy).fingerprint != tiny_world.fingerprint
 
 
-def test_what_guided_dreams_keep_away_from_is_no_prompt(tmp_path):
+def test_the_negative_prompt_cannot_be_chosen(tmp_path):
     rows = {"grey": torch.ones(2, 3), "": torch.full((2, 3), 0.5)}
     PromptBook(rows).save(tmp_path / "book.safetensors")
     book = PromptBook.load(tmp_path / "book.safetensors")
