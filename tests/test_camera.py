@@ -21,6 +21,7 @@ from worldmodel.camera import (
     vectors_to_poses,
     write_pose_json,
 )
+from worldmodel.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 META = json.loads((GOLDEN / "camera.json").read_text())
@@ -127,9 +128,10 @@ def test_bad_poses(tmp_path):
         check_poses(good, count=8, source="walk.json")
     with pytest.raises(ValueError, match="shape"):
         check_poses(np.zeros((3, 3)))
-    (tmp_path / "broken.json").write_text('{"0": {"extrin')
-    with pytest.raises(ValueError, match="WorldPlay's form"):
-        read_pose_json(tmp_path / "broken.json")
+    for text in ('{"0": {"extrin', "[1, 2]", '{"0": {"extrinsic": [1], "K": "x"}}'):
+        (tmp_path / "broken.json").write_text(text)
+        with pytest.raises(UserError, match="WorldPlay's form"):
+            read_pose_json(tmp_path / "broken.json")
     with pytest.raises(ValueError, match="cannot be read"):
         read_pose_json(tmp_path / "absent.json")
     with pytest.raises(ValueError, match="centre"):
