@@ -5,7 +5,6 @@ random world.
 import copy
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -19,7 +18,6 @@ from distill.data.blocks.town import MOODS
 from distill.data.blocks.walker import Gait
 from distill.evaluate import cases as towns
 from distill.evaluate import scores
-from distill.evaluate.evaluate import EvaluateOptions, evaluate
 from distill.evaluate.generate import generate, load_transformer, parse_variant, reconstruct
 from worldmodel.camera import FRAMES_PER_LATENT
 from worldmodel.models.prompts import PromptBook
@@ -27,7 +25,6 @@ from worldmodel.rollout import RolloutConfig
 from worldmodel.worlds.world import World, save_world
 
 LENS = (0.5, 0.8333, 0.5, 0.5)
-EMBEDDED = Path("assets/worlds/blocks")
 
 
 @pytest.fixture(scope="module")
@@ -391,27 +388,3 @@ def test_bad_input_is_one_sentence(town_bundle, tiny_bundle, tmp_path, capsys):
         error = capsys.readouterr().err.strip()
         assert error.startswith("evaluate: ") and "\n" not in error
     assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture(scope="module")
-def embedded_flow():
-    """Shares of the cases in which the embedded world's picture moves as it must, by direction."""
-    if not (EMBEDDED / "world.yaml").is_file():
-        pytest.skip("the embedded world is not there")
-    world = World.from_pretrained(EMBEDDED, dtype=torch.float32)
-    (variant,) = parse_variant(f"blocks={EMBEDDED / 'transformer'}", world.config.rollout)
-    results, _ = evaluate(
-        world, [variant], EvaluateOptions(cases=1, latents=1, returns=1, flows=4, drift_latents=0)
-    )
-    return results["flow"][1]
-
-
-@pytest.mark.weights
-def test_the_embedded_world_follows_the_camera(embedded_flow):
-    assert embedded_flow["right"] == embedded_flow["left"] == 1
-    assert embedded_flow["forward"] >= 0.75
-
-
-@pytest.mark.weights
-def test_the_embedded_world_walks_backwards(embedded_flow):
-    assert embedded_flow["back"] >= 0.75
