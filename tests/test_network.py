@@ -729,7 +729,8 @@ class Work(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_two_thousand_latents_stay_finite_and_flat():
+@pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
+def test_long_rollouts_stay_finite_and_flat(count):
     model = load_transformer(
         GOLDEN / "weights_cd_teacher.safetensors", attention_head_dim=24
     ).eval()
@@ -737,19 +738,20 @@ def test_two_thousand_latents_stay_finite_and_flat():
     rollout = Rollout(model, torch.ones(1, 5, model.config.text_dim), config, height=4, width=4)
     latents = []
     work = []
-    viewmats, lens = walk(2000)
+    viewmats, lens = walk(count)
     generator = torch.Generator().manual_seed(1)  # the ring is rebuilt once per interval
     lap = 10 * rollout.cache.rebase_interval
+    last = count // lap - 1
     with torch.no_grad():
-        for index in range(2000):
+        for index in range(count):
             if index % lap == 0:
                 work.append(Work())
-            with work[-1] if len(work) in (2, 66) else nullcontext():
+            with work[-1] if len(work) in (2, last + 1) else nullcontext():
                 latents.append(
                     rollout.step(viewmats[:, index : index + 1], lens, generator=generator)
                 )
-    assert work[1].done == work[65].done and work[1].done.total() > 100 * lap  # flat in time
-    assert all(latent.isfinite().all() for latent in latents) and rollout.frames == 2000
+    assert work[1].done == work[last].done and work[1].done.total() > 100 * lap  # flat in time
+    assert all(latent.isfinite().all() for latent in latents) and rollout.frames == count
     assert (
         len(rollout.cache.frames) == 5 + 2 + 1
     )  # flat in memory: window, history, and the sink that outlives both

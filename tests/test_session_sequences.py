@@ -50,9 +50,13 @@ class Sequences(RuleBasedStateMachine):
     def begin(self):
         return Session(self.world, "grey", self.image, seed=3, history=HISTORY)
 
+    def first_latents(self, session):
+        """Latents of the first chunk: a picture's own, or a generated chunk."""
+        return 1 if self.image else session.chunk
+
     def chunk_of(self, session, motion):
         """Steps on from the last pose; returns the frames."""
-        pose = session.poses[-1] if session.frames else np.eye(4)
+        pose = session.poses[-1]
         forward, yaw = motion
         poses = []
         for _ in range(session.chunk):
@@ -65,7 +69,7 @@ class Sequences(RuleBasedStateMachine):
         if past not in self.straight:
             session = self.straight.pop(past[:-1], (None, None))[0] or self.begin()
             frames = None
-            done = (session.frames - (self.image is not None)) // session.chunk
+            done = (session.frames - self.first_latents(session)) // session.chunk
             for motion, prompt in past[done:]:
                 if prompt != session.prompt:
                     session.set_prompt(prompt)
@@ -84,7 +88,7 @@ class Sequences(RuleBasedStateMachine):
         take.kept = min(take.kept + 1, HISTORY // take.session.chunk)
         np.testing.assert_array_equal(frames, self.expected(take.past)[1])
         if shown:  # the player's loop commits a chunk while it is shown, a faster one does not
-            take.session.settle()
+            take.session.commit_pending()
 
     @rule(number=st.integers(0, SESSIONS - 1), prompt=st.sampled_from(["grey", "loud"]))
     def set_prompt(self, number, prompt):
@@ -127,8 +131,9 @@ class Sequences(RuleBasedStateMachine):
     @invariant()
     def every_session_knows_its_past(self):
         for take in self.takes:
-            chunks = len(take.past) * take.session.chunk
-            assert take.session.frames == chunks + (self.image is not None)
+            chunk = take.session.chunk
+            assert take.session.frames == self.first_latents(take.session) + chunk * len(take.past)
+            assert take.session.rewindable == chunk * take.kept
             assert take.session.prompt == take.prompt
 
     def teardown(self):
@@ -136,7 +141,7 @@ class Sequences(RuleBasedStateMachine):
             if take.past:
                 saved = []
                 for session in (take.session, self.expected(take.past)[0]):
-                    session.settle()
+                    session.commit_pending()
                     saved.append(load_file(self.save(session) / "session.safetensors"))
                 ours, theirs = saved
                 assert ours.keys() == theirs.keys()

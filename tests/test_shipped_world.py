@@ -1,5 +1,5 @@
-"""What the shipped world `blocks` must still do: follow the camera, and stay near the true frames on
-fixed paths. The renderer draws the truth, so nothing is stored but the floors.
+"""What the shipped world `blocks` must still do: follow the camera, and stay near the true frames
+on fixed paths. The renderer draws the truth, so nothing is stored but the floors.
 """
 
 from pathlib import Path
@@ -10,8 +10,8 @@ import torch
 
 from distill import metrics
 from distill.data.blocks.renderer import render
-from distill.evaluate import cases as protocol
 from distill.evaluate import scores
+from distill.evaluate.cases import FLOWS, fidelity_cases, flow_cases
 from worldmodel.camera import relative_to_first
 from worldmodel.session import Session
 from worldmodel.worlds.world import World
@@ -56,7 +56,7 @@ def generated_frames(world, case) -> list[np.ndarray]:
 
 
 def test_pictures_stay_near_the_truth(blocks):
-    cases = protocol.fidelity_cases(4, max(HORIZONS), seed=0)
+    cases = fidelity_cases(4, max(HORIZONS), seed=0)
     measured = {}
     for case in cases:
         frames = generated_frames(blocks, case)
@@ -72,9 +72,9 @@ def test_pictures_stay_near_the_truth(blocks):
 
 @pytest.mark.parametrize("count", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_picture_moves_as_the_camera_does(blocks, count):
-    cases = protocol.flow_cases(count, seed=0)
+    cases = flow_cases(count, seed=0)
     films = np.stack([np.concatenate(generated_frames(blocks, case)) for case in cases])
     right = scores.flow_directions(films, cases)
-    assert right.keys() == set(protocol.FLOWS)
+    assert right.keys() == set(FLOWS)
     assert right["right"] == right["left"] == 1
     assert min(right.values()) >= 0.75

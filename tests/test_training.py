@@ -47,9 +47,10 @@ SMALL_AUTOENCODER = {
 # Trains every stage in a process of its own, which is killed in its fourth step; the checkpoint is
 # from the second.
 KILLED = """
-import os, signal, sys
+import importlib, os, signal, sys
 import distill.train as training
 from distill.config import load_recipe
+from distill.stages import STAGES
 build = training.build_stage
 
 def mortal(name, recipe, device):
@@ -63,6 +64,8 @@ def mortal(name, recipe, device):
     return stage
 
 training.build_stage = mortal
+for kind in STAGES.values():  # once for all children
+    importlib.import_module(kind.split(":")[0])
 config, *stages = sys.argv[1].split(",")
 for name in stages:
     child = os.fork()
@@ -734,6 +737,7 @@ def test_muon_learns_and_goes_on_exactly(clips, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_run(clips, straight, tmp_path):
     """torchrun, the whole command: both processes take part, one of them writes."""
     options = overrides(
