@@ -1,4 +1,4 @@
-"""The package: what it exports, what importing costs, and a wheel that plays away from the checkout."""
+"""The package: what it exports, what importing costs, a wheel that plays away from the checkout."""
 
 import json
 import os
