@@ -529,6 +529,18 @@ def test_the_ground_truth_pulls_rollouts_that_began_with_it(clips, straight, giv
     assert bool(given) == bool(losses[1] > losses[0])
 
 
+def test_noise_on_the_context_changes_what_follows(clips, straight):
+    samples = []
+    for sigma in (0, 0.2):
+        recipe = load_recipe(TINY, overrides(clips, straight, f"dmd.context_sigma={sigma}"))
+        stage = build_stage("dmd", recipe, torch.device("cpu"))
+        items = torch.utils.data.default_collate([stage.dataset()[i] for i in range(2)])
+        windows = stage.prepare(items, torch.Generator().manual_seed(0))
+        draws = (torch.Generator().manual_seed(0) for _ in range(2))
+        samples.append(stage.generate_sample(windows, *draws, grad=False).latents)
+    assert samples[0].shape == samples[1].shape and not torch.equal(*samples)
+
+
 def test_scores_compare_at_noise_levels_of_their_own(clips, straight):
     drawn = {}
     for shift in (0, 1, 5):
@@ -566,7 +578,7 @@ def test_a_compiled_step_is_the_plain_step(clips, straight):
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-6)
 
 
-def test_sigmas_stay_float32_under_bfloat16_and_context_noise_is_told(clips, straight):
+def test_sigmas_stay_float32_under_bfloat16_and_the_context_is_noised(clips, straight):
     recipe = load_recipe(
         TINY,
         overrides(
@@ -578,17 +590,15 @@ def test_sigmas_stay_float32_under_bfloat16_and_context_noise_is_told(clips, str
     )
     stage = build_stage("teacher_forcing", recipe, torch.device("cpu"))
     seen = []
-    stage.student.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
-    )
+    stage.student.register_forward_pre_hook(lambda module, args: seen.append(args))
     batch = torch.utils.data.default_collate([stage.dataset()[i] for i in range(2)])
     with torch.autocast("cpu", torch.bfloat16):
         list(stage.losses(batch, 0, torch.Generator().manual_seed(0)))
-    (_, sigma, text, matrices), kwargs = seen[0]
-    assert sigma.dtype == matrices.dtype == kwargs["clean_sigma"].dtype == torch.float32
-    assert 0 < kwargs["clean_sigma"].max() <= 0.3 and not torch.equal(
-        kwargs["clean"], batch["latents"]
-    )
+    latents, sigma, text, _ = seen[0]
+    frames = batch["latents"].shape[2]
+    assert sigma.dtype == latents.dtype == torch.float32 and sigma.shape == (2, 2 * frames)
+    assert 0 < sigma[:, :frames].max() <= 0.3 < sigma[:, frames:].max()
+    assert not torch.equal(latents[:, :, :frames], batch["latents"])
     assert not text.any()  # every caption dropped
 
 
