@@ -45,17 +45,16 @@ class FakeSession:
         self.machine = machine
         self.scene = scene
         self.number = number
-        self.poses = [np.eye(4)] if machine.scenes.pictures else []
         self.furthest = 0
         self.prompt = "meadow"
         self.changes = []
+        latents = 1 if machine.scenes.pictures else machine.scenes.chunk
+        self.poses = [np.eye(4)] * latents
+        self.first = self._chunk(4 * latents - 3, 0, latents)
 
     def set_prompt(self, name):
         self.prompt = name
         self.changes.append((name, len(self.poses)))
-
-    def start(self):
-        return self._chunk(1, 0, 1) if self.machine.scenes.pictures else None
 
     def step(self, c2w, early=None):
         self.machine.begun.append(self.machine.clock())
@@ -65,14 +64,14 @@ class FakeSession:
         assert c2w.shape == (latents, 4, 4)
         self.poses.extend(c2w)
         self.furthest = max(self.furthest, self.frames)
-        chunk = self._chunk(4 * latents if index else 4 * latents - 3, index, latents)
+        chunk = self._chunk(4 * latents, index, latents)
         if early:
             early(chunk.frames[:1])
             self.machine.spend(self.machine.rest_seconds) if self.machine.rest_seconds else None
         return chunk
 
-    def settle(self):
-        self.machine.settled += 1
+    def commit_pending(self):
+        self.machine.committed += 1
 
     @property
     def frames(self):
@@ -154,7 +153,7 @@ class Machine:
         self.rest_seconds = rest_seconds
         self.step_seconds = step_seconds if callable(step_seconds) else lambda: step_seconds
         self.milliseconds = 0
-        self.settled = 0
+        self.committed = 0
         self.begun = []
         self.rewound = []
         self.seen = []

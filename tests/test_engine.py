@@ -23,13 +23,13 @@ from worldmodel.engine.engine import (
     HISTORY,
     TIERS,
     Engine,
-    EngineOptions,
     Tier,
     choose_attention,
     demand,
     select_tiers,
     tiers_from,
 )
+from worldmodel.engine.options import CHOICES, EngineOptions
 from worldmodel.engine.quantize import quantize
 from worldmodel.models.attention import Bidirectional
 from worldmodel.models.kv_cache import KVCache
@@ -457,3 +457,7 @@ def test_a_compiler_that_fails_is_mentioned_once(tiny_bundle, monkeypatch):
     assert (
         session.step(WALK[2]).notice == "" and world.engine.compiled is None and compiled.ready == 0
     )
+
+
+def test_every_tier_can_be_chosen_by_its_memory():
+    assert CHOICES["memory"] == ("auto", *(tier.name.split()[0] for tier in TIERS))

@@ -9,7 +9,7 @@ import torch
 from distill.data.blocks.renderer import render
 from distill.data.blocks.town import Town
 from worldmodel.camera import advance
-from worldmodel.engine.engine import EngineOptions
+from worldmodel.engine.options import EngineOptions
 from worldmodel.models.attention import TeacherForcing
 from worldmodel.rollout import Rollout, RolloutConfig
 from worldmodel.session import Session

@@ -185,6 +185,8 @@ class OneRoom:
         self.go = threading.Event()
         self.entered = threading.Event()
         self.index = 0
+        self.first = self._chunk(1)
+        self.poses = np.eye(4)[None]
 
     def open(self, scene):
         return self, Scene("grey", None, 0)
@@ -193,16 +195,13 @@ class OneRoom:
         self.recorder = StubRecorder(folder)
         return self.recorder
 
-    def start(self):
-        return self._chunk(1)
-
     def step(self, c2w, early=None):
         self.entered.set()
         self.go.wait()
         self.index += 1
         return self._chunk(4)
 
-    def settle(self):
+    def commit_pending(self):
         pass
 
     def _chunk(self, count):

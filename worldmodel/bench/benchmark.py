@@ -26,7 +26,7 @@ from worldmodel.bench.machine import (
 from worldmodel.bench.random_world import AUTOENCODERS, SHAPES, Shape, random_config, random_world
 from worldmodel.bench.walk import ENGINE_KEYS, PARTS, Variant, Walk
 from worldmodel.device import fast_dtype, open_device, synchronize, usual_threads
-from worldmodel.engine.engine import EngineOptions
+from worldmodel.engine.options import EngineOptions
 from worldmodel.errors import UserError
 from worldmodel.files import check_output
 from worldmodel.worlds.catalog import find_world

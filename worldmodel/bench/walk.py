@@ -15,7 +15,7 @@ from worldmodel.bench.reference_loop import ReferenceLoop
 from worldmodel.camera import FRAMES_PER_LATENT, MotionStep, parse_trajectory
 from worldmodel.config import as_dict, build, parse_yaml
 from worldmodel.device import float64_device, synchronize
-from worldmodel.engine.engine import EngineOptions
+from worldmodel.engine.options import EngineOptions
 from worldmodel.errors import UserError, first_line
 from worldmodel.pacing import key_to_pixel
 from worldmodel.rollout import RolloutConfig, with_steps

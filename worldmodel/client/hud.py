@@ -210,12 +210,12 @@ class Hud:
             y += self.px(38)
 
     def rewind(self, seconds: float) -> None:
-        """Draw two arrows and the seconds that are left to go back, top centre."""
+        """Draw two arrows and the seconds that are left to go back, above the rows of keys."""
         left = f"{seconds:.1f} s left" if seconds > 0 else "as far as it goes"
         words = self.text(f"back: {left}", 24)
         reach = self.px(7)
         box = pygame.Rect(0, 0, words.get_width() + 4 * reach + self.px(40), self.px(36))
-        box.midtop = (self.screen.get_width() // 2, self.px(14))
+        box.midbottom = (self.screen.get_width() // 2, self._bottom(130))
         self.panel(box, radius=18)
         for number in (1, 3):
             self._arrow(
@@ -236,7 +236,7 @@ class Hud:
             bar = pygame.Rect(0, 0, self.px(14), self.px(52))
             bar.center = (centre[0] + side * self.px(14), centre[1] - self.px(20))
             pygame.draw.rect(self.screen, WHITE, bar, border_radius=self.px(4))
-        words = self.text("paused   -   P goes on", 24, MUTED)
+        words = self.text("paused   -   P resumes", 24, MUTED)
         self.screen.blit(words, words.get_rect(center=(centre[0], centre[1] + self.px(34))))
 
     # -------------------- other screens

@@ -11,28 +11,30 @@ from worldmodel.camera import parse_trajectory
 from worldmodel.cli import positive, print_progress, threads
 from worldmodel.config import build, parse_yaml
 from worldmodel.device import usual_threads
+from worldmodel.engine.options import CHOICES
 from worldmodel.errors import UserError
 from worldmodel.files import check_output, check_output_folder, data_folder
 from worldmodel.worlds.catalog import find_world
 from worldmodel.worlds.labels import Labels
 
 KEYS_HELP = (
-    "keys: W A S D move, arrows and mouse look (a click captures the mouse), Shift run, R "
-    "restart, N next mood, T new town, M another mood in this place, P pause, F9 record, F12 "
-    "screenshot, F1 figures, Esc releases the mouse, then quits"
+    "keys: W A S D move, arrows and mouse look (a click captures the mouse), Shift run, Backspace "
+    "go back 8 latents (hold: further), R restart, N restart with the next prompt, T restart with "
+    "the next start image and seed, M change the prompt without a restart, P pause, F9 record, F12 "
+    "screenshot, F1 figures, Esc release the mouse, then quit"
 )
 
 
 @dataclass(frozen=True)
 class PlayOptions:
-    """What the player asked for. None means: as the world has it."""
+    """What the player asked for. None means the world's default."""
 
     world: Path = data_folder("worlds") / "blocks"  # bundle folder
-    prompt: str | None = None  # a mood of the world, or any text where it has a text encoder
+    prompt: str | None = None  # a prompt of the world, or any text where it has a text encoder
     image: str | None = None  # name of a start image of the world, or a picture file
     seed: int = 0
-    steps: int | None = None  # denoising steps a chunk
-    memory: str = "auto"  # this and the next three: worldmodel.engine.engine.EngineOptions
+    steps: int | None = None  # denoising steps per chunk
+    memory: str = "auto"  # this and the next three: EngineOptions
     weights: str = "auto"
     compile: str = "auto"
     attention: str = "auto"
@@ -46,12 +48,12 @@ class PlayOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `worldmodel play`."""
+    """Add the options of `worldmodel play`."""
     parser.epilog = KEYS_HELP
     parser.add_argument(
         "--prompt",
-        metavar="MOOD",
-        help="mood to start in, or your own words where there is a text encoder",
+        metavar="TEXT",
+        help="prompt of the world to start with, or your own words where it has a text encoder",
     )
     parser.add_argument(
         "--image", metavar="NAME|FILE", help="start image: one of the world's, or a file of yours"
@@ -87,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which world is opened, and how it is computed."""
+    """Add the options that choose a world and how it is computed."""
     parser.add_argument(
         "--world",
         metavar="NAME|FOLDER",
@@ -101,34 +103,36 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--memory",
-        choices=("auto", "40", "24", "16", "12", "8"),
+        choices=CHOICES["memory"],
         default="auto",
         help="GB of a GPU to plan for",
     )
     parser.add_argument(
         "--weights",
-        choices=("auto", "full", "int8", "fp8"),
+        choices=CHOICES["weights"],
         default="auto",
         help="type of the weights",
     )
     parser.add_argument(
         "--compile",
-        choices=("auto", "on", "off"),
+        choices=CHOICES["compile"],
         default="auto",
         help="compile the blocks: auto (on CUDA), on (before play begins), off",
     )
     parser.add_argument(
-        "--attention", choices=("auto", "torch", "fa3"), default="auto", help="attention kernel"
+        "--attention", choices=CHOICES["attention"], default="auto", help="attention kernel"
     )
 
 
 def read_options(args: argparse.Namespace) -> PlayOptions:
-    """Parsed arguments -> PlayOptions. Raises UserError with one sentence for what cannot be
-    honoured; a published world is fetched first.
+    """Return the options of parsed arguments; a published world is fetched first.
+
+    Raises UserError with one sentence for what cannot be honoured.
     """
     given = vars(args)
     replay = given.get("replay")
-    world = given.pop("world") or (recorded_world(replay) if replay else "blocks")
+    default = recorded_world(replay) if replay else "blocks"
+    world = given.pop("world") or default
     options = PlayOptions(world=find_world(world, print_progress), **given)
     _check_together(options)
     _check_scene(options)
@@ -138,50 +142,58 @@ def read_options(args: argparse.Namespace) -> PlayOptions:
 
 
 def _check_together(options: PlayOptions) -> None:
+    """Raise UserError for options that contradict each other."""
+    if options.seed < 0:
+        raise UserError(f"--seed must be 0 or more, got {options.seed}.")
     if options.verify and options.replay is None:
         raise UserError("--verify compares a recording; name its folder with --replay DIR.")
-    if options.output and not options.headless:
+    if options.replay:
+        _check_replay(options)
+    if options.output:
+        _check_film(options)
+    if options.record:
+        _check_new_recording(options.record)
+
+
+def _check_replay(options: PlayOptions) -> None:
+    if options.trajectory or options.prompt or options.image or options.steps or options.seed:
+        raise UserError(
+            "--replay cannot be combined with --trajectory, --prompt, --image, --steps or --seed: "
+            "the recording holds them; omit those options."
+        )
+    if options.record:
+        raise UserError(
+            "--replay cannot be combined with --record: to have the recording twice, copy its "
+            "folder."
+        )
+    if options.verify and (options.output or options.headless):
+        raise UserError(
+            "--verify cannot be combined with --headless or --output: it only compares; omit them."
+        )
+
+
+def _check_film(options: PlayOptions) -> None:
+    if not options.headless:
         raise UserError(
             "--output is the film of a walk without a window; add --headless (in a window, F9 "
             "records)."
         )
-    if options.output and options.output.is_dir():
+    if options.output.is_dir():
         raise UserError(
             f"--output must be a file such as {options.output / 'walk.mp4'}, got the folder "
             f"{options.output}."
         )
-    if options.output:
-        check_output(options.output)
-    if options.replay and (
-        options.trajectory or options.prompt or options.image or options.steps or options.seed
-    ):
-        raise UserError(
-            "--replay brings its own path, mood, picture, seed and steps; leave those options away."
-        )
-    if options.replay and options.record:
-        raise UserError(
-            "--replay is not recorded again; copy the folder instead of adding --record."
-        )
-    if options.verify and (options.output or options.headless):
-        raise UserError("--replay DIR --verify only compares; leave --headless and --output away.")
-    if options.seed < 0:
-        raise UserError(f"--seed must be 0 or more, got {options.seed}.")
-    if (
-        options.record
-        and options.record.exists()
-        and any(options.record.iterdir() if options.record.is_dir() else [1])
-    ):
-        raise UserError(
-            f"{options.record} exists and is not empty; name a new folder for the recording."
-        )
-    if options.record:
-        check_output_folder(options.record)
+    check_output(options.output)
+
+
+def _check_new_recording(folder: Path) -> None:
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not empty; name a new folder for the recording.")
+    check_output_folder(folder)
 
 
 def recorded_world(folder: Path) -> str:
-    """Name of the world that a recording was made in; UserError when `folder` is not a
-    recording.
-    """
+    """Return the name of the world of a recording. Raises UserError if `folder` is not one."""
     try:
         with (folder / "session.jsonl").open(encoding="utf-8") as lines:
             return str(json.loads(lines.readline())["world"])
@@ -192,8 +204,9 @@ def recorded_world(folder: Path) -> str:
 
 
 def _check_scene(options: PlayOptions) -> None:
-    """Prompt and picture exist, as far as can be said without torch; the world itself checks
-    everything again.
+    """Raise UserError for a prompt or a start picture that the world does not have.
+
+    Opening the world checks them in full.
     """
     if options.prompt is not None:
         _check_prompt(options.prompt, options.world)
@@ -204,10 +217,10 @@ def _check_scene(options: PlayOptions) -> None:
 
 
 def _check_prompt(prompt: str, world: Path) -> None:
-    """A mood of the world, or any text in one with a text encoder."""
+    """Raise UserError unless the world has this prompt, or a text encoder."""
     if not prompt.strip():
         raise UserError(
-            "--prompt is empty; name a mood of the world, or leave it away for the world's first."
+            "--prompt is empty; name a prompt of the world, or omit it for the world's default."
         )
     if not world_values(world).get("text_encoder"):
         _known("prompt", prompt, prompt_names(world))
@@ -222,7 +235,7 @@ def _known(what: str, name: str, names: list[str]) -> None:
 
 
 def prompt_names(folder: Path) -> list[str]:
-    """Names of a bundle's prompts."""
+    """Return the names of a bundle's prompts. Raises UserError if its file cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -235,27 +248,30 @@ def prompt_names(folder: Path) -> list[str]:
 
 
 def image_files(folder: Path, prompt: str | None = None) -> list[str]:
-    """File names in `images/` of a bundle, those of `prompt` (default: of the usual one) first."""
+    """Return the file names in `images/` of a bundle, those of `prompt` (None = the default) first.
+
+    A faulty world.yaml has none: opening the world reports it.
+    """
     values = world_values(folder)
     try:
         groups = dict(values.get("images") or {})
-        usual = prompt or (values.get("prompts") or {}).get("default")
-        return [*groups.pop(usual, ()), *(name for group in groups.values() for name in group)]
+        first = prompt or (values.get("prompts") or {}).get("default")
+        return [*groups.pop(first, ()), *(name for group in groups.values() for name in group)]
     except (ValueError, AttributeError, TypeError):
         return []
 
 
 def world_labels(folder: Path) -> Labels:
-    """What a bundle calls its actions; the defaults where its world.yaml cannot be read."""
+    """Return what a bundle calls its actions; the defaults where its world.yaml is faulty."""
     try:
         return build(Labels, world_values(folder).get("labels") or {}, "labels")
-    except UserError:  # reported in full when the world is opened
+    except UserError:  # opening the world reports it
         return Labels()
 
 
 def world_values(folder: Path) -> dict:
-    """What a bundle's world.yaml says; empty for a faulty one, which is reported in full when the
-    world is opened.
+    """Return the values of a bundle's world.yaml; none for a faulty one, which opening the world
+    reports.
     """
     try:
         values = parse_yaml((folder / "world.yaml").read_text(encoding="utf-8"))

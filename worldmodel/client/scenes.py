@@ -37,7 +37,7 @@ def open_scenes(options: PlayOptions, tell: Callable[[str, float], None]) -> "Sc
     torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision("medium")  # twice as fast on CPUs that compute in float32
     tell("Opening the world", 0.8)
-    from worldmodel.engine.engine import EngineOptions
+    from worldmodel.engine.options import EngineOptions
     from worldmodel.worlds.world import World
 
     engine = EngineOptions(options.memory, options.weights, options.compile, options.attention)

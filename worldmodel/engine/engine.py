@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from worldmodel.engine.compile import CompiledBlocks
+from worldmodel.engine.options import EngineOptions
 from worldmodel.engine.quantize import has_torchao, linear_layers, quantize
 from worldmodel.errors import UserError
 from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.rollout import RolloutConfig
 
-WEIGHTS = ("full", "int8", "fp8")
 HISTORY = 40  # latents to rewind, where a world does not say and memory allows
 # share of the free memory that may be planned with: allocators round up, and the ring, which is the
 # most, never moves
@@ -55,36 +55,6 @@ TIERS = (
     Tier("12 GB", weights="int8", window=8, history=1),
     Tier("8 GB", weights="int8", window=4, history=1),
 )
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What the player may decide; "auto": what the device allows."""
-
-    memory: str = "auto"  # "40", "24", "16", "12" or "8": plan for a device with so many GB
-    weights: str = "auto"  # "auto" (as the tier says), "full", "int8" or "fp8"
-    # blocks: "on" (compiled before play begins), "off"; "auto" = on CUDA, while playing
-    compile: str = "auto"
-    # "torch" (scaled_dot_product_attention as it is), "fa3" (FlashAttention 3 inside it); "auto" =
-    # fa3 where it is
-    attention: str = "auto"
-
-    def __post_init__(self):
-        choices = {
-            "memory": ("auto", *(tier.name.split()[0] for tier in TIERS)),
-            "weights": ("auto", *WEIGHTS),
-            "compile": ("auto", "on", "off"),
-            "attention": ("auto", "torch", "fa3"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}."
-                )
-
-    def compiles(self, device: torch.device) -> bool:
-        """Whether blocks are compiled on `device`."""
-        return self.compile == "on" or self.compile == "auto" and device.type == "cuda"
 
 
 @dataclass(frozen=True)

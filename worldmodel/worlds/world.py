@@ -17,12 +17,12 @@ from worldmodel.engine.engine import (
     HISTORY,
     Demand,
     Engine,
-    EngineOptions,
     demand,
     select_tiers,
     start_engine,
     tiers_from,
 )
+from worldmodel.engine.options import EngineOptions
 from worldmodel.engine.quantize import quantize
 from worldmodel.errors import UserError
 from worldmodel.files import data_folder, replacing_folder
