@@ -21,7 +21,7 @@ from distill.data.clips import read_clip
 from worldmodel.camera import MotionStep, parse_trajectory
 from worldmodel.client.loop import Loop, LoopOptions
 from worldmodel.client.scenes import Scenes
-from worldmodel.engine.engine import EngineOptions
+from worldmodel.engine.options import EngineOptions
 from worldmodel.recording import Recorder, recorded_engine, replay, verify
 from worldmodel.session import Session
 from worldmodel.session_log import read_log, recover

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from worldmodel.camera import check_poses, write_pose_json
 from worldmodel.config import as_dict
 from worldmodel.device import is_out_of_memory
-from worldmodel.engine.engine import EngineOptions
+from worldmodel.engine.options import EngineOptions
 from worldmodel.errors import UserError, first_line, log_bug
 from worldmodel.files import lock
 from worldmodel.images import read_image, write_png
