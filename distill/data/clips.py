@@ -88,8 +88,9 @@ def write_clip(
         intrinsics: [4] normalised, constant over the clip.
         extra: further entries of meta.yaml (plain values).
     Raises:
-        UserError: frames do not fit the poses, a pose is not valid, sizes are odd, or a clip of
-        this name exists.
+        UserError: the frames do not fit the poses, a pose is not valid, or a clip of this name
+        exists.
+        ValueError: the frames are not uint8 pictures of even height and width.
     """
     root = Path(root)
     frames = np.asarray(frames)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from worldmodel.camera import FRAMES_PER_LATENT, invert, relative_to_first
 from worldmodel.errors import UserError
-from worldmodel.images import to_frames
+from worldmodel.images import to_frames, to_unit_range
 from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.models.wan_autoencoder import Autoencoder
 from worldmodel.rollout import Rollout, RolloutConfig, with_steps
@@ -166,4 +166,4 @@ def reconstruct(autoencoder: Autoencoder, frames: np.ndarray, batch: int = 8) ->
 def to_video(frames: np.ndarray, autoencoder: Autoencoder) -> Tensor:
     """uint8 [B, T, H, W, 3] -> [B, 3, T, H, W] in [-1, 1], of the autoencoder's type and device."""
     video = torch.from_numpy(np.ascontiguousarray(frames)).to(autoencoder.device)
-    return video.permute(0, 4, 1, 2, 3).to(autoencoder.dtype) / 127.5 - 1
+    return to_unit_range(video.permute(0, 4, 1, 2, 3)).to(autoencoder.dtype)
