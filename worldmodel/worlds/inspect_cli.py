@@ -1,4 +1,4 @@
-"""`worldmodel inspect SOURCE`: say what weights are."""
+"""`worldmodel inspect SOURCE`: describe a weights file."""
 
 import argparse
 
