@@ -9,7 +9,7 @@ from worldmodel.cli import run_command
 COMMANDS = {
     "play": ("worldmodel.client.play", "walk through a world, in a window or into a film"),
     "verify": ("worldmodel.client.verify", "replay a recording and compare every frame"),
-    "inspect": ("worldmodel.worlds.inspect_cli", "describe a weights file: architecture, size, naming"),
+    "inspect": ("worldmodel.worlds.inspect_cli", "describe a weights file"),
     "convert": ("worldmodel.worlds.convert_cli", "make a world of published weights"),
     "benchmark": ("worldmodel.bench.benchmark", "measure the speed of play"),
 }
