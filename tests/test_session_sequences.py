@@ -21,8 +21,8 @@ MOTIONS = [(0.3, 0.0), (0.0, 25.0), (-0.4, -10.0), (0.0, 0.0)]  # units forward,
 
 
 class Take:
-    """A session and its inputs, so that they can be repeated: `past` holds the motion and the prompt
-    of every chunk, `kept` the number of chunks that can be taken back.
+    """A session and its inputs, so that they can be repeated: `past` holds the motion and the
+    prompt of every chunk, `kept` the number of chunks that can be taken back.
     """
 
     def __init__(self, session, past=(), prompt="grey", kept=0):
