@@ -67,21 +67,6 @@ class MotionStep:
         )
 
 
-@dataclass(frozen=True)
-class Camera:
-    """The cameras of a clip: `viewmats` [F,4,4] float64 w2c, `intrinsics` [4] float64 (fx/W, fy/H,
-    cx/W, cy/H).
-    """
-
-    viewmats: np.ndarray
-    intrinsics: np.ndarray
-
-    @classmethod
-    def from_poses(cls, c2w, intrinsics) -> "Camera":
-        """c2w [F,4,4] -> a Camera relative to the first pose."""
-        return cls(invert(relative_to_first(check_poses(c2w))), np.asarray(intrinsics, np.float64))
-
-
 # -------------------- motion
 
 

@@ -69,11 +69,6 @@ def to_x0(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
     return x - over_latents(sigma, x) * velocity
 
 
-def to_velocity(x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
-    """Velocity that leads from `x` to `x0`: `(x - x0) / sigma`; sigma must be above 0."""
-    return (x - x0) / over_latents(sigma, x)
-
-
 def nearest_grid_sigma(sigma: Tensor, shift: float) -> Tensor:
     """The nearest point of the 1000-step grid, which never reaches 0 (0 becomes 0.00498 at shift
     5).
