@@ -63,9 +63,9 @@ def test_clips_are_the_references_samples(footage, tmp_path, poses, capfd):
     arguments = ["--frames", "15", "--height", "48", "--width", "80", "--output", str(output)]
     assert main(["import", "--input", str(footage / "preencode_input.json"), *arguments]) == 0
     assert (
-        "2 clips imported" in (said := capfd.readouterr()).out
-        and "import: warning: 000002_w19" in said.err
-        and "left out" in said.err
+        "2 clips imported" in (printed := capfd.readouterr()).out
+        and "import: warning: 000002_w19" in printed.err
+        and "skipped" in printed.err
     )
     folders = list_clips(output)
     assert [folder.name for folder in folders] == ["000000_w3right1d4", "000001_left2s5"]
@@ -102,7 +102,7 @@ def test_poses_from_folder_names(footage, tmp_path):
     clip = read_clip(tmp_path / "clips" / "000000_w2d1")
     assert clip.caption == "garden" and np.allclose(clip.c2w[3, :3, 3], [0.08, 0, 0.16])
     (videos / "000000_w2d1").rename(videos / "000000_w29")
-    with pytest.raises(ValueError, match="30 poses, the video has 4.*not sure"):
+    with pytest.raises(ValueError, match="30 poses, the video 4 latent.*uncertain"):
         import_clips(ImportConfig(videos, tmp_path / "other", caption="garden"))
 
 
