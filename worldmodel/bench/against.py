@@ -81,6 +81,7 @@ def compare(checkout: Path, settings: Settings, pairs: int = PAIRS) -> dict:
     with tqdm(total=2 * pairs, desc="benchmark", unit="process", leave=False) as bar:
         for index in range(pairs):
             walks.append(_pair(other, settings, index % 2 == 0, bar))
+            logger.info("pair %d of %d: %s", index + 1, pairs, walks[-1].report())
     these = [pair.this for pair in walks]
     others = [pair.other for pair in walks]
     return {
