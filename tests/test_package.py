@@ -1,4 +1,4 @@
-"""The package: what it exports, what importing costs, a wheel that plays away from the checkout."""
+"""The package: what it exports, and a wheel that plays away from the checkout."""
 
 import json
 import os
@@ -87,7 +87,7 @@ def test_verify(tiny_bundle, tmp_path, capsys, play):
     assert main(["verify", str(take), *options]) == 0
     assert json.loads(capsys.readouterr().out)["exact"] is True
     assert main(["verify", str(tmp_path / "none"), *options]) == 2
-    assert capsys.readouterr().err.startswith(f"verify: {tmp_path / 'none'} is no recording")
+    assert capsys.readouterr().err.startswith(f"verify: {tmp_path / 'none'} is not a recording")
 
 
 def copy_sources(folder: Path) -> Path:
