@@ -47,10 +47,9 @@ SMALL_AUTOENCODER = {
 # Trains every stage in a process of its own, which is killed in its fourth step; the checkpoint is
 # from the second.
 KILLED = """
-import importlib, os, signal, sys
+import os, signal, sys
 import distill.train as training
 from distill.config import load_recipe
-from distill.stages import STAGES
 build = training.build_stage
 
 def mortal(name, recipe, device):
@@ -64,8 +63,6 @@ def mortal(name, recipe, device):
     return stage
 
 training.build_stage = mortal
-for kind in STAGES.values():  # once for all children
-    importlib.import_module(kind.split(":")[0])
 config, *stages = sys.argv[1].split(",")
 for name in stages:
     child = os.fork()
