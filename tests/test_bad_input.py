@@ -380,7 +380,7 @@ def row(number: int, **values):
         (row(0, fingerprint=None), "session.jsonl is damaged: expected 'fingerprint'", 2),
         (row(0, fingerprint="other"), "was recorded in the world 'tiny'", 2),
         (row(2, c2w=[[1.0]]), "session.jsonl: expected poses", 2),
-        (row(2, sha256="other"), "from latent 1 on the dream is not the recorded one", 1),
+        (row(2, sha256="other"), "from latent 1 on the replay differs from the recording", 1),
         (
             lambda f: (f / "video.mp4").write_bytes((f / "video.mp4").read_bytes()[:1200]),
             "video.mp4 (cannot be read|ends before)",

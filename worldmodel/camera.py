@@ -20,7 +20,7 @@ from worldmodel.files import write_file
 # and its pose is that of frame 4k, so F latents are 4F - 3 video frames.
 FRAMES_PER_LATENT = 4
 
-# What one held key does: movement in camera axes (x, y, z) and turn (yaw, pitch), in units of a
+# What one held key does: movement in camera axes (x, y, z) and turn (yaw, pitch), in units of
 # MotionStep. `u`/`dn` rise and sink, `up`/`down` look: minWM's and WorldPlay's keys do not clash.
 MOTIONS = {
     "w": ((0, 0, 1), (0, 0)),
@@ -37,7 +37,7 @@ MOTIONS = {
     "right": ((0, 0, 0), (1, 0)),
     "up": ((0, 0, 0), (0, 1)),
     "down": ((0, 0, 0), (0, -1)),
-    "wait": ((0, 0, 0), (0, 0)),  # ours: all that a world without camera weights can be asked for
+    "wait": ((0, 0, 0), (0, 0)),  # ours: the only key of a world without camera control
 }
 STYLES = ("fly", "walk")
 MOST_LATENTS = 100_000  # of a trajectory text: seven hours
@@ -47,18 +47,19 @@ _ROTATION_TOLERANCE = 1e-3  # files store rotations in float32 or a few decimals
 
 @dataclass(frozen=True)
 class MotionStep:
-    """How far a held key carries the camera during one latent frame (the defaults are Wan's,
-    minWM's, WorldPlay's).
+    """How far a held key moves the camera during one latent frame.
+
+    The defaults are those of minWM and WorldPlay.
     """
 
-    move: float = 0.08  # world units a latent, forwards and back
-    turn: float = 3.0  # degrees a latent, left and right
-    strafe: float | None = None  # world units a latent, sideways; None = as `move`
-    vertical: float | None = None  # world units a latent, up and down; None = as `move`
-    pitch: float | None = None  # degrees a latent, up and down; None = as `turn`
+    move: float = 0.08  # world units per latent, forwards and back
+    turn: float = 3.0  # degrees per latent, left and right
+    strafe: float | None = None  # world units per latent, sideways; None = as `move`
+    vertical: float | None = None  # world units per latent, up and down; None = as `move`
+    pitch: float | None = None  # degrees per latent, up and down; None = as `turn`
 
     def scale(self) -> tuple[np.ndarray, np.ndarray]:
-        """Units a latent along x, y, z, and degrees a latent of yaw and pitch."""
+        """Return units per latent along x, y, z, and degrees per latent of yaw and pitch."""
         strafe, vertical = (
             self.move if value is None else value for value in (self.strafe, self.vertical)
         )
@@ -71,8 +72,8 @@ class MotionStep:
 
 
 def rotation(yaw: float, pitch: float) -> np.ndarray:
-    """[3,3] camera-to-world rotation: `yaw` degrees right about the down axis, then `pitch` degrees
-    up about own x.
+    """Return the [3,3] camera-to-world rotation of `yaw` degrees right about the down axis, then
+    `pitch` degrees up about the camera's x axis.
     """
     yaw = np.deg2rad(yaw)
     pitch = np.deg2rad(pitch)
@@ -86,12 +87,11 @@ def rotation(yaw: float, pitch: float) -> np.ndarray:
 
 
 def advance(c2w: np.ndarray, move, yaw: float, pitch: float, style: str = "fly") -> np.ndarray:
-    """One motion: turn by `yaw`, `pitch` degrees, then move by `move` [3] units; returns a new
-    [4,4] c2w.
+    """Turn by `yaw`, `pitch` degrees, then move by `move` [3] units; return a new c2w [4,4].
 
     "fly" turns and moves about the camera's own axes (minWM, WorldPlay). "walk" yaws about the
     world's vertical axis and moves on the ground plane along the heading, so looking up or down
-    does not change the way.
+    does not change the direction.
     """
     pose = c2w.copy()
     move = np.asarray(move, np.float64)
@@ -106,14 +106,13 @@ def advance(c2w: np.ndarray, move, yaw: float, pitch: float, style: str = "fly")
 
 
 def parse_trajectory(text: str, step: MotionStep = MotionStep(), style: str = "fly") -> np.ndarray:
-    """Trajectory text -> c2w [N+1,4,4]; the first pose is the identity, one pose a latent frame
-    follows.
+    """Return c2w [N+1,4,4] of a trajectory text: the identity, then one pose per latent frame.
 
     Reads minWM's `w*5,j*3` and WorldPlay's `w-3, right-0.5`; `+` joins keys held together: `w+l*4`.
     Counts are latent frames. Fractions count: the next command starts where the last one ended,
     inside a latent, and an unfinished last latent is completed by standing still.
     Differs: WorldPlay cuts fractions off. Joined keys turn first, then move, as both references do
-    in one motion.
+    in one motion. Raises UserError for a text that does not follow this form.
     """
     if style not in STYLES:
         raise ValueError(f"style must be one of {', '.join(STYLES)}, got {style!r}.")
@@ -138,7 +137,7 @@ def parse_trajectory(text: str, step: MotionStep = MotionStep(), style: str = "f
 
 
 def _commands(text: str):
-    """Trajectory text -> list of (move [3], turn [2], count in latents)."""
+    """Return a list of (move [3], turn [2], count in latents) of a trajectory text."""
     commands = []
     for part in text.lower().split(","):
         match = _COMMAND.match(part.strip())
@@ -167,9 +166,7 @@ def _commands(text: str):
 
 
 def invert(poses: np.ndarray) -> np.ndarray:
-    """Inverse of rigid transforms [...,4,4] (c2w <-> w2c), exact in structure: transpose and rotate
-    back.
-    """
+    """Invert rigid transforms [...,4,4] (c2w <-> w2c) exactly: transpose the rotation."""
     poses = np.asarray(poses, np.float64)
     inverse = np.zeros_like(poses)
     rotations = np.swapaxes(poses[..., :3, :3], -1, -2)
@@ -180,9 +177,7 @@ def invert(poses: np.ndarray) -> np.ndarray:
 
 
 def relative_to_first(c2w: np.ndarray) -> np.ndarray:
-    """c2w [F,4,4] in any world -> the same cameras in the first one's frame (the first becomes the
-    identity).
-    """
+    """Express c2w [F,4,4] in the frame of the first camera, which becomes the identity."""
     c2w = np.asarray(c2w, np.float64)
     relative = invert(c2w[0]) @ c2w
     relative[0] = np.eye(4)
@@ -190,10 +185,9 @@ def relative_to_first(c2w: np.ndarray) -> np.ndarray:
 
 
 def check_poses(c2w, count: int | None = None, source: str = "") -> np.ndarray:
-    """Returns `c2w` as float64 [F,4,4], or raises UserError with one sentence that names the first
-    bad pose.
+    """Return `c2w` as float64 [F,4,4]. Raises UserError, which names the first bad pose.
 
-    count: how many poses are needed at least. source: where they came from, for the sentence.
+    count: the least number of poses. source: where they came from, for the message.
     """
     where = f"{source}: " if source else ""
     try:
@@ -220,6 +214,7 @@ def check_poses(c2w, count: int | None = None, source: str = "") -> np.ndarray:
 
 
 def _pose_fault(pose: np.ndarray) -> str | None:
+    """Return what is wrong with a pose [4,4], or None."""
     if not np.isfinite(pose).all():
         return "holds NaN or infinity"
     if np.abs(pose[3] - [0, 0, 0, 1]).max() > 1e-6:
@@ -233,17 +228,15 @@ def _pose_fault(pose: np.ndarray) -> str | None:
 
 
 def poses_to_vectors(c2w: np.ndarray) -> np.ndarray:
-    """c2w [F,4,4] -> w2c vectors [F,7] (tx, ty, tz, qx, qy, qz, qw), as minWM's LMDB files store
-    them.
+    """Convert c2w [F,4,4] to w2c vectors [F,7] (tx, ty, tz, qx, qy, qz, qw), the form of minWM's
+    LMDB files.
     """
     w2c = invert(c2w)
     return np.concatenate([w2c[:, :3, 3], Rotation.from_matrix(w2c[:, :3, :3]).as_quat()], axis=1)
 
 
 def vectors_to_poses(vectors: np.ndarray) -> np.ndarray:
-    """w2c vectors [F,7] (tx, ty, tz, qx, qy, qz, qw) -> c2w [F,4,4]; the inverse of
-    `poses_to_vectors`.
-    """
+    """Convert w2c vectors [F,7] to c2w [F,4,4]: the inverse of `poses_to_vectors`."""
     vectors = np.asarray(vectors, np.float64)
     w2c = np.tile(np.eye(4), (len(vectors), 1, 1))
     w2c[:, :3, :3] = Rotation.from_quat(vectors[:, 3:]).as_matrix()
@@ -255,7 +248,7 @@ def vectors_to_poses(vectors: np.ndarray) -> np.ndarray:
 
 
 def read_pose_json(path) -> tuple[np.ndarray, np.ndarray]:
-    """WorldPlay's pose file -> (c2w [F,4,4], intrinsics [F,4] normalised fx/W, fy/H, cx/W, cy/H).
+    """Read WorldPlay's pose file: (c2w [F,4,4], intrinsics [F,4] as fx/W, fy/H, cx/W, cy/H).
 
     The file holds no picture size: as in the reference (minWM `build_worldplaygen_lmdb`), it is
     twice the principal point, which therefore comes back as 0.5, 0.5.
@@ -287,7 +280,7 @@ def read_pose_json(path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_pose_json(path, c2w, intrinsics, width: int, height: int) -> None:
-    """Writes WorldPlay's pose file: c2w [F,4,4] and K in pixels of width x height, one entry a
+    """Write WorldPlay's pose file: c2w [F,4,4] and K in pixels of width x height, one entry per
     latent frame.
 
     intrinsics: [4] or [F,4], normalised. The principal point must be the centre (see

@@ -1,9 +1,8 @@
-"""Time-stamped key and mouse edges -> one exact camera pose a latent frame, inside what a world
-knows.
+"""Time-stamped key and mouse edges -> one exact camera pose per latent frame, within what a world
+has learned.
 
 The clock belongs to the caller: every method takes the time `t` in seconds, of any origin. Edges
-may come from another thread than the one that asks for poses. Neither torch nor pygame is needed
-here.
+may come from another thread than the one that asks for poses. Needs neither torch nor pygame.
 """
 
 import math
@@ -37,14 +36,17 @@ _RUNNING = np.array([1, 1, 1, 0, 0], bool)
 
 @dataclass(frozen=True)
 class Envelope:
-    """The motion a world has learned; what it has not learned is 0 (locked)."""
+    """The motion a world has learned; what it has not learned is 0 (locked).
 
-    forward: float = 0.08  # units a latent
-    strafe: float = 0.08  # units a latent
-    vertical: float = 0.0  # units a latent
+    Raises UserError for a value out of its range.
+    """
+
+    forward: float = 0.08  # units per latent
+    strafe: float = 0.08  # units per latent
+    vertical: float = 0.0  # units per latent
     run: float = 1.0  # factor on the three above while `run` is held; 1 = locked
-    yaw: float = 3.0  # degrees a latent
-    pitch: float = 3.0  # degrees a latent
+    yaw: float = 3.0  # degrees per latent
+    pitch: float = 3.0  # degrees per latent
     pitch_limit: float = 60.0  # degrees above and below the horizon
     smoothing: float = 1.0  # share of the speed change made in one latent; 1 = at once
     # "walk": yaw about the vertical, move on the ground; "fly": about the camera's own axes
@@ -71,7 +73,7 @@ class Envelope:
 
     @property
     def locked(self) -> tuple[str, ...]:
-        """Names of the MOTIONS this world does not know."""
+        """Names of the MOTIONS this world has not learned."""
         nothing = {axis: 0 for axis in AXES} | {"run": 1}
         return tuple(
             name for name, (axis, _) in MOTIONS.items() if getattr(self, axis) == nothing[axis]
@@ -79,14 +81,14 @@ class Envelope:
 
     @property
     def limits(self) -> np.ndarray:
-        """[5] largest motion a latent without running, in the order of AXES."""
+        """[5] largest motion per latent without running, in the order of AXES."""
         return np.array(
             [self.forward, self.strafe, self.vertical, self.yaw, self.pitch], np.float64
         )
 
 
 class Controls:
-    """Integrates edges between two calls of `pose_until` exactly: speed is constant between
+    """Integrate the edges between two calls of `pose_until` exactly: speed is constant between
     neighbouring edges.
 
     A latent is worth `frames_per_latent / fps` seconds. Called at that pace, a key held for a third
@@ -95,7 +97,8 @@ class Controls:
     step. The first call starts the clock and moves nothing. Of opposite motions the latest pressed
     wins until it is released.
 
-    envelope: what the world knows. fps: pixel frames a second. sensitivity: degrees a mouse count.
+    envelope: what the world has learned. fps: pixel frames a second. sensitivity: degrees per mouse
+    count.
     """
 
     def __init__(
@@ -109,15 +112,14 @@ class Controls:
         self.sensitivity = sensitivity
         self._latent = frames_per_latent / fps  # seconds
         self._lock = threading.Lock()
-        self._edges: list[
-            tuple[float, str, object]
-        ] = []  # (t, "press" | "release" | "look", motion or counts)
+        # (t, "press" | "release" | "look", motion or counts)
+        self._edges: list[tuple[float, str, object]] = []
         self._held: dict[str, None] = {}  # in the order of pressing
         self.reset()
 
     @property
     def locked(self) -> tuple[str, ...]:
-        """Names of the MOTIONS that the world's envelope does not know."""
+        """Names of the MOTIONS that the world has not learned."""
         return self.envelope.locked
 
     @property
@@ -137,17 +139,17 @@ class Controls:
         return self._velocity.copy()
 
     def press(self, motion: str, t: float) -> None:
-        """The key of `motion` (one of MOTIONS) went down at `t` seconds. A locked motion is
-        remembered but moves nothing.
+        """Note that the key of `motion` (one of MOTIONS) went down at `t` seconds. A locked motion
+        is held but moves nothing.
         """
         self._add(t, "press", _known(motion))
 
     def release(self, motion: str, t: float) -> None:
-        """The key of `motion` went up at `t` seconds."""
+        """Note that the key of `motion` went up at `t` seconds."""
         self._add(t, "release", _known(motion))
 
     def look(self, dx: float, dy: float, t: float) -> None:
-        """The mouse moved by `dx` counts right and `dy` counts down at `t` seconds."""
+        """Note that the mouse moved by `dx` counts right and `dy` counts down at `t` seconds."""
         if not (math.isfinite(dx) and math.isfinite(dy)):
             raise ValueError(f"Mouse motion must be finite, got {dx}, {dy}.")
         self._add(t, "look", (dx, dy))
@@ -163,15 +165,12 @@ class Controls:
             self._edges.clear()
         self._pose = pose
         self._velocity = np.zeros(len(AXES))
-        self._carried = np.zeros(
-            2
-        )  # mouse degrees (yaw, pitch) that did not fit into the last latent
+        # mouse degrees (yaw, pitch) that did not fit into the last latent
+        self._carried = np.zeros(2)
         self._since: float | None = None
 
     def pose_until(self, t: float) -> np.ndarray:
-        """The camera after everything that happened until `t`: one latent frame further. Returns
-        c2w [4,4].
-        """
+        """Return c2w [4,4] after all edges until `t`: one latent frame further."""
         with self._lock:
             edges = sorted((edge for edge in self._edges if edge[0] <= t), key=lambda edge: edge[0])
             self._edges = [edge for edge in self._edges if edge[0] > t]
@@ -197,17 +196,15 @@ class Controls:
             self._edges.append((t, kind, value))
 
     def _integrate(self, edges, start: float, end: float) -> tuple[np.ndarray, np.ndarray]:
-        """Share [5] of the envelope that the keys ask for between start and end, and mouse motion
-        [2] in counts.
+        """Return the share [5] of the envelope that the keys ask for between start and end, and
+        the mouse motion [2] in counts.
         """
         mouse = np.zeros(2)
         total = np.zeros(len(AXES))
         active = np.zeros(len(_GROUPS))
         now = start
         for when, kind, value in [*edges, (end, "end", None)]:
-            when = min(
-                max(when, start), end
-            )  # an edge that was delivered late counts from the start
+            when = min(max(when, start), end)  # an edge that came late counts from the start
             speed = self._speed()
             total += speed * (when - now)
             active += (_GROUPS @ np.abs(speed) > 0) * (when - now)
@@ -229,8 +226,8 @@ class Controls:
             self._held.pop(motion, None)
 
     def _speed(self) -> np.ndarray:
-        """[5] share of the envelope asked for by the keys held now; diagonals have length 1,
-        running `run`.
+        """Return the share [5] of the envelope that the held keys ask for; diagonals have length 1,
+        or `run` while running.
         """
         speed = np.zeros(len(AXES))
         for motion in self._held:  # later presses overwrite earlier ones

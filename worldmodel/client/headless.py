@@ -1,4 +1,4 @@
-"""Without a window: walk a path, write a film, say how fast it was."""
+"""Play without a window: walk a path, write a film, report the speed."""
 
 import json
 import sys
@@ -66,10 +66,10 @@ class Film:
 
 
 def walk(options: PlayOptions) -> int:
-    """Dream the asked path, the tour or a recording into an MP4 and print one line of JSON; returns
-    the exit status.
+    """Write a walk along a path, the tour or a recording as MP4 and print one line of JSON.
 
-    A recording that ends early (a full disk) is an OSError at the end, when the film is complete.
+    Returns the exit status. A recording that ends early (a full disk) raises OSError at the end,
+    when the film is complete.
     """
     output = options.output or _free_name(OUTPUT)
     scenes = _open(options)
@@ -83,11 +83,11 @@ def walk(options: PlayOptions) -> int:
         with (
             recorder or nullcontext(),
             open_film(output, scenes.fps) as film,
-            tqdm(total=total, desc="dreaming", unit="latent") as bar,
+            tqdm(total=total, desc="walking", unit="latent") as bar,
         ):
             begun = time.perf_counter()
             for chunk in chunks:
-                if chunk.index > 0:  # the first picture is not what walking costs
+                if chunk.index > 0:  # the first picture costs more than walking does
                     spent.append((time.perf_counter() - begun) * 1000 / chunk.latents)
                     timings.append(
                         {name: value / chunk.latents for name, value in chunk.timings.items()}
@@ -109,9 +109,7 @@ def walk(options: PlayOptions) -> int:
 
 
 def verify_recording(options: PlayOptions) -> int:
-    """Dream a recording again and print how far it is from what was recorded; 0 only when nothing
-    differs.
-    """
+    """Replay a recording and print the differences as JSON; return 0 if there is none, else 1."""
     from worldmodel.recording import verify
 
     result = verify(options.replay, _open(options).world)
@@ -124,23 +122,25 @@ def verify_recording(options: PlayOptions) -> int:
         else ""
     )
     print_progress(
-        f"verify: from latent {result['first_difference']} on the dream is not the recorded "
-        f"one{changed}. Expected: {result['expected']}."
+        f"verify: from latent {result['first_difference']} on the replay differs from the "
+        f"recording{changed}. Expected: {result['expected']}."
     )
     return 1
 
 
 def _open(options: PlayOptions) -> Scenes:
+    """Open the world and print the progress."""
     return open_scenes(options, lambda stage, _: print_progress(f"{stage} ..."))
 
 
 def _replayed(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, None, None]:
+    """Return the FrameChunks of a recording, as `_walked` does."""
     film, _ = scenes.replay(options.replay)
     return (chunk for chunk, _ in film), None, None
 
 
 def _walked(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, int, "Recorder | None"]:
-    """(FrameChunks of a path, latents in all, its recording when that was asked for)."""
+    """Return the FrameChunks of a path, their number of latents, and the recorder if wanted."""
     path = (
         written_path(options.trajectory, scenes.envelope)
         if options.trajectory
@@ -166,7 +166,10 @@ def _walked(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, int, "Recor
 def _report(
     scenes: Scenes, options: PlayOptions, output: Path, latents: int, spent: np.ndarray, timings
 ) -> dict:
-    """The measured figures of a walk, and the machine they were measured on."""
+    """Return the figures of a walk, and the machine they were measured on.
+
+    spent: milliseconds per latent of each chunk. timings: the same by part.
+    """
     from worldmodel.bench.machine import describe_machine
 
     p50, p95 = np.percentile(spent, (50, 95)) if len(spent) else (0.0, 0.0)
@@ -187,7 +190,7 @@ def _report(
 
 
 def _free_name(path: Path) -> Path:
-    """`path`, or `path` with a number: a film that nobody named does not replace an older one."""
+    """Return `path`, or `path` with a number if it exists: the default name replaces no film."""
     number = 1
     free = path
     while free.exists():
