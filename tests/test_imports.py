@@ -24,7 +24,6 @@ WINGS = [
     "worldmodel.pacing",
     "worldmodel.cli",
     "worldmodel.models",
-    "worldmodel.graphs",
     "worldmodel.rollout",
     "worldmodel.engine",
     "worldmodel.worlds",

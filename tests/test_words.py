@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 LIST = ROOT / "docs" / "words.txt"
-FOLDERS = ("worldmodel", "distill", "tests", "docs", "configs", "assets", ".ci")
+FOLDERS = ("worldmodel", "distill", "scripts", "tests", "docs", "configs", "assets", ".ci")
 ENDINGS = (".py", ".md", ".yaml", ".toml")
 # what past commands printed, the notes of the reference tensors, what an older edition wrote
 SKIPPED = ("docs/results/", "tests/golden/", "tests/first_edition/")
