@@ -135,7 +135,7 @@ def test_a_world_of_ones_own_game_plays(trained, tmp_path):
             np.eye(4)
         ).frames.shape == (4, 48, 64, 3)
     text = (tmp_path / "mine" / "README.md").read_text()
-    assert "4 clips in" in text and "the first from mygame:7" in text
+    assert "Learned from 4 clips of mygame" in text and "CC-BY-4.0" in text
 
 
 def test_what_the_footage_says_can_be_overruled(trained, tmp_path, capsys):
