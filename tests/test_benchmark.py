@@ -266,6 +266,7 @@ def test_matmul_rate():
 # -------------------- training
 
 
+@pytest.mark.slow
 def test_every_stage_is_timed_with_and_without_checkpointing(capsys, monkeypatch):
     saved = []
     plain = transformer.checkpoint
@@ -354,6 +355,7 @@ def test_published_shapes_are_recipes():
     assert recipe.run.precision == "bfloat16" and recipe.dmd.batch == 1 and recipe.data.frames == 21
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

@@ -4,7 +4,6 @@ import json
 import pickle
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -539,16 +538,8 @@ def test_every_published_form_is_played(published, tmp_path, play, form, camera,
     walk = ["--headless", "--trajectory", path, "--threads", "1"]
     words = ["--world", str(output), *walk, "--output", str(tmp_path / "walk.mp4")]
     capsys.readouterr()
-    if form is minwm:  # the others without a process of their own: it starts slowly
-        printed = subprocess.run(
-            [sys.executable, str(ROOT / "play.py"), *words],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    else:
-        assert play(words) == 0
-        printed = capsys.readouterr().out
+    assert play(words) == 0
+    printed = capsys.readouterr().out
     report = json.loads(printed)
     assert (report["world"], report["latents"]) == ("theirs", 32 if chunk == 4 else 30)
     with av.open(str(tmp_path / "walk.mp4")) as film:

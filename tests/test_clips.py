@@ -279,6 +279,7 @@ def one_dies(config, index):
     return collect_clip(config, index)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_one_sentence_and_finished_clips_stay(tmp_path, capsys):
     config = BlocksConfig(tmp_path, clips=2, latents=1, height=24, width=40, samples=1)
     assert run("collect", lambda: make_missing(config, one_dies, lambda config, index: {})) == 1

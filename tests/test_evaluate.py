@@ -336,6 +336,7 @@ def test_cases_of_a_batch_are_independent(town_bundle):
     np.testing.assert_allclose(ceiling[:, 0].astype(int), frames[0][:, 0].astype(int), atol=1)
 
 
+@pytest.mark.slow
 def test_the_command_writes_tables_and_sheets(town_bundle, tmp_path, capsys):
     output = tmp_path / "results" / "town.json"
     command = ["evaluate", "--world", str(town_bundle), "--output", str(output)]

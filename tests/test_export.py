@@ -180,6 +180,7 @@ def test_a_failed_export_leaves_the_old_bundle(trained, tmp_path, capsys, monkey
 # -------------------- benchmark
 
 
+@pytest.mark.slow
 def test_benchmark_reports_every_part_and_pairs_variants(tiny_bundle, capsys):
     words = [
         "--world",

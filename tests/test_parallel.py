@@ -32,5 +32,6 @@ def average_in_two(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_gradients_are_averaged(tmp_path):
     torch.multiprocessing.spawn(average_in_two, (tmp_path,), nprocs=2)

@@ -154,6 +154,7 @@ def test_a_recording_is_a_clip(tiny_world, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_kill_9(tiny_world, tiny_bundle, tmp_path):
     folder = tmp_path / "take"
     command = [sys.executable, "-c", ENDLESS, str(tiny_bundle), str(folder)]

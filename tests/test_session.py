@@ -30,7 +30,7 @@ VARIANTS = [
     {"chunk": 1},
     {"chunk": 2, "window": 6},
     {"guidance": 3.0},
-    {"wan": True},
+    pytest.param({"wan": True}, marks=pytest.mark.slow),
 ]
 
 

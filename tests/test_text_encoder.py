@@ -242,6 +242,7 @@ def test_the_cache_answers_without_the_encoder(encoder, monkeypatch, cache):
     assert torch.equal(embed(CHINESE, encoder, tell=stages.append), first) and stages == []
 
 
+@pytest.mark.slow
 def test_each_text_length_type_and_encoder_has_its_own_file(encoder, tmp_path, cache):
     first = embed(ENGLISH, encoder)
     embed(CHINESE, encoder)
@@ -543,6 +544,7 @@ def test_scenes_say_what_takes_long_once(world, capsys):
     assert scenes.open(Scene(CHINESE, "loud-1"))[0].first is not None
 
 
+@pytest.mark.slow
 def test_replay_finds_the_words_again(world, encoder, tmp_path, cache):
     session = Session(world, prompt=CHINESE, seed=5)
     with Recorder(tmp_path / "take", session) as recorder:

@@ -554,6 +554,7 @@ def test_scores_compare_at_noise_levels_of_their_own(clips, straight):
     assert (drawn[5] >= drawn[1]).all()
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_the_plain_step(clips, straight):
     pytest.importorskip("torch._inductor")
     if shutil.which("g++") is None:
