@@ -15,12 +15,12 @@ from distill.__main__ import COMMANDS
 from distill.__main__ import main as distill
 from distill.data.clips import write_clip
 from worldmodel import errors
-from worldmodel.bench.benchmark import main as benchmark
+from worldmodel.__main__ import COMMANDS as PLAYING
+from worldmodel.__main__ import main as worldmodel
 from worldmodel.cli import BAD_INPUT, FAILED, Parser, run
 from worldmodel.errors import UserError, log_bug, user_log
 from worldmodel.files import check_output, check_output_folder, replacing_file, replacing_folder
 from worldmodel.models.tiny_autoencoder import TinyAutoencoder
-from worldmodel.worlds.checkpoint import main as checkpoint
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "blocks" / "tiny.yaml"
@@ -175,14 +175,12 @@ def test_debug_shows_where_a_user_error_came_from(capsys):
     [
         *(("distill", [name]) for name in COMMANDS),
         ("distill", ["collect", "blocks"]),
+        *(("worldmodel", [name]) for name in PLAYING),
         ("play", []),
-        (checkpoint, ["inspect"]),
-        (checkpoint, ["convert"]),
-        (benchmark, []),
     ],
 )
 def test_every_command_has_them(capsys, play, main, words):
-    main = {"distill": distill, "play": play}.get(main, main)
+    main = {"distill": distill, "worldmodel": worldmodel, "play": play}[main]
     with pytest.raises(SystemExit) as end:
         main([*words, "--help"])
     shown = capsys.readouterr().out
@@ -262,13 +260,13 @@ def test_outputs_that_cannot_be_written(tmp_path, monkeypatch):
     [
         ("play", ["--world", "WORLD", "--headless", "--output", "FIFO"]),
         ("play", ["--world", "WORLD", "--headless", "--record", "FILE/take"]),
-        (benchmark, ["--world", "WORLD", "--output", "FIFO"]),
+        (worldmodel, ["benchmark", "--world", "WORLD", "--output", "FIFO"]),
         (distill, ["evaluate", "--world", "WORLD", "--output", "FIFO"]),
         (distill, ["collect", "blocks", "--output", "FILE/clips"]),
         (distill, ["import", "--input", "WORLD", "--output", "FILE/clips"]),
         (distill, ["train", TINY, "--stage", "autoencoder", "--set", "run.folder=FILE/runs"]),
         (distill, ["export", "--config", TINY, "--transformer=x", "--autoencoder=x", "--output"]),
-        (checkpoint, ["convert", "WORLD", "--world", "YAML", "--output"]),
+        (worldmodel, ["convert", "WORLD", "--world", "YAML", "--output"]),
     ],
 )
 def test_outputs_are_checked_first(capsys, play, tiny_bundle, tmp_path, monkeypatch, main, words):
