@@ -21,7 +21,7 @@ from pathlib import Path
 MODULES = {
     "World": ("worldmodel.worlds.world", "worldmodel.world"),
     "Session": ("worldmodel.session",),
-    "EngineOptions": ("worldmodel.engine.engine", "worldmodel.engine"),
+    "EngineOptions": ("worldmodel.engine.options", "worldmodel.engine.engine", "worldmodel.engine"),
     "Shape": ("worldmodel.bench.random_world", "worldmodel.random_world"),
     "random_config": ("worldmodel.bench.random_world", "worldmodel.random_world"),
     "random_world": ("worldmodel.bench.random_world", "worldmodel.random_world"),
