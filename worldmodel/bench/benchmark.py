@@ -1,4 +1,4 @@
-"""`worldmodel benchmark`: how fast a world plays here, as JSON; several variants take turns.
+"""`worldmodel benchmark`: how fast a world plays here, as JSON; several variants alternate.
 
 Times are of `Session.step`, which is what the client calls: from the pose to the frames. The first
 latents, while the window fills and the machine warms up, are not counted. The parts of a step are
@@ -66,7 +66,7 @@ def take_turns(walks: list[Walk], latents: int) -> None:
 
 @contextmanager
 def _memory_permitting(walk: Walk) -> Iterator[None]:
-    """When memory is full, end `walk` and let the others go on."""
+    """When memory is full, end `walk`; the others continue."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -222,7 +222,7 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="the same of another variant, may be repeated; all take turns",
+        help="the same of another variant, may be repeated; all alternate",
     )
     parser.add_argument(
         "--reference-loop",
@@ -301,33 +301,37 @@ def _compare(args: argparse.Namespace) -> dict:
                 "between ways to play in one process"
             )
     open_device(args.device)
-    if args.random_weights is None:
-        _refuse_random_options(args.size, args.autoencoder)
-        world = str(find_world(str(args.world or WORLD)).resolve())
-    else:
-        Shape.parse(args.random_weights)
-        known = args.world is not None and args.world.exists()
-        world = str(args.world.resolve()) if known else args.world and str(args.world)
     settings = Settings(
-        world,
-        args.latents,
-        args.threads or usual_threads(),
-        args.seed,
-        args.steps,
-        args.device,
-        args.dtype,
-        args.random_weights,
-        args.size,
-        args.autoencoder or "tiny",
+        world=_shared_world(args),
+        latents=args.latents,
+        threads=args.threads or usual_threads(),
+        seed=args.seed,
+        steps=args.steps,
+        device=args.device,
+        dtype=args.dtype,
+        random_weights=args.random_weights,
+        size=args.size,
+        autoencoder=args.autoencoder or "tiny",
     )
     return compare(args.against, settings, args.pairs or PAIRS)
+
+
+def _shared_world(args: argparse.Namespace) -> str | None:
+    """The world as both checkouts can find it: paths are absolute."""
+    if args.random_weights is None:
+        _refuse_random_options(args.size, args.autoencoder)
+        return str(find_world(str(args.world or WORLD)).resolve())
+    Shape.parse(args.random_weights)
+    if args.world is None:
+        return None
+    return str(args.world.resolve() if args.world.exists() else args.world)
 
 
 def _measure(args: argparse.Namespace) -> dict:
     if args.latents < ROUNDS:
         raise UserError(
-            f"expected at least {ROUNDS} --latents, got {args.latents}: each variant takes "
-            f"{ROUNDS} turns"
+            f"expected at least {ROUNDS} --latents, got {args.latents}: variants alternate "
+            f"{ROUNDS} times"
         )
     if args.reference_loop and args.latents > MAX_REFERENCE_LATENTS:
         raise UserError(
