@@ -17,7 +17,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from worldmodel.__main__ import main
-from worldmodel.client.loop import UNSTEERED, Loop
+from worldmodel.client.loop import NO_CAMERA, Loop
 from worldmodel.client.paths import tour
 from worldmodel.client.scenes import Scenes
 from worldmodel.controls import MOTIONS
@@ -533,7 +533,7 @@ def test_every_published_form_is_played(published, tmp_path, play, form, camera,
     assert not (output / "README.md").exists()
     loop = Loop(lambda tell: Scenes(world))
     loop.open()
-    assert (UNSTEERED in loop.notices) == (not camera)
+    assert (NO_CAMERA in loop.notices) == (not camera)
     path = f"w*12,l*{18 - chunk}" if camera else f"wait*{30 - chunk}"
     walk = ["--headless", "--trajectory", path, "--threads", "1"]
     words = ["--world", str(output), *walk, "--output", str(tmp_path / "walk.mp4")]
