@@ -178,16 +178,16 @@ def test_an_empty_text_is_refused(whole_encoder, text):
         embed(text, whole_encoder)
 
 
-def test_a_long_text_is_cut_with_a_warning(whole_encoder, capsys):
+def test_a_long_text_is_cut_with_a_warning(whole_encoder, caplog):
     for _ in ("encoded", "from the cache"):
         cut = embed(LONG, whole_encoder)
-        printed = [line for line in capsys.readouterr().err.splitlines() if "tokens" in line]
-        assert printed == [
+        assert [said for said in caplog.messages if "tokens" in said] == [
             "The prompt has 3001 tokens and this world reads 12; the rest of it was left out."
         ]
+        caplog.clear()
     assert torch.all(cut.abs().sum(1) > 0)
     embed(ENGLISH, whole_encoder)
-    assert "tokens" not in capsys.readouterr().err
+    assert "tokens" not in caplog.text
 
 
 def test_the_encoder_is_freed(whole_encoder, monkeypatch):
@@ -286,11 +286,11 @@ def test_a_damaged_file_is_made_anew(encoder, cache):
         assert only_file(cache).read_bytes() == whole, what
 
 
-def test_an_embedding_that_cannot_be_kept_still_plays(encoder, cache, capsys):
+def test_an_embedding_that_cannot_be_kept_still_plays(encoder, cache, caplog):
     cache.parent.mkdir(parents=True)
     cache.write_text("a file where the folder should be")
     assert embed(ENGLISH, encoder).abs().sum() > 0
-    assert "cannot be kept" in capsys.readouterr().err and cache.read_text().startswith("a file")
+    assert "cannot be kept" in caplog.text and cache.read_text().startswith("a file")
 
 
 def test_the_cache_is_where_the_user_has_it(monkeypatch, tmp_path):
@@ -435,7 +435,7 @@ def test_the_network_is_asked_last(monkeypatch, tmp_path, offline):
 
     half = tmp_path / "models--somebody--umt5/snapshots/abc123"
     monkeypatch.setattr(text_encoder, "_folder", lambda place: half)
-    load = partial(text_encoder._load, Kind, part="tokenizer", tell=stages.append)
+    load = partial(text_encoder._load, Kind, part="tokenizer", progress=stages.append)
     with pytest.raises(
         ValueError, match=r"tokenizer of .* cannot be loaded \(half of it is here\); fetch it again"
     ):
@@ -528,7 +528,7 @@ def test_a_world_without_an_encoder_knows_its_names_only(tiny_world):
     assert isinstance(tiny_world.prompt_encoder, PromptEncoder)
 
 
-def test_scenes_say_what_takes_long_once(world, capsys):
+def test_scenes_say_what_takes_long_once(world, caplog):
     stages = []
     scenes = Scenes(world, tell=lambda stage, progress: stages.append(stage))
     session, scene = scenes.open(Scene(LONG))
@@ -537,11 +537,11 @@ def test_scenes_say_what_takes_long_once(world, capsys):
         "Reading the prompt",
         "Dreaming the first picture",
     ]
-    assert scene == Scene(LONG, None, 0) and session.first is None  # nobody drew a picture for it
+    assert scene == Scene(LONG, None, 0) and session.image is None  # it has no start picture
     scenes.open(scenes.new_seed(scene))
-    assert len(stages) == 3 and capsys.readouterr().err.count("was left out") == 1
+    assert len(stages) == 3 and caplog.text.count("was left out") == 1
     assert scenes.next_prompt(scene).prompt == "grey"
-    assert scenes.open(Scene(CHINESE, "loud-1"))[0].first is not None
+    assert scenes.open(Scene(CHINESE, "loud-1"))[0].image is not None
 
 
 @pytest.mark.slow

@@ -169,7 +169,7 @@ def test_failed_save_keeps_the_old_world(tiny_world, copy):
             "envelope: unknown key 'foward'; did you mean 'forward'",
         ),
         (lambda b: edit(b, labels={"new_town": "x"}), "unknown key 'new_town'"),
-        (lambda b: edit(b, labels={"new_seed": " "}), "new_seed must have 1 to 24 characters"),
+        (lambda b: edit(b, labels={"new_seed": " "}), "new_seed must have 1 to 16 characters"),
         (lambda b: edit(b, rollout={"window": 0}), "rollout: chunk must be"),
         (lambda b: edit(b, intrinsics=[0.5, 0.5, 0.3, 0.5]), "intrinsics must be"),
         (lambda b: edit(b, height=36), "do not divide into tokens of 16x16"),

@@ -106,7 +106,7 @@ def embed_text(
             torch.cuda.empty_cache()
         try:
             _write(path, key, _version(place), *kept)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, UserError) as error:
             reason = first_line(error)
             logger.warning(
                 f"The prompt's embedding cannot be kept in {path.parent} ({reason}); it is "
