@@ -167,12 +167,8 @@ def test_where_there_are_several_they_are_named(hub):
     with pytest.raises(
         SourceError,
         match=(
-            r"min/wm/a is not "
-            r"one weights "
-            r"file: min/wm has "
-            r"a/one.pt, a/two.pt; "
-            r"name one, as "
-            r"in min/wm/a/"
+            r"min/wm/a is not one weights file: min/wm has a/one.pt, a/two.pt; name one, "
+            r"as in min/wm/a/"
         ),
     ):
         fetch("min/wm/a")
@@ -210,12 +206,8 @@ def test_a_broken_download(hub):
     with pytest.raises(
         SourceError,
         match=(
-            r"a.pt of min/wm "
-            r"cannot be had: "
-            r"the hub cannot be "
-            r"reached \(An error "
-            r"happened\) "
-            r"and the cache"
+            r"a.pt of min/wm cannot be had: the hub cannot be reached \(An error "
+            r"happened\) and the cache"
         ),
     ):
         fetch("min/wm/a.pt")
@@ -246,11 +238,7 @@ def test_what_the_cache_lacks_is_named(cache):
     with pytest.raises(
         SourceError,
         match=(
-            rf"a/b.pt of min/wm "
-            rf"cannot be "
-            rf"had: HF_HUB_OFFLINE "
-            rf"is set and the "
-            rf"cache {cache} "
+            rf"a/b.pt of min/wm cannot be had: HF_HUB_OFFLINE is set and the cache {cache} "
             rf"does not"
         ),
     ):
@@ -264,9 +252,7 @@ def test_what_the_cache_lacks_is_named(cache):
     with pytest.raises(
         SourceError,
         match=(
-            r"transformer/m-00002-of-00002.safetensors of "
-            r"wan/diffusers "
-            r"cannot be had: "
+            r"transformer/m-00002-of-00002.safetensors of wan/diffusers cannot be had: "
             r"HF_HUB_OFFLINE"
         ),
     ):
