@@ -98,6 +98,7 @@ def test_within_2_percent_is_what_the_interval_reaches(ms, within):
     assert ratios["within_2_percent"] is within
 
 
+@pytest.mark.slow
 def test_processes_of_two_checkouts_alternate(tmp_path, world, capsys, monkeypatch):
     """A fast checkout against one that takes twice as long per chunk; both of the first edition."""
     this = fake_checkout(tmp_path / "this", step=0.02, commit=0.02)

@@ -218,8 +218,8 @@ def test_stage_learns_and_exports_normalised_latents(tmp_path):
     assert len(windows) == 10 and windows[4]["video"].shape == (3, 5, 16, 24)
     assert torch.equal(windows[0]["video"][:, 1:], windows[1]["video"][:, :-1])
     stage = small_stage(tmp_path / "clips")
-    values = train(stage, 50)
-    assert values[-1] < 0.9 * values[0], values
+    values = train(stage, 30)
+    assert values[-1] < 0.85 * values[0], values
     picture = stage.sample(torch.Generator().manual_seed(0))
     assert picture.dtype == np.uint8 and picture.shape == (32, 8 * 24, 3)
     stage.export(tmp_path / "trained")
