@@ -27,6 +27,7 @@ WINGS = [
     "worldmodel.rollout",
     "worldmodel.engine",
     "worldmodel.worlds",
+    "worldmodel.saved_session",
     "worldmodel.session",
     "worldmodel.session_log",
     "worldmodel.recording",

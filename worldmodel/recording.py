@@ -339,7 +339,7 @@ def _generated_again(folder: Path, log: Log, world: World) -> Iterator[FrameChun
             image,
             header["seed"],
             header["steps"],
-            c2w=np.array([line["c2w"] for line in lines[:chunk]]),
+            c2w=None if header["image"] else np.array([line["c2w"] for line in lines[:chunk]]),
         )
         lines = lines[chunk:]
         yield session.first

@@ -33,7 +33,7 @@ class RolloutConfig:
     chunk: int = 1  # latent frames denoised together
     window: int = 12  # latent frames attention may see, the current chunk included
     sinks: int = 0  # first latent frames, which never leave the window
-    # rotary positions: "window" (relative to the window) or "absolute" (frame numbers, as the
+    # rotary positions: "window" (relative to a recent frame) or "absolute" (frame numbers, as the
     # references)
     positions: str = "window"
     # between steps: "renoise" (few-step models), "euler" or "unipc" (diffusion models,
@@ -59,6 +59,9 @@ class RolloutConfig:
             raise UserError(
                 f"guidance must be at least 0, got {self.guidance}: 1 is none, 3 is usual"
             )
+        for name in ("sinks", "history"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}: raise it")
         if not 1 <= self.chunk <= self.window - self.sinks:
             room = self.window - self.sinks
             raise UserError(
@@ -253,6 +256,8 @@ class Rollout:
         """Forgets all but the first `frames` latents. Raises ValueError when the cache no longer
         holds what the window then needs.
         """
+        if self.pending is not None and frames <= self.cache.committed:
+            self.pending = None  # forgotten anyway: it needs no clean pass
         self.commit_pending()
         self.cache.truncate(frames)
 

@@ -15,12 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from worldmodel.camera import check_poses, invert
-from worldmodel.config import parse_yaml
 from worldmodel.device import cores, float64_device, is_out_of_memory, to_device_async
 from worldmodel.errors import UserError
 from worldmodel.files import replacing_folder
@@ -28,11 +27,8 @@ from worldmodel.images import fit_picture, read_image, to_frames, to_pixels, to_
 from worldmodel.models.kv_cache import CachedFrame
 from worldmodel.models.streaming import StreamState
 from worldmodel.rollout import Rollout, RolloutConfig, UncommittedChunk
+from worldmodel.saved_session import FILES, FORMAT, FRAME_PARTS, PENDING, read_tensors, read_values
 from worldmodel.worlds.world import World
-
-_FORMAT = 1
-_FILES = ("session.yaml", "session.safetensors")
-_PENDING = ("latents", "viewmats", "intrinsics")  # stored as pending.0, pending.1, pending.2
 
 
 @dataclass(frozen=True)
@@ -102,10 +98,15 @@ class Session:
         embedding = self.world.prompt_encoder.embed(prompt)
         picture = None if image is None else _picture(self.world, image)
         chunk = self.world.rollout(self.steps, self.history).chunk
+        if picture is not None and c2w is not None:
+            raise ValueError("a start image has the identity as its pose: leave c2w out")
         poses = np.eye(4) if c2w is None else c2w
         if picture is None and np.ndim(poses) == 2:
             poses = np.stack([poses] * chunk)
-        poses = self._checked_poses(poses, chunk) if picture is None else np.eye(4)[None]
+        if picture is None:
+            poses = _checked_poses(poses, chunk, "Session.reset")
+        else:
+            poses = np.eye(4)[None]
         self._begin(seed, prompt, picture, embedding)
         if picture is None:
             self.first = self._generate(poses)
@@ -154,7 +155,7 @@ class Session:
         smaller one. The same goes for `reset` and `set_prompt`, whose notice comes with the next
         chunk.
         """
-        poses = self._checked_poses(c2w, self.chunk)
+        poses = _checked_poses(c2w, self.chunk, "Session.step")
         self._notice = self.world.engine.pop_warnings() or self._notice
         return self._generate(poses, early)
 
@@ -210,11 +211,11 @@ class Session:
         take back is not kept.
         """
         path = Path(path)
-        if path.exists() and not (path / _FILES[0]).is_file():
+        if path.exists() and not (path / FILES[0]).is_file():
             raise UserError(f"{path} exists and is not a saved session; choose another name.")
         tensors, decoder = self._state_tensors()
         values = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "world": self.world.config.name,
             "fingerprint": self.world.fingerprint,
             "dtype": str(self.world.dtype),
@@ -226,9 +227,9 @@ class Session:
             "decoder": decoder,
         }
         with replacing_folder(path) as folder:
-            save_file(tensors, folder / _FILES[1])
+            save_file(tensors, folder / FILES[1])
             text = yaml.safe_dump(values, sort_keys=False)
-            (folder / _FILES[0]).write_text(text, encoding="utf-8")
+            (folder / FILES[0]).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path, world: World) -> "Session":
@@ -237,14 +238,9 @@ class Session:
         """
         path = Path(path)
         try:
-            values = parse_yaml((path / _FILES[0]).read_text(encoding="utf-8"))
-            if values["format"] != _FORMAT:
-                raise UserError(f"format {values['format']!r} instead of {_FORMAT}")
-            with safe_open(
-                path / _FILES[1], framework="pt", device=str(float64_device(world.device))
-            ) as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (OSError, SafetensorError, UnicodeError, UserError, KeyError, TypeError) as error:
+            values = read_values(path / FILES[0])
+            tensors = read_tensors(path / FILES[1], values, float64_device(world.device))
+        except (OSError, SafetensorError, UnicodeError, UserError) as error:
             raise UserError(f"{path} is not a complete saved session ({error}).") from None
         for key, ours in (("fingerprint", world.fingerprints), ("dtype", (str(world.dtype),))):
             if values[key] not in ours:
@@ -271,10 +267,10 @@ class Session:
         if self.image is not None:
             tensors["image"] = torch.from_numpy(self.image)
         for frame in self.rollout.cache.visible(1):
-            for name in ("keys", "values", "viewmats", "intrinsics"):
+            for name in FRAME_PARTS:
                 tensors[f"frame.{frame.index}.{name}"] = getattr(frame, name)
         if self.rollout.pending is not None:
-            for position, name in enumerate(_PENDING):
+            for position, name in enumerate(PENDING):
                 tensors[f"pending.{position}"] = getattr(self.rollout.pending, name)
         state = self._decoder.state()
         for number, memory in enumerate(state.memories):
@@ -289,13 +285,12 @@ class Session:
 
     def _restore(self, tensors: dict[str, Tensor], values: dict) -> None:
         indices = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("frame.")})
-        parts = ("keys", "values", "viewmats", "intrinsics")
         frames = [
-            CachedFrame(i, *(tensors[f"frame.{i}.{part}"] for part in parts)) for i in indices
+            CachedFrame(i, *(tensors[f"frame.{i}.{part}"] for part in FRAME_PARTS)) for i in indices
         ]
         committed = values["frames"]
         if "pending.0" in tensors:
-            pending = UncommittedChunk(*(tensors[f"pending.{i}"] for i in range(len(_PENDING))))
+            pending = UncommittedChunk(*(tensors[f"pending.{i}"] for i in range(len(PENDING))))
             self.rollout.pending = pending
             committed -= pending.latents.shape[2]
         self.rollout.cache.restore(frames, committed)
@@ -307,14 +302,6 @@ class Session:
         self._keep_state()
 
     # -------------------- inside
-
-    def _checked_poses(self, c2w, chunk: int) -> np.ndarray:
-        poses = check_poses(c2w, chunk, "Session.step")
-        if len(poses) != chunk:
-            raise UserError(
-                f"Session.step: {chunk} poses are needed (the world's chunk), got {len(poses)}."
-            )
-        return poses
 
     def _begin(self, seed: int, prompt: str, picture: np.ndarray | None, embedding: Tensor) -> None:
         """Forgets everything and makes a rollout without a past."""
@@ -489,6 +476,15 @@ class Session:
         noise = torch.stack(draws, dim=2).unsqueeze(1)  # [steps, 1, C, F, h, w]
         first, *later = to_device_async(noise, self.world.device)
         return first, later
+
+
+def _checked_poses(c2w, chunk: int, source: str) -> np.ndarray:
+    poses = check_poses(c2w, chunk, source)
+    if len(poses) != chunk:
+        raise UserError(
+            f"{source}: {chunk} poses are needed (the world's chunk), got {len(poses)}."
+        )
+    return poses
 
 
 @cache

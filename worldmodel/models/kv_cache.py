@@ -5,7 +5,7 @@ The store: a frame keeps, for all layers together, its normalised un-rotated key
 and its camera. It is never written again, so rewinding is truncation and a clone shares the frames.
 The ring: the frames that a chunk sees, with rotated and projected keys, in fixed memory. The passes
 of a chunk write their own keys to the slots of frames that have just left the window; those of the
-clean pass stay, so a key is projected once.
+clean pass stay, so between two rebases only sinks, whose positions move, are projected again.
 Attention depends on differences of positions and on relative cameras only, so both are relative to
 a reference frame a few latents back. Every `KVCache.rebase_interval` latents there is a new one,
 and the ring is projected from the store again: positions never run out, and the numbers stay small
@@ -106,6 +106,11 @@ class RecentWindow:
         self, frames: Sequence[CachedFrame], committed: int, viewmats: Tensor, intrinsics: Tensor
     ) -> Selection:
         chunk = viewmats.shape[1]
+        if not 1 <= chunk <= self.size - self.sinks:
+            raise ValueError(
+                f"a chunk has 1 to {self.size - self.sinks} latents in a window of {self.size} "
+                f"with {self.sinks} sinks, got {chunk}: pass fewer at a time"
+            )
         oldest = self.oldest(committed, chunk)
         sinks = range(min(self.sinks, committed))
         first_sink = 0 if self.absolute else oldest - self.sinks
@@ -193,7 +198,7 @@ class CachedContext:
 
     `viewmats` `[B, F, 4, 4]` and `intrinsics` `[B, F, 4]`, float64: the chunk's cameras.
     `new_kv`: un-rotated keys and raw values that the last pass stored, by layer.
-    It may not hold the cache: the cycle would keep gigabytes alive until the garbage collector
+    It must not hold the cache: the cycle would keep gigabytes alive until the garbage collector
     runs.
     """
 
@@ -253,12 +258,12 @@ class KVCache:
         self.layout = layout
         self.memory = memory
         self.history = history
-        # so long the reference frame is among those that are kept
+        # short enough that the reference frame is always kept
         self.rebase_interval = max(1, memory.size - memory.sinks - 1)
         self.frames: list[CachedFrame] = []
         self.committed = 0
         self._ring: Ring | None = None
-        self._open: CachedContext | None = None  # the one whose keys the ring holds
+        self._open: CachedContext | None = None  # begun, and neither committed nor out of date
 
     def begin_chunk(
         self, viewmats: Tensor, intrinsics: Tensor, memory: MemoryPolicy | None = None
@@ -302,6 +307,8 @@ class KVCache:
 
         kv: keys and values to keep; None = those that the pass stored.
         """
+        if not self.is_current(context):
+            raise ValueError("the context is out of date: begin the chunk again")
         kv = context.new_kv if kv is None else kv
         keys, values = (torch.stack([kv[layer][i] for layer in sorted(kv)]) for i in range(2))
         shown = self._shown_offset(context.offset)

@@ -1,0 +1,58 @@
+"""A saved session on disk: session.yaml and session.safetensors, read and checked."""
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from worldmodel.config import parse_yaml
+from worldmodel.errors import UserError
+
+FORMAT = 1
+FILES = ("session.yaml", "session.safetensors")
+# what session.yaml holds in addition to its format
+_SAVED = {
+    "world": str,
+    "fingerprint": str,
+    "dtype": str,
+    "prompt": str,
+    "seed": int,
+    "steps": int | None,
+    "history": int,
+    "frames": int,
+    "decoder": dict,
+}
+FRAME_PARTS = ("keys", "values", "viewmats", "intrinsics")
+PENDING = ("latents", "viewmats", "intrinsics")  # stored as pending.0, pending.1, pending.2
+
+
+def read_values(path: Path) -> dict:
+    """What session.yaml holds. Raises UserError when something is absent or of another kind."""
+    values = parse_yaml(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        found = values.get("format") if isinstance(values, dict) else values
+        raise UserError(f"format {found!r} instead of {FORMAT}")
+    for name, kind in _SAVED.items():
+        if not isinstance(values.get(name), kind):
+            raise UserError(f"{name} is {values.get(name)!r}")
+    decoder = values["decoder"]
+    if not {"started", "memories"} <= decoder.keys():
+        raise UserError(f"decoder is {decoder!r}")
+    return values
+
+
+def read_tensors(path: Path, values: dict, device: torch.device) -> dict[str, Tensor]:
+    """The tensors of a save, all that belong together."""
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    frames = {name.rpartition(".")[0] for name in tensors if name.startswith("frame.")}
+    wanted = {"poses", *(f"{frame}.{part}" for frame in frames for part in FRAME_PARTS)}
+    if "pending.0" in tensors:
+        wanted |= {f"pending.{number}" for number in range(len(PENDING))}
+    missing = wanted - tensors.keys()
+    if missing:
+        raise UserError(f"the tensor {min(missing)} is missing")
+    if len(tensors["poses"]) != values["frames"]:
+        raise UserError(f"{len(tensors['poses'])} poses for {values['frames']} latents")
+    return tensors
