@@ -795,6 +795,18 @@ def test_euler_sampler_follows_the_velocity(network):
     torch.testing.assert_close(rollout.step(viewmats, lens, noise=noise), x, atol=2e-5, rtol=0)
 
 
+def test_chunks_that_do_not_fit_and_stale_contexts_are_bugs(network):
+    rollout = generate(network, RolloutConfig(window=4, sinks=1), frames=3)[1]
+    viewmats, lens = walk(4)
+    with pytest.raises(ValueError, match="1 to 3 latents in a window of 4 with 1 sinks, got 4"):
+        rollout.commit(torch.zeros(1, network.config.in_channels, 4, 4, 4), viewmats, lens)
+    with torch.no_grad():
+        stale = rollout.cache.begin_chunk(viewmats[:, :1], lens[:, None])
+        rollout.cache.begin_chunk(viewmats[:, 1:2], lens[:, None])
+    with pytest.raises(ValueError, match="out of date"):
+        rollout.cache.commit(stale)
+
+
 def test_bad_rollouts_are_refused():
     wrongs = (
         ({"chunk": 5, "window": 4}, "chunk must be"),

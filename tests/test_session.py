@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_bundle
+from safetensors.torch import load_file, save_file
 
 from worldmodel.camera import MotionStep, advance, parse_trajectory
+from worldmodel.errors import UserError
 from worldmodel.images import fit_picture
 from worldmodel.rollout import Rollout
 from worldmodel.session import Session
@@ -196,7 +198,17 @@ def test_bad_saves(tiny_world, tiny_bundle, tmp_path):
     session.save(tmp_path / "save")
     with pytest.raises(ValueError, match="with dtype torch.float32, .* has torch.bfloat16"):
         Session.load(tmp_path / "save", World.from_pretrained(tiny_bundle, dtype=torch.bfloat16))
+    text = (tmp_path / "save" / "session.yaml").read_text()
+    (tmp_path / "save" / "session.yaml").write_text(text.replace("seed: 0", "seed: many"))
+    with pytest.raises(UserError, match="not a complete saved session .seed is 'many'"):
+        Session.load(tmp_path / "save", tiny_world)
+    (tmp_path / "save" / "session.yaml").write_text(text)
     weights = tmp_path / "save" / "session.safetensors"
+    tensors = load_file(weights)
+    save_file({name: x for name, x in tensors.items() if name != "frame.0.values"}, weights)
+    with pytest.raises(UserError, match="the tensor frame.0.values is missing"):
+        Session.load(tmp_path / "save", tiny_world)
+    save_file(tensors, weights)
     weights.write_bytes(weights.read_bytes()[:-50])
     with pytest.raises(ValueError, match="not a complete saved session"):
         Session.load(tmp_path / "save", tiny_world)
