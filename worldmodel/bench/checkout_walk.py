@@ -146,6 +146,12 @@ def main() -> None:
     """Import from the current folder, measure and print."""
     checkout = Path.cwd()
     sys.path.insert(0, str(checkout))
+    # an editable installation would supply the modules that this checkout does not have
+    sys.meta_path[:] = [
+        finder
+        for finder in sys.meta_path
+        if not getattr(finder, "__module__", "").startswith("__editable__")
+    ]
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in play; read when torch is imported
     import worldmodel
 
