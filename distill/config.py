@@ -224,6 +224,7 @@ class AutoencoderConfig(StageConfig):
     decoder_blocks: tuple[Whole, ...] = (3, 2, 1)  # per level
     strides: tuple[int, ...] = (1, 2, 2)  # of the encoder's levels
     patch_size: Count = 2  # pixels of a side folded into channels
+    upscale: Count = 1  # resolution of pictures / resolution of the encoder, which averages them
     latent_channels: Count = 16
     # folder of a trained autoencoder of these sizes or smaller ones to start from; empty = random
     # weights

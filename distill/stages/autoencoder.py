@@ -141,7 +141,7 @@ def build_autoencoder(config: AutoencoderConfig) -> TinyAutoencoder:
             "expected `start` with freeze_encoder: an encoder with random weights cannot be kept; "
             "name a trained folder"
         )
-    names = ("latent_channels", *_SIZE_KEYS, "strides", "patch_size")
+    names = ("latent_channels", *_SIZE_KEYS, "strides", "patch_size", "upscale")
     network = TinyAutoencoder(**{name: vars(config)[name] for name in names})
     if config.start:
         trained = load_network(TinyAutoencoder, config.start)
@@ -175,7 +175,8 @@ def grow_autoencoder(
     network: TinyAutoencoder, trained: TinyAutoencoder, name: str, same_encoder: bool = False
 ) -> None:
     """Give `network` the weights and latent statistics of `trained`, which has its sizes or smaller
-    ones, so that both compute the same.
+    ones, so that both compute the same; with a larger `upscale`, the same picture enlarged by
+    repeating pixels.
 
     New channels read their inputs but no existing channel reads them; new blocks pass their input
     on. Source: Net2Net (arXiv 1511.05641), with zeros instead of copies for what is new.
@@ -193,6 +194,11 @@ def grow_autoencoder(
                 f"{network.config[key]}: its encoder does not fit; set autoencoder.{key}, or "
                 "leave autoencoder.start empty"
             )
+    if network.upscale % trained.upscale:
+        raise UserError(
+            f"{name}: an autoencoder with upscale {trained.upscale} cannot become one with "
+            f"{network.upscale}: set autoencoder.upscale to a multiple"
+        )
     for key in _SIZE_KEYS:
         if any(
             old > new for new, old in zip(network.config[key], trained.config[key], strict=True)
@@ -205,12 +211,31 @@ def grow_autoencoder(
     ):
         old = dict(_layers_by_key(old_layers))
         for key, layer in _layers_by_key(layers):
-            if key in old:
+            if layer is network.decoder[-1]:
+                _repeat_pixels(layer, network, trained)
+            elif key in old:
                 _grow_layer(layer, old[key])
             else:  # a new block
                 nn.init.zeros_(layer.conv[-1].weight)
                 nn.init.zeros_(layer.conv[-1].bias)
     network.set_latent_statistics(*(values.flatten() for values in trained.latent_statistics()))
+
+
+def _repeat_pixels(
+    last: nn.Conv2d, network: TinyAutoencoder, trained: TinyAutoencoder
+) -> None:
+    """The last layer's outputs are patches [channel, row, column]: a larger patch repeats the
+    smaller one's pixels.
+    """
+    old = trained.config.patch_size * trained.upscale
+    new = network.config.patch_size * network.upscale
+    row = torch.arange(new) * old // new
+    pixels = torch.arange(trained.config.image_channels)[:, None, None] * old**2
+    source = (pixels + row[:, None] * old + row).flatten()
+    last.weight.zero_()
+    inputs = trained.decoder[-1].weight.shape[1]
+    last.weight[:, :inputs] = trained.decoder[-1].weight[source]
+    last.bias.copy_(trained.decoder[-1].bias[source])
 
 
 def _layers_by_key(layers: nn.Sequential) -> Iterator[tuple[tuple, nn.Module]]:

@@ -152,6 +152,9 @@ class StreamingEncoder(_TinyStream):
         x = (video.to(model.dtype) + 1) / 2
         if not self._state.started:
             x = torch.cat([x[:, :, :1].expand(-1, -1, FRAMES_PER_LATENT - 1, -1, -1), x], 2)
+        if model.upscale > 1:
+            scale = (1, model.upscale, model.upscale)
+            x = functional.avg_pool3d(x, scale)
         if model.config.patch_size > 1:
             x = functional.pixel_unshuffle(x.transpose(1, 2), model.config.patch_size).transpose(
                 1, 2
@@ -192,10 +195,9 @@ class StreamingDecoder(_TinyStream):
             if skipped == x.shape[2]:
                 continue
             x = x[:, :, skipped:]
-            if model.config.patch_size > 1:
-                x = functional.pixel_shuffle(x.transpose(1, 2), model.config.patch_size).transpose(
-                    1, 2
-                )
+            patch = model.config.patch_size * model.upscale
+            if patch > 1:
+                x = functional.pixel_shuffle(x.transpose(1, 2), patch).transpose(1, 2)
             x = x * 2 - 1
             yield x.clamp(-1, 1) if clamp else x
 
@@ -214,6 +216,9 @@ class TinyAutoencoder(ModelMixin, ConfigMixin):
         patch_size: pixels of a side folded into channels before the encoder and unfolded after the
         decoder; 2 with strides (1, 2, 2) keeps the 8x reduction and makes the layers at the highest
         resolution four times cheaper.
+        upscale: pictures have this many times the encoder's resolution: the encoder averages them
+        first, the decoder unfolds patches of `patch_size * upscale` pixels. An encoder trained with
+        1 stays valid.
         latents_mean, latents_std: per channel, of the raw latents; None is 0 and 1 (public weights
         need no other).
     """
@@ -229,6 +234,7 @@ class TinyAutoencoder(ModelMixin, ConfigMixin):
         decoder_blocks: Sequence[int] = (3, 3, 3),
         strides: Sequence[int] = (2, 2, 2),
         patch_size: int = 1,
+        upscale: int = 1,
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
     ):
@@ -240,6 +246,10 @@ class TinyAutoencoder(ModelMixin, ConfigMixin):
             len(decoder_blocks),
             len(strides),
         )
+        if patch_size < 1 or upscale < 1:
+            raise UserError(
+                f"expected patch_size and upscale of at least 1, got {patch_size} and {upscale}"
+            )
         if lengths != (4, 3, 4, 3, 3) or set(strides) - {1, 2}:
             raise UserError(
                 "expected 4 widths and 3 block counts for encoder and decoder and 3 strides of 1 "
@@ -249,7 +259,7 @@ class TinyAutoencoder(ModelMixin, ConfigMixin):
         pixels = image_channels * patch_size**2
         self.encoder = _encoder(pixels, latent_channels, encoder_widths, encoder_blocks, strides)
         self.decoder = _decoder(
-            pixels, latent_channels, decoder_widths, decoder_blocks, strides[::-1]
+            pixels * upscale**2, latent_channels, decoder_widths, decoder_blocks, strides[::-1]
         )
         for name, values, default in (("mean", latents_mean, 0.0), ("std", latents_std, 1.0)):
             values = (
@@ -296,7 +306,12 @@ class TinyAutoencoder(ModelMixin, ConfigMixin):
     def spatial_factor(self) -> int:
         """Pixels of a side to one latent cell."""
         first, second, third = self.config.strides
-        return self.config.patch_size * first * second * third
+        return self.upscale * self.config.patch_size * first * second * third
+
+    @property
+    def upscale(self) -> int:
+        """Resolution of pictures / resolution of the encoder."""
+        return self.config.upscale
 
     @property
     def latent_channels(self) -> int:
