@@ -11,6 +11,7 @@ from worldmodel.cli import run_command
 COMMANDS = {
     "collect": ("distill.data.sources", "render or record footage with exact camera poses"),
     "import": ("distill.data.importers.worldplay", "turn WorldPlay / minWM footage into clips"),
+    "condition": ("distill.data.conditions", "write what other clips of a place show of each clip"),
     "encode": ("distill.data.encode", "turn clips into latents with an autoencoder"),
     "train": ("distill.train", "train one stage from a config"),
     "export": ("distill.export", "write a bundle that play.py opens"),

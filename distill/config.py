@@ -69,6 +69,8 @@ class Data:
     """The encoded clips that the transformer stages learn from."""
 
     root: str = ""  # folder of clips: index.jsonl and one sub-folder per clip
+    # folder of clips of places, with conditions (`distill condition`); stage `places` alone
+    places: str = ""
     frames: Count = 10  # latents in a training window
     first_frame_prob: Share = 0.3  # probability that a window starts at its clip's first latent
     # prompts.safetensors (caption -> [L, D]); empty = random embeddings seeded by the captions
@@ -212,6 +214,21 @@ class DmdConfig(TransformerConfig):
 
 
 @dataclass(frozen=True)
+class PlacesConfig(TransformerConfig):
+    """Flow matching in places, with what is known of them as a condition; elsewhere the student
+    keeps to `init`.
+    """
+
+    chunk: Count = 1  # latents denoised together
+    place_share: Share = 0.75  # probability that a window is one of a place
+    condition_dropout: Share = 0.05  # probability that a latent frame has no condition
+    # the clean context is noised by a sigma uniform in [0, this]; 0 = clean
+    context_sigma_max: Share = 0.2
+    denoise: tuple[int, ...] = (1000, 500)  # time steps of play before the shift, 0..1000
+    first_denoise: tuple[int, ...] = (1000, 750, 500, 250)  # of the first chunk
+
+
+@dataclass(frozen=True)
 class AutoencoderConfig(StageConfig):
     """The tiny autoencoder; the sizes are `TinyAutoencoder`'s arguments."""
 
@@ -257,10 +274,11 @@ class Recipe:
     teacher_forcing: TeacherForcingConfig = field(default_factory=TeacherForcingConfig)
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
     dmd: DmdConfig = field(default_factory=DmdConfig)
+    places: PlacesConfig = field(default_factory=PlacesConfig)
 
     def __post_init__(self) -> None:
         frames = self.data.frames
-        for name in ("teacher_forcing", "consistency", "dmd"):
+        for name in ("teacher_forcing", "consistency", "dmd", "places"):
             chunk = getattr(self, name).chunk
             if chunk < 1 or frames % chunk:
                 raise UserError(

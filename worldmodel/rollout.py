@@ -121,6 +121,7 @@ class UncommittedChunk(NamedTuple):
     viewmats: Tensor
     intrinsics: Tensor
     context: CachedContext | None = None
+    condition: Tensor | None = None
 
 
 class Rollout:
@@ -183,6 +184,7 @@ class Rollout:
         viewmats: Tensor,
         intrinsics: Tensor,
         *,
+        condition: Tensor | None = None,
         noise: Tensor | None = None,
         renoise: list[Tensor] | None = None,
         generator: torch.Generator | None = None,
@@ -191,6 +193,7 @@ class Rollout:
     ) -> Tensor:
         """Generates the next chunk and commits it; returns its clean latents `[B, C, F, H, W]`.
 
+        condition: `[B, K, F, H, W]`, what is known of the chunk (see `CausalWanTransformer`).
         noise: starts the chunk. renoise: added between steps, one per step but the last, same
         shape. What is not given is drawn from `generator`. training: see `TrainingStep`; None =
         play, without gradients of its own. With `defer_commit` the clean pass is left to
@@ -201,7 +204,9 @@ class Rollout:
         last = len(levels) - 1 if training is None else training.exit_step
         grad = training is not None and training.grad
         viewmats, intrinsics = self._rows(viewmats, per_frame(intrinsics, viewmats))
-        shape = (self.batch, self.model.config.in_channels, viewmats.shape[1], *self.cells)
+        if condition is not None:
+            (condition,) = self._rows(condition)
+        shape = (self.batch, self.model.config.out_channels, viewmats.shape[1], *self.cells)
         x = self._draw(shape, generator) if noise is None else noise
 
         def draw(index: int) -> Tensor:
@@ -213,17 +218,19 @@ class Rollout:
             context = self.cache.begin_chunk(viewmats, intrinsics)
         for i, level in enumerate(levels[: last + 1]):
             with torch.set_grad_enabled(grad and i == last):
-                velocity = self._velocity(x, level, context)
+                velocity = self._velocity(x, level, context, condition)
                 x0 = to_x0(x, velocity, level.sigma)
             if i < last:
                 x = next_level(i, x, x0, velocity)
         self.timings["network"] = (time.perf_counter() - started) * 1e3
         if training is None:
-            self.pending = UncommittedChunk(x0.detach(), viewmats, intrinsics, context)
+            self.pending = UncommittedChunk(
+                x0.detach(), viewmats, intrinsics, context, condition
+            )
             if not defer_commit:
                 self._commit(self.pending, context)
         else:
-            self._commit_training(x0, context, training, generator)
+            self._commit_training(x0, context, training, generator, condition)
         return x0
 
     def commit_pending(self) -> None:
@@ -241,16 +248,30 @@ class Rollout:
             self.cache.prepare(self.config.chunk)
         self.timings["clean"] = (time.perf_counter() - started) * 1e3
 
-    def commit(self, latents: Tensor, viewmats: Tensor, intrinsics: Tensor) -> None:
+    def commit(
+        self,
+        latents: Tensor,
+        viewmats: Tensor,
+        intrinsics: Tensor,
+        condition: Tensor | None = None,
+    ) -> None:
         """Takes given clean latents (a start image, a recorded past) as the next chunk."""
-        self.defer_commit(latents, viewmats, intrinsics)
+        self.defer_commit(latents, viewmats, intrinsics, condition)
         self.commit_pending()
 
-    def defer_commit(self, latents: Tensor, viewmats: Tensor, intrinsics: Tensor) -> None:
+    def defer_commit(
+        self,
+        latents: Tensor,
+        viewmats: Tensor,
+        intrinsics: Tensor,
+        condition: Tensor | None = None,
+    ) -> None:
         """As `commit`, but the clean pass is left to `commit_pending` or to the next step."""
         self.commit_pending()
         cameras = self._rows(viewmats, per_frame(intrinsics, viewmats))
-        self.pending = UncommittedChunk(latents, *cameras)
+        if condition is not None:
+            (condition,) = self._rows(condition)
+        self.pending = UncommittedChunk(latents, *cameras, condition=condition)
 
     def rewind(self, frames: int) -> None:
         """Forgets all but the first `frames` latents. Raises ValueError when the cache no longer
@@ -309,10 +330,12 @@ class Rollout:
         device = generator.device if generator else self.device
         return torch.randn(shape, generator=generator, device=device).to(self.device)
 
-    def _velocity(self, x: Tensor, level: NoiseLevel, context: CachedContext) -> Tensor:
+    def _velocity(
+        self, x: Tensor, level: NoiseLevel, context: CachedContext, condition: Tensor | None
+    ) -> Tensor:
         """Guided velocity of `x` `[B, C, F, H, W]`."""
         time = self._time(level, x.shape[2])
-        velocity = self.model(*self._rows(x), time, self.text, context)
+        velocity = self.model(*self._rows(x), time, self.text, context, condition=condition)
         if not self.guided:
             return velocity
         conditional, unconditional = velocity.chunk(2)
@@ -329,14 +352,23 @@ class Rollout:
 
     def _commit(self, chunk: UncommittedChunk, context: CachedContext) -> None:
         """The pass at sigma 0, then the chunk is part of the past."""
-        self._clean_pass(chunk.latents, context)
+        self._clean_pass(chunk.latents, context, chunk.condition)
         self.cache.commit(context)
         self.pending = None  # not before: a pass that ran out of memory can be tried again
 
-    def _clean_pass(self, latents: Tensor, context: CachedContext) -> None:
+    def _clean_pass(
+        self, latents: Tensor, context: CachedContext, condition: Tensor | None
+    ) -> None:
         with torch.no_grad():
             time = self._time(self._clean, latents.shape[2])
-            self.model(*self._rows(latents), time, self.text, context, cache_only=True)
+            self.model(
+                *self._rows(latents),
+                time,
+                self.text,
+                context,
+                condition=condition,
+                cache_only=True,
+            )
 
     def _commit_training(
         self,
@@ -344,6 +376,7 @@ class Rollout:
         context: CachedContext,
         training: TrainingStep,
         generator: torch.Generator | None,
+        condition: Tensor | None,
     ) -> None:
         """As `_commit`, with noise on the context and with gradients in the keys, as asked for."""
         noisy = dict(context.new_kv)
@@ -353,7 +386,7 @@ class Rollout:
             noise = self._draw(latents.shape, generator) if noise is None else noise
             sigma = torch.full((), training.context_sigma, device=self.device)
             latents = add_noise(latents, noise, sigma)
-        self._clean_pass(latents, context)
+        self._clean_pass(latents, context, condition)
         if training.grad and training.cache_gradient == "straight_through":
             self.cache.commit(context, _straight_through(context.new_kv, noisy))
         else:

@@ -467,7 +467,7 @@ class Session:
         generator, seeded by (seed, number).
         """
         steps = len(self.config.first_steps if index == 0 else self.config.steps)
-        shape = (steps, self.world.transformer.config.in_channels, *self.world.latent_size)
+        shape = (steps, self.world.transformer.config.out_channels, *self.world.latent_size)
         draws = []
         for number in range(index, index + self.chunk):
             state = np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)

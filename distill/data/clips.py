@@ -40,6 +40,7 @@ VIDEO = "video.mp4"
 POSES = "poses.json"
 META = "meta.yaml"
 LATENTS = "latents.safetensors"
+CONDITION = "condition.safetensors"
 INDEX = "index.jsonl"
 
 
@@ -231,7 +232,15 @@ class LatentClips(torch.utils.data.Dataset):
     Raises UserError when clips have no latents, do not fit their poses, or none is long enough.
     """
 
-    def __init__(self, root, frames: int, first_frame_prob: float = 0.3, seed: int = 0):
+    def __init__(
+        self,
+        root,
+        frames: int,
+        first_frame_prob: float = 0.3,
+        seed: int = 0,
+        conditions: bool = False,
+    ):
+        self.conditions = conditions
         self.frames = frames
         self.first_frame_prob = first_frame_prob
         self.seed = seed
@@ -269,12 +278,51 @@ class LatentClips(torch.utils.data.Dataset):
         window = slice(start, start + self.frames)
         with safe_open(clip.path, framework="pt") as file:
             latents = file.get_slice("latents")[:, window]
-        return {
+        item = {}
+        if self.conditions:
+            with safe_open(clip.path.with_name(CONDITION), framework="pt") as file:
+                item["condition"] = file.get_slice("condition")[:, window].float()
+        return item | {
             "latents": latents.float(),
             "viewmats": torch.from_numpy(invert(relative_to_first(clip.c2w[window]))).float(),
             "intrinsics": torch.from_numpy(clip.intrinsics).float(),
             "caption": clip.caption,
         }
+
+
+class MixedClips(torch.utils.data.Dataset):
+    """Windows of places and of endless footage: item i is one of a place with probability `share`.
+
+    Items as those of `LatentClips`, with "place" (bool) and "condition" [K, F, h, w] (zeros where
+    nothing is known).
+    """
+
+    def __init__(self, places: LatentClips, endless: LatentClips, share: float, seed: int):
+        if (places.channels, places.cells) != (endless.channels, endless.cells):
+            raise UserError(
+                f"expected places and endless footage with latents of one size, got "
+                f"{places.channels}x{places.cells} and {endless.channels}x{endless.cells}: encode "
+                "both at one resolution"
+            )
+        self.places = places
+        self.endless = endless
+        self.share = share
+        self.seed = seed
+        self.channels = places.channels
+        self.cells = places.cells
+        self.clips = places.clips + endless.clips
+        self.condition_channels = places.channels + FRAMES_PER_LATENT
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> dict:
+        place = np.random.default_rng([self.seed, 2, index]).random() < self.share
+        item = (self.places if place else self.endless)[index]
+        if not place:
+            size = (self.condition_channels, *item["latents"].shape[1:])
+            item["condition"] = torch.zeros(size)
+        return item | {"place": torch.tensor(place)}
 
 
 class VideoWindows(torch.utils.data.Dataset):

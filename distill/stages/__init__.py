@@ -7,6 +7,7 @@ from distill.stages.autoencoder import AutoencoderStage
 from distill.stages.bidirectional import BidirectionalStage
 from distill.stages.consistency import ConsistencyStage
 from distill.stages.dmd import DmdStage
+from distill.stages.places import PlacesStage
 from distill.stages.stage import Stage
 from distill.stages.teacher_forcing import TeacherForcingStage
 
@@ -16,6 +17,7 @@ STAGES: dict[str, type[Stage]] = {
     "teacher_forcing": TeacherForcingStage,
     "consistency": ConsistencyStage,
     "dmd": DmdStage,
+    "places": PlacesStage,
 }
 
 

@@ -85,13 +85,14 @@ class Stage(ABC):
 @dataclass(frozen=True)
 class Windows:
     """A batch: latents `[B, C, F, h, w]` float32, w2c `[B, F, 4, 4]`, intrinsics `[B, F, 4]`, text
-    `[B, L, D]`.
+    `[B, L, D]`, and the condition `[B, K, F, h, w]` of networks that read one.
     """
 
     latents: Tensor
     viewmats: Tensor
     intrinsics: Tensor
     text: Tensor
+    condition: Tensor | None = None
 
     @property
     def projmats(self) -> Tensor:
@@ -102,10 +103,19 @@ class Windows:
         """The same windows under the unconditional embedding."""
         return replace(self, text=torch.zeros_like(self.text))
 
+    def with_condition(self, condition: Tensor) -> "Windows":
+        """The same windows with a condition."""
+        return replace(self, condition=condition)
+
+    def rows(self, rows: Tensor | slice) -> "Windows":
+        """Some of the windows."""
+        fields = (self.latents, self.viewmats, self.intrinsics, self.text, self.condition)
+        return Windows(*(None if x is None else x[rows] for x in fields))
+
     def split(self, size: int) -> list["Windows"]:
         """Parts of `size` windows."""
-        fields = (self.latents, self.viewmats, self.intrinsics, self.text)
-        return [Windows(*parts) for parts in zip(*(x.split(size) for x in fields), strict=True)]
+        count = len(self.latents)
+        return [self.rows(slice(start, start + size)) for start in range(0, count, size)]
 
     def cut(self, frames: slice) -> "Windows":
         """Some frames of the same windows."""
@@ -114,6 +124,7 @@ class Windows:
             self.viewmats[:, frames],
             self.intrinsics[:, frames],
             self.text,
+            None if self.condition is None else self.condition[:, :, frames],
         )
 
 
@@ -184,7 +195,7 @@ class TransformerStage(Stage):
 
     def _checked(self, network: CausalWanTransformer, name: str) -> CausalWanTransformer:
         """The network, if it fits the clips and the prompts."""
-        expected = (network.config.in_channels, network.config.text_dim)
+        expected = (network.config.out_channels, network.config.text_dim)
         given = (self._clips.channels, self.prompts.shape[1])
         if expected != given:
             raise UserError(
@@ -298,12 +309,15 @@ def teacher_forced(
     clean = windows.latents if clean is None else clean
     frames = clean.shape[2]
     matrices = windows.projmats
+    condition = windows.condition
+    if condition is not None:
+        condition = condition.repeat(1, 1, 2, 1, 1)
 
     def predict(x: Tensor, sigma: Tensor) -> Tensor:
         context = TeacherForcing(model.layout(*x.shape[3:]), frames, chunk, matrices)
         first = torch.zeros_like(sigma) if clean_sigma is None else clean_sigma
         both = torch.cat([clean, x], dim=2), torch.cat([first, sigma], dim=1)
-        return model(*both, windows.text, context)[:, :, frames:]
+        return model(*both, windows.text, context, condition=condition)[:, :, frames:]
 
     return predict
 
@@ -314,7 +328,7 @@ def bidirectional(model: CausalWanTransformer, windows: Windows) -> Predict:
 
     def predict(x: Tensor, sigma: Tensor) -> Tensor:
         context = Bidirectional(model.layout(*x.shape[3:]), x.shape[2], matrices)
-        return model(x, sigma, windows.text, context)
+        return model(x, sigma, windows.text, context, condition=windows.condition)
 
     return predict
 
@@ -335,15 +349,14 @@ def roll_out(
         width=width,
         device=windows.latents.device,
     )
-    chunks = [windows.latents[:, :, : config.chunk]]
-    rollout.commit(
-        chunks[0], windows.viewmats[:, : config.chunk], windows.intrinsics[:, : config.chunk]
-    )
+    first = windows.cut(slice(0, config.chunk))
+    chunks = [first.latents]
+    rollout.commit(first.latents, first.viewmats, first.intrinsics, first.condition)
     for start in range(config.chunk, frames, config.chunk):
-        part = slice(start, start + config.chunk)
+        part = windows.cut(slice(start, start + config.chunk))
         chunks.append(
             rollout.step(
-                windows.viewmats[:, part], windows.intrinsics[:, part], generator=generator
+                part.viewmats, part.intrinsics, condition=part.condition, generator=generator
             )
         )
     return torch.cat(chunks, dim=2)

@@ -141,20 +141,27 @@ class _TinyStream(Stream):
 
 
 class StreamingEncoder(_TinyStream):
-    """Encodes live video: one frame first, then four (or any multiple of four) a step."""
+    """Encodes live video: one frame first, then four (or any multiple of four) a step.
+
+    reduced: the video has the encoder's resolution, `upscale` times smaller than pictures.
+    """
+
+    def __init__(self, model: "TinyAutoencoder", layers: nn.Sequential, reduced: bool = False):
+        super().__init__(model, layers)
+        self._scale = 1 if reduced else model.upscale
 
     def step(self, video: Tensor) -> Tensor:
         """video [B,3,T,H,W] in [-1, 1], T = 1 (or 4f - 3) first and 4f later -> normalised latents
         [B,C,f,h,w].
         """
         model = self._model
-        model.check_video(video, started=self._state.started)
+        factor = model.spatial_factor * self._scale // model.upscale
+        _check_video(video, model.config.image_channels, factor, self._state.started)
         x = (video.to(model.dtype) + 1) / 2
         if not self._state.started:
             x = torch.cat([x[:, :, :1].expand(-1, -1, FRAMES_PER_LATENT - 1, -1, -1), x], 2)
-        if model.upscale > 1:
-            scale = (1, model.upscale, model.upscale)
-            x = functional.avg_pool3d(x, scale)
+        if self._scale > 1:
+            x = functional.avg_pool3d(x, (1, self._scale, self._scale))
         if model.config.patch_size > 1:
             x = functional.pixel_unshuffle(x.transpose(1, 2), model.config.patch_size).transpose(
                 1, 2
@@ -338,9 +345,9 @@ class TinyAutoencoder(ModelMixin, ConfigMixin):
         """
         return self.streaming_decoder().step(latents, clamp=clamp)
 
-    def streaming_encoder(self) -> StreamingEncoder:
-        """An encoder for video that comes piece by piece."""
-        return StreamingEncoder(self, self.encoder)
+    def streaming_encoder(self, reduced: bool = False) -> StreamingEncoder:
+        """An encoder for video that comes piece by piece; see `StreamingEncoder`."""
+        return StreamingEncoder(self, self.encoder, reduced)
 
     def streaming_decoder(self) -> StreamingDecoder:
         """A decoder for latents that come one by one."""

@@ -335,6 +335,11 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
             nn.init.zeros_(block.attn1.prope_out.weight)
             nn.init.zeros_(block.attn1.prope_out.bias)
 
+    @property
+    def condition_channels(self) -> int:
+        """Input channels beyond the noisy latents, as in Wan2.1's image-to-video networks."""
+        return self.config.in_channels - self.config.out_channels
+
     def encode_text(self, text: Tensor) -> TextContext:
         """Prompt embedding `[B, L, text_dim]` -> every layer's keys and values. Padded rows are
         zero and are attended to, as in Wan.
@@ -375,13 +380,16 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
         text: Tensor | TextContext,
         context: AttentionContext,
         *,
+        condition: Tensor | None = None,
         cache_only: bool = False,
     ) -> Tensor | None:
         """Predicts the velocity `eps - x0` of noisy latents.
 
         latents: `[B, C, F, H, W]`, H and W multiples of the patch. sigma: in [0, 1], `[B]` or
         `[B, F]`, or what `encode_time` made of it. text: an embedding `[B, L, text_dim]`, or what
-        `encode_text` made of it. context: of these F frames.
+        `encode_text` made of it. context: of these F frames. condition: `[B, K, F, H, W]` with the
+        K = `condition_channels` further input channels of the network; None = zeros, nothing is
+        known.
         Returns `[B, C, F, H, W]` in float32. With `cache_only` the pass ends where the last layer's
         keys and values are stored in the context (a `CachedContext`), and returns None.
         """
@@ -392,6 +400,8 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
             sigma = self.encode_time(sigma)
         if isinstance(text, Tensor):
             text = self.encode_text(text)
+        if self.condition_channels:
+            latents = self._with_condition(latents, condition)
         x = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype))
         x = x.float().flatten(3).permute(0, 2, 3, 1)
         for layer, block in enumerate(self.blocks):
@@ -405,6 +415,13 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
                 x = block(*arguments)
         grid = latents.shape[3] // patch_h, latents.shape[4] // patch_w
         return self._to_latents(x, sigma.embedding, grid)
+
+    def _with_condition(self, latents: Tensor, condition: Tensor | None) -> Tensor:
+        batch, _, *size = latents.shape
+        if condition is None:
+            condition = latents.new_zeros(())
+        condition = condition.expand(batch, self.condition_channels, *size)
+        return torch.cat([latents, condition.to(latents.dtype)], dim=1)
 
     def _to_latents(self, x: Tensor, embedding: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens `[B, F, N, width]` -> velocity `[B, C, F, H, W]`."""

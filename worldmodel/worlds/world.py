@@ -225,8 +225,8 @@ def check_fit(world: World) -> None:
         ): (world.prompts.shape[1] != world.transformer.config.text_dim),
         (
             f"the autoencoder makes {latent} channels, the transformer reads "
-            f"{world.transformer.config.in_channels}"
-        ): (latent != world.transformer.config.in_channels),
+            f"{world.transformer.config.out_channels}"
+        ): (latent != world.transformer.config.out_channels),
         (
             f"{config.height}x{config.width} pixels do not divide into tokens of "
             f"{factor * patch[1]}x{factor * patch[2]}"
