@@ -28,8 +28,9 @@ SKY = 500.0  # units; depths beyond are infinitely far
 CELLS = (12, 20)  # rows and columns of the picture in which overlap is counted
 PROBES = (6, 10)  # rows and columns of points that stand for a remembered frame
 OCCLUSION = 1.25  # a probe this much farther than the nearest one in its cell counts as hidden
-HIDING = 3  # pixels around a point in which much farther points count as hidden
-SLACK = 1.12  # how much farther that is
+SLACK = 1.12  # a point this much farther than most of its neighbours shines through a nearer surface
+RADIUS = 1  # pixels: the neighbours
+MOST = 0.55  # share of the neighbours
 
 
 @dataclass(frozen=True)
@@ -85,20 +86,11 @@ class RememberedViews:
         z, pixel, source = self._project(chosen, c2w)
         nearest = torch.full((height * width,), SKY * 4)
         nearest.scatter_reduce_(0, pixel, z, "amin")
-        # what stands close in front hides what shines through between its points
-        front = -functional.max_pool2d(
-            -nearest.view(1, 1, height, width), 2 * HIDING + 1, 1, HIDING
-        ).flatten()
-        visible = z <= SLACK * front[pixel]
-        z = z[visible]
-        pixel = pixel[visible]
-        source = source[visible]
-        nearest = torch.full((height * width,), SKY * 4)
-        nearest.scatter_reduce_(0, pixel, z, "amin")
         first = z == nearest[pixel]
         pixel = pixel[first]
         picture[pixel] = self.pictures[chosen].view(-1, 3)[source[first]]
         known[pixel] = True
+        known.logical_and_(_shines_through(nearest.view(height, width)).flatten().logical_not_())
         return picture.view(height, width, 3), known.view(height, width)
 
     # -------------------- inside
@@ -170,6 +162,17 @@ class RememberedViews:
         source = inside.flatten().nonzero().squeeze(1)
         pixel = row.mul_(width).add_(column).flatten()[source].long()
         return z.flatten()[source], pixel, source
+
+
+def _shines_through(depth: Tensor) -> Tensor:
+    """Where most neighbours belong to a nearer surface, whose points stand too far apart here to
+    hide what is behind it: bool [H, W].
+    """
+    size = 2 * RADIUS + 1
+    padded = functional.pad(depth[None, None], [RADIUS] * 4, value=SKY * 4)
+    patches = functional.unfold(padded, size).view(size * size, *depth.shape)
+    nearer = (patches * SLACK < depth).sum(0)
+    return nearer > MOST * (size * size - 1)
 
 
 class ConditionStream:

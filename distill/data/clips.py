@@ -40,6 +40,7 @@ VIDEO = "video.mp4"
 POSES = "poses.json"
 META = "meta.yaml"
 LATENTS = "latents.safetensors"
+DEPTH = "depth.safetensors"
 CONDITION = "condition.safetensors"
 INDEX = "index.jsonl"
 
@@ -219,6 +220,41 @@ def write_latents(folder, latents: torch.Tensor, metadata: dict[str, str] | None
     with replacing_file(path) as temporary:
         save_file({"latents": stored}, temporary, metadata)
     return path
+
+
+def write_depth(folder, depth: torch.Tensor) -> Path:
+    """Write the depth [F, H, W] at a clip's latents (units along the camera's z axis), as float16;
+    a reader sees the whole file or none.
+    """
+    path = Path(folder) / DEPTH
+    stored = depth.detach().to("cpu", torch.float16).contiguous()
+    with replacing_file(path) as temporary:
+        save_file({"depth": stored}, temporary)
+    return path
+
+
+def read_depth(folder) -> torch.Tensor:
+    """Depth [F, H, W] float16 at a clip's latents. Raises UserError when the file is missing or
+    broken.
+    """
+    path = Path(folder) / DEPTH
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: expected {DEPTH} in the clip's folder, found none; collect the clips with "
+            "--depth"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            depth = file.get_tensor("depth")
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path}: expected a safetensors file with a tensor `depth` [F, H, W], got {error}"
+        ) from error
+    if depth.ndim != 3:
+        raise UserError(
+            f"{path}: expected a tensor `depth` [F, H, W], got shape {list(depth.shape)}"
+        )
+    return depth
 
 
 class LatentClips(torch.utils.data.Dataset):
