@@ -70,6 +70,10 @@ class FakeSession:
             self.machine.spend(self.machine.rest_seconds) if self.machine.rest_seconds else None
         return chunk
 
+    def at_rest(self, c2w):
+        unchanged = not self.changes or self.changes[-1][1] < self.frames
+        return self.machine.still and unchanged and bool(np.all(c2w == self.poses[-1]))
+
     def commit_pending(self):
         self.machine.committed += 1
 
@@ -149,7 +153,9 @@ class Machine:
     millisecond.
     """
 
-    def __init__(self, step_seconds=0.06, options=None, rest_seconds=0.0, **world):
+    def __init__(self, step_seconds=0.06, options=None, rest_seconds=0.0, still=False, **world):
+        self.still = still
+        self.slept = 0
         self.rest_seconds = rest_seconds
         self.step_seconds = step_seconds if callable(step_seconds) else lambda: step_seconds
         self.milliseconds = 0
@@ -179,6 +185,7 @@ class Machine:
 
     def sleep(self, seconds):
         """As the loop's own: a command wakes it."""
+        self.slept += 1
         for _ in range(max(1, round(seconds / TICK))):
             if self.loop._wake.is_set():
                 break
@@ -512,6 +519,76 @@ def test_pause_freezes_and_costs_no_time():
     assert machine.loop.pacer.late == 0 and machine.loop.pacer.latency()[1] < 0.4
 
 
+def test_at_rest_nothing_is_generated_until_a_key():
+    """As `test_a_key_is_on_screen_within_one_chunk_and_one_step`, in a world that is still."""
+    machine = Machine(step_seconds=0.06, rest_seconds=0.02, still=True)
+    machine.play(2.0)
+    assert machine.begun == [] and machine.loop.status.resting and len(machine.seen) == 1
+    assert machine.slept < 2.0 / 0.1 + 5  # nor is the processor kept busy
+    presses = [2 + 1.433 * n for n in range(20)]
+    for moment in presses:
+        machine.at(moment, partial(machine.loop.press, "forward"))
+        machine.at(moment + 0.2, partial(machine.loop.release, "forward"))
+        machine.at(moment + 0.6, partial(machine.loop.press, "look_up"))  # locked: stays at rest
+    machine.play(31.0)
+    samples = np.array(machine.loop.pacer._latencies)
+    assert len(samples) == 2 * len(presses)
+    assert samples.max() <= LATENT + 0.06 + MARGIN + 3 * TICK
+    assert samples[::2].max() <= 1 / 16 + 0.06 + 3 * TICK  # the presses, which end the rest
+    assert machine.loop.pacer.late == 0 and machine.loop.pacer.dropped == 0
+    walked = machine.scenes.sessions[0].poses
+    # the second chunk of each walk starts MARGIN early, so its share of a step is a little larger
+    assert walked[-1][2, 3] == pytest.approx(20 * 0.2 / LATENT * ENVELOPE.forward, rel=0.02)
+    assert len(walked) <= 1 + 2 * len(presses) and machine.loop.status.latent == len(walked)
+    assert machine.loop.status.resting
+
+
+def test_at_rest_the_mouse_and_chunks_of_three_answer():
+    machine = Machine(chunk=3, pictures=False, still=True)
+    machine.at(2.0, partial(machine.loop.look, 20, 0))
+    machine.play(2.0 + 1 / 16 + 0.06 + 3 * TICK)
+    machine.play(6.0)
+    assert machine.begun[0] == pytest.approx(2.0 + 1 / 16, abs=2 * TICK)
+    path = np.array(machine.scenes.sessions[0].poses)
+    assert len(path) == 6 and np.array_equal(path[4], np.eye(4))
+    assert np.degrees(np.arctan2(path[-1, 0, 2], path[-1, 2, 2])) == pytest.approx(2.0)
+
+
+def test_at_rest_commands_work_and_a_prompt_is_generated(tmp_path):
+    machine = Machine(still=True, options=LoopOptions(recordings=tmp_path))
+    machine.at(1.0, partial(machine.loop.press, "forward"))
+    machine.at(4.0, partial(machine.loop.release, "forward"))
+    machine.at(5.0, partial(tap_rewind, machine.loop))
+    machine.at(6.0, lambda now: machine.loop.command("record"))
+    machine.at(7.0, lambda now: machine.loop.command("change_prompt"))
+    machine.at(8.0, lambda now: machine.loop.command("pause"))
+    machine.at(9.0, lambda now: machine.loop.command("pause"))
+    machine.play(4.9)
+    walked = machine.loop.status.latent
+    machine.play(6.9)
+    assert machine.loop.status.latent == walked - 8 and machine.loop.status.resting
+    assert machine.seen[-1][1].latent == walked - 9  # the picture that was there
+    (recorder,) = machine.scenes.recorders
+    assert recorder.taken == []
+    machine.play(9.9)
+    assert machine.loop.status.latent == walked - 7 and machine.loop.status.resting
+    assert [index for index, _ in recorder.taken] == [walked - 8]
+    assert machine.loop.pacer.late == 0 and not machine.loop.status.phase == "paused"
+    machine.loop.command("restart")
+    machine.play(12.0)
+    assert machine.scenes.sessions[-1].frames == 1 and machine.loop.status.resting
+
+
+def test_a_path_that_waits_keeps_its_time():
+    path = partial(written_path, "w*4,wait*12,w*4")
+    machine = Machine(still=True, options=LoopOptions(path=path)).play(8.0)
+    assert len(machine.scenes.sessions[0].poses) == 1 + 8 and len(machine.begun) == 8
+    assert np.diff(machine.begun)[3] == pytest.approx(13 * LATENT, abs=5 * TICK)
+    moving = [moment for moment, _ in machine.seen if moment < 5.0]
+    assert np.diff(moving)[4:] == pytest.approx(1 / 16, abs=3 * TICK)
+    assert machine.loop.pacer.late == 0 and machine.loop.status.resting
+
+
 @pytest.mark.parametrize(
     ("error", "sentence", "status"),
     [
@@ -705,6 +782,27 @@ def test_headless_walk_record_replay_verify(play, tiny_bundle, tmp_path, capsys,
     )
     assert json.loads(capsys.readouterr().out)["latents"] == 6
     assert film.read_bytes() == before
+
+
+@pytest.mark.parametrize("rest", [True, False])
+def test_headless_rest_keeps_the_length_of_the_film(
+    play, still_bundle, tmp_path, capsys, torch_settings, rest
+):
+    film = tmp_path / "walk.mp4"
+    take = tmp_path / "take"
+    world = ["--world", str(still_bundle), "--threads", "1"]
+    walk = ["--headless", "--trajectory", "w*2,wait*5,w*1", *([] if rest else ["--no-rest"])]
+    assert play.main([*world, *walk, "--output", str(film), "--record", str(take)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["latents"], report["rested"]) == ((4, 5) if rest else (9, 0))
+    with av.open(str(film)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 4 * 9 - 3
+    assert len(read_log(take).lines) == report["latents"]
+    assert play.main([*world, "--replay", str(take), "--verify"]) == 0
+    assert json.loads(capsys.readouterr().out)["exact"] is True
+    if not rest:
+        assert play.main([*world, "--replay", str(take), "--verify", "--no-rest"]) == 2
+        assert "--no-rest cannot be combined" in capsys.readouterr().err
 
 
 def test_a_walk_that_fails_leaves_the_old_film(

@@ -115,6 +115,23 @@ def test_momentum():
     assert speeds == pytest.approx([0.5, 0.75, 0.375, 0.1875])
 
 
+def test_a_motion_comes_to_rest():
+    made = controls(smoothing=0.5)
+    assert made.at_rest and made.next_edge is None
+    made.press("forward", 0.1)
+    assert made.next_edge == 0.1
+    made.release("forward", 0.2)
+    poses = [made.pose_until(k * LATENT) for k in range(1, 9)]
+    assert made.at_rest and np.array_equal(poses[-1], poses[-2])
+    assert poses[-1][2, 3] == pytest.approx(0.4 * 0.4, abs=0.03 * 0.4)
+    made.press("rise", 2.1)  # locked
+    made.pose_until(2.25)
+    assert made.at_rest
+    made.look(1, 0, 2.3)
+    made.pose_until(2.5)
+    assert not made.at_rest
+
+
 def test_pace():
     """A held key is one full step a latent whether poses are asked early or late; a late tap keeps
     its worth.

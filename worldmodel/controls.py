@@ -31,6 +31,7 @@ MOTIONS = {
 AXES = ("forward", "strafe", "vertical", "yaw", "pitch")
 # axes that share one length, so that a diagonal is no faster than a straight line
 _GROUPS = np.array([[1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1]], np.float64)
+STOP = 0.02  # share of a full step below which a motion that nothing asks for ends
 _RUNNING = np.array([1, 1, 1, 0, 0], bool)
 
 
@@ -138,6 +139,18 @@ class Controls:
         """[5] motion of the last latent (units, degrees), in the order of AXES."""
         return self._velocity.copy()
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether the camera stands still until the next edge: no speed, no key that moves it."""
+        with self._lock:
+            return not (self._velocity.any() or self._carried.any() or self._speed().any())
+
+    @property
+    def next_edge(self) -> float | None:
+        """Time of the first edge since the last pose; None = none."""
+        with self._lock:
+            return min((t for t, _, _ in self._edges), default=None)
+
     def press(self, motion: str, t: float) -> None:
         """Note that the key of `motion` (one of MOTIONS) went down at `t` seconds. A locked motion
         is held but moves nothing.
@@ -180,6 +193,9 @@ class Controls:
         target = share * self.envelope.limits
         target[3:] += self._mouse_turn(mouse, target[3:])
         self._velocity += self.envelope.smoothing * (target - self._velocity)
+        # smoothing alone would only halve it, and the camera would never come to rest
+        slow = np.abs(self._velocity) < STOP * self.envelope.limits
+        self._velocity[slow & (target == 0)] = 0.0
         self._limit_pitch()
         forward, strafe, vertical, yaw, pitch = self._velocity
         self._pose = advance(

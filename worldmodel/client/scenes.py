@@ -49,7 +49,7 @@ def open_scenes(options: PlayOptions, tell: Callable[[str, float], None]) -> "Sc
     world = World.from_pretrained(options.world, fastest_device(), dtype, engine)
     if world.device.type != "cpu":
         print_progress(world.engine.describe(world.config.rollout, world.history))
-    return Scenes(world, options.steps, tell)
+    return Scenes(world, options.steps, tell, options.rest)
 
 
 def fastest_device() -> str:
@@ -65,7 +65,7 @@ class Scenes:
     """The sessions that a world can start. Prompts and start pictures keep the order of world.yaml.
 
     steps: denoising steps a chunk; None = the world's. tell: called before what takes long, as in
-    `open_scenes`.
+    `open_scenes`. rest: whether sessions follow the world's rule of rest.
     """
 
     def __init__(
@@ -73,11 +73,13 @@ class Scenes:
         world: "World",
         steps: int | None = None,
         tell: Callable[[str, float], None] | None = None,
+        rest: bool = True,
     ):
         from worldmodel.camera import FRAMES_PER_LATENT
 
         self.world = world
         self._steps = steps
+        self._rest = rest
         self._tell = tell or (lambda stage, progress: None)
         self.name = world.config.name
         self.labels = world.config.labels
@@ -129,9 +131,15 @@ class Scenes:
 
         scene = self.resolve(scene)
         self._embed([scene.prompt])
-        return Session(
-            self.world, prompt=scene.prompt, image=scene.image, seed=scene.seed, steps=self._steps
-        ), scene
+        session = Session(
+            self.world,
+            prompt=scene.prompt,
+            image=scene.image,
+            seed=scene.seed,
+            steps=self._steps,
+            rest=self._rest,
+        )
+        return session, scene
 
     def record(self, folder: Path, session: "Session") -> "Recorder":
         """Return a recorder of `session` in the new folder `folder`."""
