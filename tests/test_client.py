@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from worldmodel.camera import rotation
 from worldmodel.client.bindings import Bindings
 from worldmodel.client.loop import NO_CAMERA, Loop, LoopOptions
 from worldmodel.client.pacer import Frame, Pacer
-from worldmodel.client.paths import tour, written_path
+from worldmodel.client.paths import MET_WALL, tour, within_walls, written_path
 from worldmodel.client.rewind import FIRST_REPEAT, REPEAT
 from worldmodel.client.scenes import Scene, Scenes
 from worldmodel.controls import Envelope
@@ -26,8 +27,10 @@ from worldmodel.pacing import MARGIN
 from worldmodel.recording import verify
 from worldmodel.session import FrameChunk
 from worldmodel.session_log import read_log
+from worldmodel.walkable import WalkableMap
 from worldmodel.worlds.config import WorldConfig
 from worldmodel.worlds.labels import Labels
+from worldmodel.worlds.place import Place
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVELOPE = Envelope(forward=0.5, strafe=0.4, yaw=6.0, pitch=0.0)
@@ -128,7 +131,8 @@ class FakeScenes:
     envelope = ENVELOPE
     labels = Labels()
 
-    def __init__(self, machine, chunk=1, pictures=True, camera=True):
+    def __init__(self, machine, chunk=1, pictures=True, camera=True, walls=None):
+        self.walls = walls
         self.machine = machine
         self.chunk = chunk
         self.pictures = pictures
@@ -573,7 +577,7 @@ def test_at_rest_commands_work_and_a_prompt_is_generated(tmp_path):
     machine.play(9.9)
     assert machine.loop.status.latent == walked - 7 and machine.loop.status.resting
     assert [index for index, _ in recorder.taken] == [walked - 8]
-    assert machine.loop.pacer.late == 0 and not machine.loop.status.phase == "paused"
+    assert machine.loop.pacer.late == 0 and machine.loop.status.phase != "paused"
     machine.loop.command("restart")
     machine.play(12.0)
     assert machine.scenes.sessions[-1].frames == 1 and machine.loop.status.resting
@@ -672,6 +676,49 @@ def test_a_replay_is_shown_at_the_worlds_rate_and_then_handed_over(tmp_path):
     assert machine.gaps[8:28] == pytest.approx(1 / 16, abs=2 * TICK)
     assert machine.scenes.sessions[0].scene == Scene("dunes", str(tmp_path / "start.png"), 3)
     assert machine.scenes.sessions[0].poses[-1][2, 3] > 0
+
+
+def ahead_until(wall):
+    """A place whose ground ends `wall` units ahead of its start, which looks along its x axis."""
+    xz = np.stack(np.meshgrid(np.arange(-2, wall, 0.05), np.arange(-2, 2, 0.05)), -1)
+    walkable = WalkableMap.from_positions(xz.reshape(-1, 2), 0.05, 0.0)
+    start = np.eye(4)
+    start[:3, :3] = rotation(90.0, 0.0)
+    return Place("lane", "A lane", start, walkable)
+
+
+def test_a_wall_stops_the_player_and_costs_nothing():
+    machine = Machine(still=True, walls=ahead_until(1.5).walls)
+    machine.at(1.0, partial(machine.loop.press, "forward"))
+    machine.at(6.0, partial(machine.loop.press, "right"))
+    machine.play(6.0)
+    path = np.array(machine.scenes.sessions[0].poses)
+    assert path[-1, 2, 3] == pytest.approx(1.5, abs=0.05) and np.abs(path[:, 0, 3]).max() < 1e-9
+    begun = len(machine.begun)
+    assert begun <= 6 and not machine.loop.status.resting  # the key is held, the picture stays
+    machine.play(8.0)
+    aside = np.array(machine.scenes.sessions[0].poses)[len(path) :]
+    assert aside[-1, 0, 3] > 1.0 and aside[:, 2, 3].max() <= 1.5 + 1e-9
+    assert machine.loop.pacer.late == 0
+
+
+@pytest.mark.parametrize("with_walls", [True, False])
+def test_a_written_path_slides_along_walls(tiny_world, with_walls):
+    scenes = Scenes(tiny_world, place=ahead_until(1.2), with_walls=with_walls)
+    said = []
+    path = within_walls(written_path("w*2,wait*2,w+d*4,s*1", ENVELOPE), scenes.walls, said.append)
+    assert path[1, 2, 3] == pytest.approx(1.0) and np.array_equal(path[2], path[3])
+    assert said == ([MET_WALL] if with_walls else [])
+    assert path[7, 0, 3] == pytest.approx(4 * 0.4)  # what is left of the diagonal
+    assert path[7, 2, 3] == pytest.approx(1.2 if with_walls else 3.0, abs=0.05)
+    assert path[8, 2, 3] == pytest.approx(path[7, 2, 3] - 0.5)
+
+
+def test_a_walk_in_a_window_reports_a_wall_once():
+    options = LoopOptions(path=partial(written_path, "w*9"))
+    machine = Machine(walls=ahead_until(1.5).walls, options=options).play(5.0)
+    assert list(machine.loop.notices).count(MET_WALL) == 1
+    assert machine.scenes.sessions[0].poses[-1][2, 3] <= 1.5
 
 
 def test_tour_and_written_path_stay_inside_the_envelope():

@@ -5,6 +5,7 @@ import pytest
 
 from worldmodel.camera import invert
 from worldmodel.controls import Controls, Envelope
+from worldmodel.walkable import WalkableMap, Walls
 
 LATENT = 0.25  # seconds: 4 frames at 16 fps
 ENVELOPE = Envelope(
@@ -197,6 +198,25 @@ def test_locked_and_reset():
     made.release("run", 60.25)
     made.release("forward", 60.25)
     assert made.pose_until(60.5)[2, 3] == pytest.approx(0.08)
+
+
+@pytest.mark.parametrize("style", ["walk", "fly"])
+def test_walls_take_the_speed_towards_them(style):
+    xz = np.stack(np.meshgrid(np.arange(-3, 3, 0.05), np.arange(-3, 1, 0.05)), -1).reshape(-1, 2)
+    walls = Walls(WalkableMap.from_positions(xz, 0.05, 0.0), np.eye(4))
+    made = Controls(Envelope(0.4, 0.3, smoothing=0.5, style=style), fps=16, walls=walls)
+    free = Controls(Envelope(0.4, 0.3, smoothing=0.5, style=style), fps=16)
+    for one in (made, free):
+        one.pose_until(0.0)
+        one.press("forward", 0.0)
+        one.press("right", 0.0)
+    for k in range(1, 9):
+        walled = made.pose_until(k * LATENT)
+        reference = free.pose_until(k * LATENT)
+        assert walled[0, 3] == pytest.approx(reference[0, 3])
+    assert walled[2, 3] == pytest.approx(1.0, abs=0.1)
+    forward, strafe, *_ = made.velocity
+    assert forward == pytest.approx(0, abs=1e-9) and strafe == pytest.approx(free.velocity[1])
 
 
 def test_bad_values():

@@ -8,11 +8,15 @@ may come from another thread than the one that asks for poses. Needs neither tor
 import math
 import threading
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from worldmodel.camera import STYLES, advance, check_poses
+from worldmodel.camera import STYLES, advance, check_poses, heading
 from worldmodel.errors import UserError
+
+if TYPE_CHECKING:  # it reads pictures, which the controls do not need
+    from worldmodel.walkable import Walls
 
 # motion a key is bound to -> (axis of the envelope, sign)
 MOTIONS = {
@@ -99,11 +103,16 @@ class Controls:
     wins until it is released.
 
     envelope: what the world has learned. fps: pixel frames a second. sensitivity: degrees per mouse
-    count.
+    count. walls: where the camera may go; None = everywhere.
     """
 
     def __init__(
-        self, envelope: Envelope, fps: float, frames_per_latent: int = 4, sensitivity: float = 0.1
+        self,
+        envelope: Envelope,
+        fps: float,
+        frames_per_latent: int = 4,
+        sensitivity: float = 0.1,
+        walls: "Walls | None" = None,
     ):
         if not (fps > 0 and frames_per_latent >= 1):
             raise ValueError(
@@ -111,6 +120,7 @@ class Controls:
             )
         self.envelope = envelope
         self.sensitivity = sensitivity
+        self._walls = walls
         self._latent = frames_per_latent / fps  # seconds
         self._lock = threading.Lock()
         # (t, "press" | "release" | "look", motion or counts)
@@ -198,9 +208,8 @@ class Controls:
         self._velocity[slow & (target == 0)] = 0.0
         self._limit_pitch()
         forward, strafe, vertical, yaw, pitch = self._velocity
-        self._pose = advance(
-            self._pose, [strafe, -vertical, forward], yaw, pitch, self.envelope.style
-        )
+        pose = advance(self._pose, [strafe, -vertical, forward], yaw, pitch, self.envelope.style)
+        self._pose = pose if self._walls is None else self._slide(pose)
         return self.pose
 
     # -------------------- inside
@@ -266,6 +275,14 @@ class Controls:
         # only this latent's own motion waits for the next one; what already waited once is dropped
         self._carried = np.clip(wanted - turned, np.minimum(fresh, 0), np.maximum(fresh, 0))
         return turned - by_keys
+
+    def _slide(self, wanted: np.ndarray) -> np.ndarray:
+        """Return the pose [4,4] that walls leave of `wanted`; the speed towards them is lost."""
+        pose = self._walls.slide(self._pose, wanted)
+        axes = heading(pose) if self.envelope.style == "walk" else pose[:3, :3]
+        strafe, down, forward = axes.T @ (pose[:3, 3] - wanted[:3, 3])
+        self._velocity[:3] += (forward, strafe, -down)
+        return pose
 
     def _limit_pitch(self) -> None:
         elevation = math.degrees(math.asin(np.clip(-self._pose[1, 2], -1, 1)))

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from worldmodel.cli import print_line, print_progress
 from worldmodel.client.options import PlayOptions
-from worldmodel.client.paths import tour, written_path
+from worldmodel.client.paths import tour, within_walls, written_path
 from worldmodel.client.scenes import Scene, Scenes, open_scenes
 from worldmodel.files import replacing_file
 
@@ -156,6 +156,7 @@ def _walked(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, int, "Recor
         if options.trajectory
         else tour(scenes.envelope)
     )
+    path = within_walls(path, scenes.walls, print_progress)
     path = np.concatenate([path, path[-1:].repeat(-len(path) % scenes.chunk, 0)])
     session, _ = scenes.open(Scene(options.prompt, options.image, options.seed))
     first = session.first.latents

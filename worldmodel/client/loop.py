@@ -16,6 +16,7 @@ import numpy as np
 
 from worldmodel.client.failure import Failure, describe
 from worldmodel.client.pacer import Frame, Pacer
+from worldmodel.client.paths import within_walls
 from worldmodel.client.rewind import Past, RewindKey, step_of
 from worldmodel.client.scenes import Scene, Scenes
 from worldmodel.client.takes import Takes
@@ -184,11 +185,19 @@ class Loop:
         self._scenes = self._open_scenes(self._open_stage)
         self._chunk_frames = self._scenes.chunk * self._scenes.frames_per_latent
         self._chunk_seconds = self._chunk_frames / self._scenes.fps
-        self._path = deque(self._options.path(self._scenes.envelope) if self._options.path else ())
+        self._path = deque()
+        if self._options.path:
+            path = self._options.path(self._scenes.envelope)
+            self._path.extend(within_walls(path, self._scenes.walls, self.notices.append))
         self._takes = Takes(
             self._scenes.name, self._options.record, self._options.recordings, self.notices.append
         )
-        controls = Controls(self._scenes.envelope, self._scenes.fps, self._scenes.frames_per_latent)
+        controls = Controls(
+            self._scenes.envelope,
+            self._scenes.fps,
+            self._scenes.frames_per_latent,
+            walls=self._scenes.walls,
+        )
         self._open_stage("Dreaming the first picture", 0.98)
         self._update(locked=frozenset(controls.locked))
         self.pacer = Pacer(self._scenes.fps)

@@ -40,6 +40,7 @@ class PlayOptions:
     attention: str = "auto"
     record: Path | None = None  # folder of a recording that starts with the first frame
     rest: bool = True  # nothing is generated while the camera rests, in worlds that are still
+    walls: bool = True  # the walls of a place stop the camera
     threads: int = 1  # of torch
     headless: bool = False
     trajectory: str | None = None  # "w*10,l*5,w+l*8"
@@ -91,6 +92,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="rest",
         action="store_false",
         help="generate while the camera rests, too, in worlds whose things do not move",
+    )
+    parser.add_argument(
+        "--no-walls",
+        dest="walls",
+        action="store_false",
+        help="walk through walls, in places that have them, into what was never filmed",
     )
     add_engine_arguments(parser)
 
@@ -177,6 +184,11 @@ def _check_replay(options: PlayOptions) -> None:
         raise UserError(
             "--no-rest cannot be combined with --replay and --verify or --headless: a recording is "
             "replayed as it was generated; omit --no-rest."
+        )
+    if not options.walls and (options.verify or options.headless):
+        raise UserError(
+            "--no-walls cannot be combined with --replay and --verify or --headless: the recording "
+            "holds its path; omit --no-walls."
         )
     if options.verify and (options.output or options.headless):
         raise UserError(

@@ -13,6 +13,8 @@ from worldmodel.client.options import PlayOptions
 if TYPE_CHECKING:  # the generator thread imports torch, after the window is open
     from worldmodel.recording import Recorder
     from worldmodel.session import Session
+    from worldmodel.walkable import Walls
+    from worldmodel.worlds.place import Place
     from worldmodel.worlds.world import World
 
 
@@ -49,7 +51,7 @@ def open_scenes(options: PlayOptions, tell: Callable[[str, float], None]) -> "Sc
     world = World.from_pretrained(options.world, fastest_device(), dtype, engine)
     if world.device.type != "cpu":
         print_progress(world.engine.describe(world.config.rollout, world.history))
-    return Scenes(world, options.steps, tell, options.rest)
+    return Scenes(world, options.steps, tell, options.rest, with_walls=options.walls)
 
 
 def fastest_device() -> str:
@@ -65,7 +67,8 @@ class Scenes:
     """The sessions that a world can start. Prompts and start pictures keep the order of world.yaml.
 
     steps: denoising steps a chunk; None = the world's. tell: called before what takes long, as in
-    `open_scenes`. rest: whether sessions follow the world's rule of rest.
+    `open_scenes`. rest: whether sessions follow the world's rule of rest. place: where sessions
+    begin; None = the world has no places. with_walls: whether the place's walls stop the camera.
     """
 
     def __init__(
@@ -74,12 +77,15 @@ class Scenes:
         steps: int | None = None,
         tell: Callable[[str, float], None] | None = None,
         rest: bool = True,
+        place: "Place | None" = None,
+        with_walls: bool = True,
     ):
         from worldmodel.camera import FRAMES_PER_LATENT
 
         self.world = world
         self._steps = steps
         self._rest = rest
+        self.walls: Walls | None = place.walls if place and with_walls else None
         self._tell = tell or (lambda stage, progress: None)
         self.name = world.config.name
         self.labels = world.config.labels
