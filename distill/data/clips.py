@@ -3,9 +3,10 @@ training.
 
 A clip folder holds `video.mp4` (H.264), `poses.json` (WorldPlay's format: per latent frame
 camera-to-world and K in pixels), `meta.yaml` (caption, fps, source, licence) and, after `distill
-encode`, `latents.safetensors` (one float16 tensor `latents` [C, F, h, w]). The folder of clips
-holds `index.jsonl`, one line per clip. F latents are 4F - 3 video frames, see
-`worldmodel.camera.FRAMES_PER_LATENT`.
+encode`, `latents.safetensors` (one float16 tensor `latents` [C, F, h, w]). Rendered clips may hold
+`depth.safetensors` (one float16 tensor `depth` [F, H, W]: z in camera coordinates at the pose of
+every latent, in the units of the poses). The folder of clips holds `index.jsonl`, one line per
+clip. F latents are 4F - 3 video frames, see `worldmodel.camera.FRAMES_PER_LATENT`.
 """
 
 import json
@@ -40,6 +41,7 @@ VIDEO = "video.mp4"
 POSES = "poses.json"
 META = "meta.yaml"
 LATENTS = "latents.safetensors"
+DEPTH = "depth.safetensors"
 INDEX = "index.jsonl"
 
 
@@ -77,6 +79,7 @@ def write_clip(
     fps: float,
     source: str,
     licence: str,
+    depths: torch.Tensor | None = None,
     **extra,
 ) -> Path:
     """Write the clip folder root/name under a temporary name and rename it, so that a clip is
@@ -86,10 +89,11 @@ def write_clip(
         frames: uint8 [T, H, W, 3], T = 4F - 3, H and W even.
         c2w: [F, 4, 4], one pose per latent frame.
         intrinsics: [4] normalised, constant over the clip.
+        depths: [F, H, W], the depth at every pose; None writes no file of it.
         extra: further entries of meta.yaml (plain values).
     Raises:
-        UserError: the frames do not fit the poses, a pose is not valid, or a clip of this name
-        exists.
+        UserError: the frames do not fit the poses, the depth does not fit either, a pose is not
+        valid, or a clip of this name exists.
         ValueError: the frames are not uint8 pictures of even height and width.
     """
     root = Path(root)
@@ -114,6 +118,8 @@ def write_clip(
         _write_video(partial / VIDEO, frames, fps)
         write_pose_json(partial / POSES, c2w, intrinsics, frames.shape[2], frames.shape[1])
         write_meta(partial, meta)
+        if depths is not None:
+            write_depth(partial, depths, (len(c2w), *frames.shape[1:3]))
     with open(root / INDEX, "a", encoding="utf-8") as index:
         index.write(json.dumps(_index_entry(root / name)) + "\n")
     return root / name
@@ -218,6 +224,44 @@ def write_latents(folder, latents: torch.Tensor, metadata: dict[str, str] | None
     with replacing_file(path) as temporary:
         save_file({"latents": stored}, temporary, metadata)
     return path
+
+
+def write_depth(folder, depths: torch.Tensor, size: Sequence[int]) -> Path:
+    """Write the depth [F, H, W] of a clip, as float16; a reader sees the whole file or none.
+
+    size: F, H, W of the clip. Raises UserError for another shape.
+    """
+    path = Path(folder) / DEPTH
+    _check_depth(list(depths.shape), list(size), path)
+    stored = depths.detach().to("cpu", torch.float16).contiguous()
+    with replacing_file(path) as temporary:
+        save_file({"depth": stored}, temporary)
+    return path
+
+
+def read_depth(folder) -> torch.Tensor:
+    """The depth of a clip, float16 [F, H, W]: z in camera coordinates of what the centre of a pixel
+    shows, at the pose of every latent.
+
+    Raises UserError when the file is missing or broken, or does not fit the clip's poses and size.
+    """
+    folder = Path(folder)
+    path = folder / DEPTH
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: expected {DEPTH} in the clip's folder, found none; collect the clip with "
+            "--depth"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            depth = file.get_tensor("depth")
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path}: expected a safetensors file with a tensor `depth` [F, H, W], got {error}"
+        ) from error
+    c2w, _ = read_pose_json(folder / POSES)
+    _check_depth(list(depth.shape), [len(c2w), *_video_size(folder / VIDEO)], path)
+    return depth
 
 
 class LatentClips(torch.utils.data.Dataset):
@@ -376,6 +420,11 @@ def _check_count(frames: int, latents: int, name: str) -> None:
         )
 
 
+def _check_depth(shape: list[int], expected: list[int], path: Path) -> None:
+    if shape != expected:
+        raise UserError(f"{path}: expected the depth [F, H, W] as {expected}, got {shape}")
+
+
 def _write_video(path: Path, frames: np.ndarray, fps: float) -> None:
     """H.264 with full colour resolution, which keeps the edges of flat colours; equal frames give
     equal files.
@@ -422,6 +471,16 @@ def _read_video(path: Path) -> np.ndarray:
     if not frames:
         raise UserError(f"{path}: expected a video with at least one frame, got none")
     return np.stack(frames)
+
+
+def _video_size(path: Path) -> tuple[int, int]:
+    """Height and width of a video."""
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            return stream.height, stream.width
+    except (av.FFmpegError, IndexError) as error:
+        raise UserError(f"{path}: expected a video, got none that opens ({error})") from error
 
 
 def _index_entry(folder: Path) -> dict:

@@ -1,5 +1,5 @@
-"""Ray caster for towns, in torch: flat shading, hard shadows, fog, sky; exact for any camera,
-resolution and device.
+"""Ray caster for towns and the island, in torch: flat shading, hard shadows, fog, sky, sun on the
+sea; exact for any camera, resolution and device.
 
 Every pixel gets samples x samples rays on a regular grid, averaged. A box is tested only against
 the pixels inside the screen rectangle that bounds it, and its shadow only inside the rectangle that
@@ -10,11 +10,13 @@ float64 before they become float32, so that no detail is lost far from the origi
 """
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from distill.data.blocks.town import CELL, TILES, Boxes, Town
+from distill.data.blocks.scenes import Scene, scene_of
+from distill.data.blocks.town import CELL, TILES, Boxes
 
 FAR = 1e3  # depth of the sky, units; the fog hides every surface there
 NEAR = 1e-3  # nothing nearer than this is drawn, units
@@ -24,10 +26,11 @@ SKIN = 1e-3
 FACE_LIGHT = np.array([0.92, 1.0, 0.80])
 # distances at which the tiles of the ground begin and end to blend into one tone, units
 TILE_FADE = (1.4, 3.4)
+GLITTER_WIDTH = 14.0  # of the sun's reflection on the sea, degrees to each side
 
 
 def render(
-    town: Town,
+    scene: Scene,
     c2w,
     intrinsics,
     height: int = 96,
@@ -35,19 +38,62 @@ def render(
     samples: int = 2,
     device="cpu",
     plain: bool = False,
-) -> torch.Tensor:
-    """Pictures of a town.
+    depth: bool = False,
+):
+    """Pictures of a town or an island.
 
     Args:
         c2w: camera-to-world matrices [N, 4, 4] (or [4, 4]) in world units, numpy or torch.
         intrinsics: fx/W, fy/H, cx/W, cy/H, [4] or [N, 4].
         samples: rays along each side of a pixel (2 = four rays per pixel).
         plain: test every ray against every box; slow, the reference for the default.
+        depth: return the depth too, see `render_depth`.
     Returns:
-        uint8 [N, height, width, 3] on `device`.
+        uint8 [N, height, width, 3] on `device`; with `depth`, a pair of it and the depth.
     Raises:
         ValueError: shapes that do not fit, poses that are not finite, sizes below 1.
     """
+    cameras = _cameras(c2w, intrinsics, height, width, samples)
+    frames = torch.empty(len(cameras[0]), height, width, 3, dtype=torch.uint8, device=device)
+    for index, view in enumerate(_views(scene, *cameras, height, width, samples, device)):
+        frames[index] = view.picture(plain)
+    if not depth:
+        return frames
+    return frames, render_depth(scene, c2w, intrinsics, height, width, device, plain)
+
+
+def render_depth(
+    scene: Scene,
+    c2w,
+    intrinsics,
+    height: int = 96,
+    width: int = 160,
+    device="cpu",
+    plain: bool = False,
+) -> torch.Tensor:
+    """Depth of the first surface along the ray through the centre of every pixel: its z in camera
+    coordinates, units, float32 [N, height, width]. The sea is a surface; the sky is at FAR.
+
+    Arguments and errors as in `render`.
+    """
+    cameras = _cameras(c2w, intrinsics, height, width, 1)
+    depth = torch.empty(len(cameras[0]), height, width, dtype=torch.float32, device=device)
+    for index, view in enumerate(_views(scene, *cameras, height, width, 1, device)):
+        depth[index] = view.depth(plain)
+    return depth
+
+
+def render_source(
+    source: str, c2w, intrinsics, height: int = 96, width: int = 160, samples: int = 2, device="cpu"
+) -> torch.Tensor:
+    """Pictures of the scene of a clip (`source` of its meta.yaml) at any poses; see `render`."""
+    return render(scene_of(source), c2w, intrinsics, height, width, samples, device)
+
+
+def _cameras(
+    c2w, intrinsics, height: int, width: int, samples: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The arguments of `render`, checked: camera-to-world [N, 4, 4], intrinsics [N, 4]."""
     c2w = np.asarray(c2w, dtype=np.float64).reshape(-1, *np.shape(c2w)[-2:])
     intrinsics = np.broadcast_to(np.asarray(intrinsics, dtype=np.float64), (len(c2w), 4))
     if c2w.shape[1:] != (4, 4) or not np.isfinite(c2w).all():
@@ -59,27 +105,24 @@ def render(
             f"expected a height, width and sample count of at least 1, got {height}, {width}, "
             f"{samples}"
         )
-    reach = math.ceil(1.2 * town.look.visibility / CELL)
-    frames = torch.empty(len(c2w), height, width, 3, dtype=torch.uint8, device=device)
+    return c2w, intrinsics
+
+
+def _views(
+    scene: Scene, c2w, intrinsics, height: int, width: int, samples: int, device
+) -> Iterator["_View"]:
+    """One view per camera; what neighbouring cameras share is computed once."""
     rays = {}  # of the last lens
     surroundings = {}  # of the last cell
-    for index, (pose, lens) in enumerate(zip(c2w, intrinsics)):
+    for pose, lens in zip(c2w, intrinsics):
         cell = tuple(math.floor(pose[k, 3] / CELL) for k in (0, 2))
         if cell not in surroundings:
-            surroundings = {cell: (town.boxes(*cell, reach), *town.ground(*cell, reach))}
+            boxes = scene.boxes(*cell, scene.reach)
+            surroundings = {cell: (boxes, *scene.ground(*cell, scene.reach))}
         key = tuple(lens)
         if key not in rays:
             rays = {key: _rays(lens, height, width, samples, device)}
-        view = _View(town, pose, lens, rays[key], cell, reach, *surroundings[cell])
-        frames[index] = view.picture(plain)
-    return frames
-
-
-def render_source(
-    source: str, c2w, intrinsics, height: int = 96, width: int = 160, samples: int = 2, device="cpu"
-) -> torch.Tensor:
-    """Pictures of the town of a clip (`source` of its meta.yaml) at any poses; see `render`."""
-    return render(Town.from_source(source), c2w, intrinsics, height, width, samples, device)
+        yield _View(scene, pose, lens, rays[key], cell, scene.reach, *surroundings[cell])
 
 
 def _rays(lens: np.ndarray, height: int, width: int, samples: int, device) -> torch.Tensor:
@@ -100,9 +143,10 @@ class _View:
     """One picture: the boxes around one camera, in coordinates relative to it."""
 
     def __init__(
-        self, town, pose, lens, rays, cell, reach, boxes: Boxes, near: np.ndarray, far: np.ndarray
+        self, scene, pose, lens, rays, cell, reach, boxes: Boxes, near: np.ndarray, far: np.ndarray
     ):
-        self.look = town.look
+        self.look = scene.look
+        self.sea = scene.sea(*cell, reach)
         self.lens = lens
         self.device = rays.device
         self.rotation = pose[:3, :3]
@@ -135,11 +179,34 @@ class _View:
         colours = torch.tensor(
             self._colours().T, dtype=torch.float32, device=self.device
         ).contiguous()
+        glitter = self._glitter(lookup)
         pixels = []
-        for sky, table in zip(self._sky(), colours):
+        for sky, table, glare in zip(self._sky(), colours, self.look.disc):
             solid = table.index_select(0, lookup).view_as(depth)
+            if glitter is not None:
+                solid += glitter * (glare - solid)
             pixels.append(solid.sub_(sky).mul_(clear).add_(sky).mean(0))
         return torch.stack(pixels, dim=-1).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
+
+    def depth(self, plain: bool) -> torch.Tensor:
+        """Depth of the first surface along each pixel's first ray, float32 [height, width]."""
+        return (self._trace_plain if plain else self._trace)()[0][0]
+
+    def _glitter(self, lookup: torch.Tensor) -> torch.Tensor | None:
+        """Share of the sun's light in every ray's colour, [samples^2, H, W]: a band on the sunlit
+        sea from the camera to the horizon below the sun. None where no water is near.
+        """
+        if self.sea is None or not self.look.glitter:
+            return None
+        lit = np.zeros(2 * (self.sea.size + 3 * len(self.boxes)), dtype=np.float32)
+        lit[: 2 * self.sea.size : 2] = self.look.glitter * self.sea.ravel()
+        sun = self.look.sun_direction[[0, 2]] / np.hypot(*self.look.sun_direction[[0, 2]])
+        x = self.directions[0]
+        z = self.directions[2]
+        aside = (x * float(sun[0])).add_(z * float(sun[1])).div_((x * x).addcmul_(z, z).sqrt_())
+        spread = 1 / math.radians(GLITTER_WIDTH) ** 2
+        share = aside.sub_(1).mul_(spread).exp_()
+        return share.mul_(torch.from_numpy(lit).to(self.device)[lookup].view_as(share))
 
     def _ground(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Depth along the rays and tile number of the ground, both [samples^2, H, W]; FAR where no

@@ -41,6 +41,7 @@ class Mood:
     crowns: tuple  # crown colours of the trees
     glow: float = 0.0  # share of a crown's colour that emits light (lanterns)
     visibility: float = 6.0  # distance at which 2 % of a surface's colour pass the fog, units
+    glitter: float = 0.0  # share of the disc's colour that the sea below the sun reflects
 
     @property
     def sun_direction(self) -> np.ndarray:
@@ -50,75 +51,76 @@ class Mood:
         return np.array([flat * math.sin(azimuth), -math.sin(elevation), flat * math.cos(azimuth)])
 
 
-def _rgb(*codes: str) -> tuple:
+def rgb(*codes: str) -> tuple:
+    """Colours of hexadecimal codes, RGB in [0, 1]: one colour, or a tuple of several."""
     colours = tuple(tuple(int(code[k : k + 2], 16) / 255 for k in (0, 2, 4)) for code in codes)
     return colours if len(colours) > 1 else colours[0]
 
 
 MOODS = {
     "meadow": Mood(
-        sky=_rgb("3f8fe0"),
-        horizon=_rgb("cfe8f5"),
+        sky=rgb("3f8fe0"),
+        horizon=rgb("cfe8f5"),
         sun=(35, 38),
         light=(0.76, 0.72, 0.60),
         ambient=(0.54, 0.57, 0.62),
-        disc=_rgb("fff6c8"),
+        disc=rgb("fff6c8"),
         disc_radius=5.0,
-        street=_rgb("d9c69a", "c8b486"),
-        plot=_rgb("7cc04e", "68ac40"),
-        walls=_rgb("f2e3c2", "e2725b", "f0b840", "6aa5c9"),
-        roofs=_rgb("a63d2f", "6b4a3a", "47607a"),
-        doors=_rgb("4a3226", "2f6b4f"),
-        trunk=_rgb("7a5230"),
-        crowns=_rgb("2f8f3c", "57a834"),
+        street=rgb("d9c69a", "c8b486"),
+        plot=rgb("7cc04e", "68ac40"),
+        walls=rgb("f2e3c2", "e2725b", "f0b840", "6aa5c9"),
+        roofs=rgb("a63d2f", "6b4a3a", "47607a"),
+        doors=rgb("4a3226", "2f6b4f"),
+        trunk=rgb("7a5230"),
+        crowns=rgb("2f8f3c", "57a834"),
     ),
     "dunes": Mood(
-        sky=_rgb("3f6fb0"),
-        horizon=_rgb("fbd3a0"),
+        sky=rgb("3f6fb0"),
+        horizon=rgb("fbd3a0"),
         sun=(-50, 30),
         light=(0.86, 0.68, 0.48),
         ambient=(0.52, 0.50, 0.58),
-        disc=_rgb("ffe9a8"),
+        disc=rgb("ffe9a8"),
         disc_radius=6.5,
-        street=_rgb("e3b677", "d3a263"),
-        plot=_rgb("f0cf96", "e2bd80"),
-        walls=_rgb("f7ead2", "c8643c", "d99a4e", "5d9c98"),
-        roofs=_rgb("8c3f2b", "f2f0e6", "2f6f78"),
-        doors=_rgb("2a5d7c", "5c2e1e"),
-        trunk=_rgb("8a5a34"),
-        crowns=_rgb("5f8a35", "88963a"),
+        street=rgb("e3b677", "d3a263"),
+        plot=rgb("f0cf96", "e2bd80"),
+        walls=rgb("f7ead2", "c8643c", "d99a4e", "5d9c98"),
+        roofs=rgb("8c3f2b", "f2f0e6", "2f6f78"),
+        doors=rgb("2a5d7c", "5c2e1e"),
+        trunk=rgb("8a5a34"),
+        crowns=rgb("5f8a35", "88963a"),
     ),
     "snow": Mood(
-        sky=_rgb("86aed6"),
-        horizon=_rgb("e9f0f6"),
+        sky=rgb("86aed6"),
+        horizon=rgb("e9f0f6"),
         sun=(140, 34),
         light=(0.66, 0.62, 0.54),
         ambient=(0.58, 0.62, 0.70),
-        disc=_rgb("fffdf0"),
+        disc=rgb("fffdf0"),
         disc_radius=5.0,
-        street=_rgb("b9c6d4", "a8b7c8"),
-        plot=_rgb("f2f6fa", "e0e8f0"),
-        walls=_rgb("9c3b34", "7a5a42", "3f6d94", "d9a441"),
-        roofs=_rgb("f7fafd", "dfe8f0", "4a4f5a"),
-        doors=_rgb("ece4d0", "2b2f38"),
-        trunk=_rgb("4f3a2c"),
-        crowns=_rgb("1f5d4a", "2f7a5c"),
+        street=rgb("b9c6d4", "a8b7c8"),
+        plot=rgb("f2f6fa", "e0e8f0"),
+        walls=rgb("9c3b34", "7a5a42", "3f6d94", "d9a441"),
+        roofs=rgb("f7fafd", "dfe8f0", "4a4f5a"),
+        doors=rgb("ece4d0", "2b2f38"),
+        trunk=rgb("4f3a2c"),
+        crowns=rgb("1f5d4a", "2f7a5c"),
     ),
     "night": Mood(
-        sky=_rgb("0b1030"),
-        horizon=_rgb("3a3566"),
+        sky=rgb("0b1030"),
+        horizon=rgb("3a3566"),
         sun=(-125, 33),
         light=(0.50, 0.56, 0.78),
         ambient=(0.46, 0.44, 0.62),
-        disc=_rgb("f4f1dc"),
+        disc=rgb("f4f1dc"),
         disc_radius=6.0,
-        street=_rgb("4f5680", "424870"),
-        plot=_rgb("2f5560", "264852"),
-        walls=_rgb("8a4f8f", "3f7f9c", "b0606a", "6c6cb0"),
-        roofs=_rgb("2a2350", "1f3a52", "5a2a4a"),
-        doors=_rgb("ffc65c", "ff9a4a"),
-        trunk=_rgb("2a2238"),
-        crowns=_rgb("ffb84d", "ff8f5a"),
+        street=rgb("4f5680", "424870"),
+        plot=rgb("2f5560", "264852"),
+        walls=rgb("8a4f8f", "3f7f9c", "b0606a", "6c6cb0"),
+        roofs=rgb("2a2350", "1f3a52", "5a2a4a"),
+        doors=rgb("ffc65c", "ff9a4a"),
+        trunk=rgb("2a2238"),
+        crowns=rgb("ffb84d", "ff8f5a"),
         glow=0.9,
     ),
 }
@@ -172,6 +174,11 @@ class Town:
     def look(self) -> Mood:
         return MOODS[self.mood]
 
+    @property
+    def reach(self) -> int:
+        """Cells around the camera's that a picture shows: farther ones are lost in the fog."""
+        return math.ceil(1.2 * self.look.visibility / CELL)
+
     def boxes(self, i: int, j: int, reach: int) -> Boxes:
         """All boxes of the cells within `reach` cells of cell (i, j); cell (i, j) covers x in CELL
         * [i, i + 1], z likewise.
@@ -217,6 +224,13 @@ class Town:
         near = np.where(checker == 0, tones[..., 0, :], tones[..., 1, :])
         level = np.floor(3 * self._draw(tile_i, tile_j, 20))[..., None] - 1  # one of three tints
         return near * (1 + 0.05 * level), tones.mean(axis=-2)
+
+    def sea(self, i: int, j: int, reach: int) -> None:
+        """A town has no water; see `Island.sea`."""
+
+    def barriers(self, i: int, j: int, reach: int) -> tuple[np.ndarray, np.ndarray]:
+        """Footprints (low, high) [n, 2] in x and z that feet cannot enter, boxes aside: none."""
+        return np.empty((0, 2)), np.empty((0, 2))
 
     def _street_line(self, index: np.ndarray, axis: int) -> np.ndarray:
         group = index // STREET_EVERY

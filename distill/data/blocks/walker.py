@@ -3,8 +3,8 @@ video frame.
 
 It walks, runs, strafes, steps back, stands, turns, looks up and down, and often revisits what it
 has seen: it turns away and back, walks out and back, makes whole loops. Speeds change with
-momentum, houses stop it (it slides along them), and it steers away from walls in front of it. The
-camera has no roll: yaw about the world's vertical, pitch about its own x axis.
+momentum, houses and water stop it (it slides along them), and it steers away from walls in front
+of it. The camera has no roll: yaw about the world's vertical, pitch about its own x axis.
 """
 
 import math
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distill.data.blocks.town import CELL, Boxes, Town
+from distill.data.blocks.scenes import Scene
+from distill.data.blocks.town import CELL
 from worldmodel.camera import FRAMES_PER_LATENT
 
 SIGHT = 3  # cells around the walker in which it sees obstacles
@@ -47,13 +48,21 @@ class Order:
     pitch: float = 0.0  # + up
 
 
-def walk(town: Town, frames: int, seed, gait: Gait = Gait()) -> np.ndarray:
-    """Poses of a walk through a town, one per video frame: camera-to-world float64 [frames, 4, 4];
-    equal seeds give equal walks.
+Start = tuple[np.ndarray, float]  # position (x, z) [2] in units, heading in degrees
 
-    seed: anything that numpy's default_rng accepts. The walk begins on a street, at rest or moving.
+
+def walk(
+    scene: Scene, frames: int, seed, gait: Gait = Gait(), start: Start | None = None
+) -> np.ndarray:
+    """Poses of a walk through a scene, one per video frame: camera-to-world float64 [frames, 4, 4];
+    equal arguments give equal walks.
+
+    seed: anything that numpy's default_rng accepts.
+    start: the first pose, at rest. Without it, a town's walk begins on a street, at rest or moving.
     """
-    walker = Walker(town, seed, gait)
+    walker = Walker(scene, seed, gait, start)
+    if start is not None:
+        return np.stack([walker.pose(), *(walker.step() for _ in range(frames - 1))])
     poses = [walker.step() for _ in range(frames + int(walker.rng.integers(0, 2)) * 16)]
     return np.stack(poses[-frames:])
 
@@ -61,8 +70,8 @@ def walk(town: Town, frames: int, seed, gait: Gait = Gait()) -> np.ndarray:
 class Walker:
     """State of a walk; `step` makes one video frame."""
 
-    def __init__(self, town: Town, seed, gait: Gait = Gait()):
-        self.town = town
+    def __init__(self, scene: Scene, seed, gait: Gait = Gait(), start: Start | None = None):
+        self.scene = scene
         self.gait = gait
         self.rng = np.random.default_rng(seed)
         self.orders: list[Order] = []
@@ -72,7 +81,7 @@ class Walker:
         self.pitch = 0.0  # degrees, + up
         # forward, strafe (units per frame), yaw, pitch (degrees per frame)
         self.speed = np.zeros(4)
-        self.position, self.yaw = self._start()
+        self.position, self.yaw = self._start() if start is None else start
 
     def step(self) -> np.ndarray:
         """Advance by one video frame; return the new pose [4, 4]."""
@@ -220,7 +229,7 @@ class Walker:
         best = None
         for _ in range(64):
             cell = self.rng.integers(-40, 40, size=2)
-            if not self.town.street(*cell[:, None]).item():
+            if not self.scene.street(*cell[:, None]).item():
                 continue
             self.position = (cell + 0.5 + self.rng.uniform(-0.25, 0.25, size=2)) * CELL
             yaw = 90.0 * int(self.rng.integers(4)) + float(self.rng.normal(0, 12))
@@ -233,14 +242,15 @@ class Walker:
         return best[1], best[2]
 
     def _obstacles(self) -> tuple[np.ndarray, np.ndarray]:
-        """Footprints (low, high) [n, 2] of the boxes at the height of the body."""
+        """Footprints (low, high) [n, 2] of the boxes at the height of the body, and of water."""
         cell = tuple(math.floor(x / CELL) for x in self.position)
         if cell != self.cell:
-            boxes: Boxes = self.town.boxes(*cell, SIGHT)
+            boxes = self.scene.boxes(*cell, SIGHT)
+            low, high = self.scene.barriers(*cell, SIGHT)
             body = boxes.high[:, 1] > -self.gait.eye - 0.03
             self.cell = cell
-            self.low = boxes.low[body][:, [0, 2]]
-            self.high = boxes.high[body][:, [0, 2]]
+            self.low = np.concatenate([boxes.low[body][:, [0, 2]], low])
+            self.high = np.concatenate([boxes.high[body][:, [0, 2]], high])
         return self.low, self.high
 
     def _pushed_out(self, position: np.ndarray) -> np.ndarray:
