@@ -53,6 +53,7 @@ class ExportOptions:
     steps: int | None = None  # denoising steps per chunk; None = the recipe's `dmd.denoise`
     sampler: str = "renoise"  # "euler" for a diffusion model that was not distilled
     seed: int = START_SEED  # of the start images
+    still: bool = False  # things do not move; the town's never do
 
     def __post_init__(self):
         if self.images < 1 or self.seed < 0:
@@ -79,6 +80,7 @@ class Scenery:
     licence: str
     images: dict[str, list[np.ndarray]]  # start images uint8 [H, W, 3] by caption
     default: str  # caption
+    still: bool = False  # whether its things do not move
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,6 +142,11 @@ def _add_scenery_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int, help="pixels (default: as the footage)")
     parser.add_argument("--width", type=int, help="pixels (default: as the footage)")
     parser.add_argument("--fps", type=float, help="video frames per second (default: as footage)")
+    parser.add_argument(
+        "--still",
+        action="store_true",
+        help="things do not move: at rest nothing is generated (always so in blocks)",
+    )
     parser.add_argument("--title", help="a line for menus (default: the sources of the footage)")
     parser.add_argument(
         "--envelope",
@@ -289,6 +296,7 @@ def make_scenery(
         title=options.title or scenery.title,
         fps=options.fps or scenery.fps,
         envelope=_changed(scenery.envelope, options.envelope),
+        still=options.still or scenery.still,
     )
 
 
@@ -308,7 +316,9 @@ def town_scenery(options: ExportOptions, moods: list[str], height: int, width: i
     )
     lens = BlocksConfig(Path(), height=height, width=width).intrinsics
     images = town_images(options, moods, lens, height, width)
-    return Scenery(TITLE, height, width, float(FPS), lens, envelope, LICENCE, images, moods[0])
+    return Scenery(
+        TITLE, height, width, float(FPS), lens, envelope, LICENCE, images, moods[0], still=True
+    )
 
 
 def _changed(envelope: Envelope, changes: Iterable[str]) -> Envelope:
@@ -350,6 +360,7 @@ def world_config(
         envelope=scenery.envelope,
         rollout=rollout,
         prompts=PromptConfig(scenery.default),
+        still=scenery.still,
         licence=scenery.licence,
     )
 

@@ -32,9 +32,9 @@ class Payload:
         return os.mkdir, (str(self.path),)
 
 
-def make_tiny_bundle(folder, wan=False, **rollout):
-    """Writes a complete bundle with random weights; `wan`: with Wan2.1's autoencoder; `rollout`
-    overrides its RolloutConfig.
+def make_tiny_bundle(folder, wan=False, still=False, **rollout):
+    """Writes a complete bundle with random weights; `wan`: with Wan2.1's autoencoder; `still`: its
+    things do not move; `rollout` overrides its RolloutConfig.
     """
     torch.manual_seed(7)
     transformer = CausalWanTransformer(
@@ -68,6 +68,7 @@ def make_tiny_bundle(folder, wan=False, **rollout):
         envelope=Envelope(forward=0.5, strafe=0.5, yaw=6.0, pitch=4.0),
         rollout=RolloutConfig(**{"window": 4, **rollout}),
         prompts=PromptConfig(default="grey"),
+        still=still,
         licence="CC0-1.0",
     )
     draw = np.random.default_rng(0)
@@ -86,6 +87,12 @@ def make_tiny_bundle(folder, wan=False, **rollout):
 def tiny_bundle(tmp_path_factory):
     """Folder of the tiny world; read only."""
     return make_tiny_bundle(tmp_path_factory.mktemp("worlds") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def still_bundle(tmp_path_factory):
+    """Folder of the tiny world, whose things do not move; read only."""
+    return make_tiny_bundle(tmp_path_factory.mktemp("worlds") / "still", still=True)
 
 
 @pytest.fixture(scope="session")

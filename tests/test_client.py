@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from worldmodel.camera import rotation
 from worldmodel.client.bindings import Bindings
 from worldmodel.client.loop import NO_CAMERA, Loop, LoopOptions
 from worldmodel.client.pacer import Frame, Pacer
-from worldmodel.client.paths import tour, written_path
+from worldmodel.client.paths import MET_WALL, tour, within_walls, written_path
 from worldmodel.client.rewind import FIRST_REPEAT, REPEAT
 from worldmodel.client.scenes import Scene, Scenes
 from worldmodel.controls import Envelope
@@ -26,8 +27,10 @@ from worldmodel.pacing import MARGIN
 from worldmodel.recording import verify
 from worldmodel.session import FrameChunk
 from worldmodel.session_log import read_log
+from worldmodel.walkable import WalkableMap
 from worldmodel.worlds.config import WorldConfig
 from worldmodel.worlds.labels import Labels
+from worldmodel.worlds.place import Place
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVELOPE = Envelope(forward=0.5, strafe=0.4, yaw=6.0, pitch=0.0)
@@ -69,6 +72,10 @@ class FakeSession:
             early(chunk.frames[:1])
             self.machine.spend(self.machine.rest_seconds) if self.machine.rest_seconds else None
         return chunk
+
+    def at_rest(self, c2w):
+        unchanged = not self.changes or self.changes[-1][1] < self.frames
+        return self.machine.still and unchanged and bool(np.all(c2w == self.poses[-1]))
 
     def commit_pending(self):
         self.machine.committed += 1
@@ -124,7 +131,8 @@ class FakeScenes:
     envelope = ENVELOPE
     labels = Labels()
 
-    def __init__(self, machine, chunk=1, pictures=True, camera=True):
+    def __init__(self, machine, chunk=1, pictures=True, camera=True, walls=None):
+        self.walls = walls
         self.machine = machine
         self.chunk = chunk
         self.pictures = pictures
@@ -149,7 +157,9 @@ class Machine:
     millisecond.
     """
 
-    def __init__(self, step_seconds=0.06, options=None, rest_seconds=0.0, **world):
+    def __init__(self, step_seconds=0.06, options=None, rest_seconds=0.0, still=False, **world):
+        self.still = still
+        self.slept = 0
         self.rest_seconds = rest_seconds
         self.step_seconds = step_seconds if callable(step_seconds) else lambda: step_seconds
         self.milliseconds = 0
@@ -179,6 +189,7 @@ class Machine:
 
     def sleep(self, seconds):
         """As the loop's own: a command wakes it."""
+        self.slept += 1
         for _ in range(max(1, round(seconds / TICK))):
             if self.loop._wake.is_set():
                 break
@@ -512,6 +523,76 @@ def test_pause_freezes_and_costs_no_time():
     assert machine.loop.pacer.late == 0 and machine.loop.pacer.latency()[1] < 0.4
 
 
+def test_at_rest_nothing_is_generated_until_a_key():
+    """As `test_a_key_is_on_screen_within_one_chunk_and_one_step`, in a world that is still."""
+    machine = Machine(step_seconds=0.06, rest_seconds=0.02, still=True)
+    machine.play(2.0)
+    assert machine.begun == [] and machine.loop.status.resting and len(machine.seen) == 1
+    assert machine.slept < 2.0 / 0.1 + 5  # nor is the processor kept busy
+    presses = [2 + 1.433 * n for n in range(20)]
+    for moment in presses:
+        machine.at(moment, partial(machine.loop.press, "forward"))
+        machine.at(moment + 0.2, partial(machine.loop.release, "forward"))
+        machine.at(moment + 0.6, partial(machine.loop.press, "look_up"))  # locked: stays at rest
+    machine.play(31.0)
+    samples = np.array(machine.loop.pacer._latencies)
+    assert len(samples) == 2 * len(presses)
+    assert samples.max() <= LATENT + 0.06 + MARGIN + 3 * TICK
+    assert samples[::2].max() <= 1 / 16 + 0.06 + 3 * TICK  # the presses, which end the rest
+    assert machine.loop.pacer.late == 0 and machine.loop.pacer.dropped == 0
+    walked = machine.scenes.sessions[0].poses
+    # the second chunk of each walk starts MARGIN early, so its share of a step is a little larger
+    assert walked[-1][2, 3] == pytest.approx(20 * 0.2 / LATENT * ENVELOPE.forward, rel=0.02)
+    assert len(walked) <= 1 + 2 * len(presses) and machine.loop.status.latent == len(walked)
+    assert machine.loop.status.resting
+
+
+def test_at_rest_the_mouse_and_chunks_of_three_answer():
+    machine = Machine(chunk=3, pictures=False, still=True)
+    machine.at(2.0, partial(machine.loop.look, 20, 0))
+    machine.play(2.0 + 1 / 16 + 0.06 + 3 * TICK)
+    machine.play(6.0)
+    assert machine.begun[0] == pytest.approx(2.0 + 1 / 16, abs=2 * TICK)
+    path = np.array(machine.scenes.sessions[0].poses)
+    assert len(path) == 6 and np.array_equal(path[4], np.eye(4))
+    assert np.degrees(np.arctan2(path[-1, 0, 2], path[-1, 2, 2])) == pytest.approx(2.0)
+
+
+def test_at_rest_commands_work_and_a_prompt_is_generated(tmp_path):
+    machine = Machine(still=True, options=LoopOptions(recordings=tmp_path))
+    machine.at(1.0, partial(machine.loop.press, "forward"))
+    machine.at(4.0, partial(machine.loop.release, "forward"))
+    machine.at(5.0, partial(tap_rewind, machine.loop))
+    machine.at(6.0, lambda now: machine.loop.command("record"))
+    machine.at(7.0, lambda now: machine.loop.command("change_prompt"))
+    machine.at(8.0, lambda now: machine.loop.command("pause"))
+    machine.at(9.0, lambda now: machine.loop.command("pause"))
+    machine.play(4.9)
+    walked = machine.loop.status.latent
+    machine.play(6.9)
+    assert machine.loop.status.latent == walked - 8 and machine.loop.status.resting
+    assert machine.seen[-1][1].latent == walked - 9  # the picture that was there
+    (recorder,) = machine.scenes.recorders
+    assert recorder.taken == []
+    machine.play(9.9)
+    assert machine.loop.status.latent == walked - 7 and machine.loop.status.resting
+    assert [index for index, _ in recorder.taken] == [walked - 8]
+    assert machine.loop.pacer.late == 0 and machine.loop.status.phase != "paused"
+    machine.loop.command("restart")
+    machine.play(12.0)
+    assert machine.scenes.sessions[-1].frames == 1 and machine.loop.status.resting
+
+
+def test_a_path_that_waits_keeps_its_time():
+    path = partial(written_path, "w*4,wait*12,w*4")
+    machine = Machine(still=True, options=LoopOptions(path=path)).play(8.0)
+    assert len(machine.scenes.sessions[0].poses) == 1 + 8 and len(machine.begun) == 8
+    assert np.diff(machine.begun)[3] == pytest.approx(13 * LATENT, abs=5 * TICK)
+    moving = [moment for moment, _ in machine.seen if moment < 5.0]
+    assert np.diff(moving)[4:] == pytest.approx(1 / 16, abs=3 * TICK)
+    assert machine.loop.pacer.late == 0 and machine.loop.status.resting
+
+
 @pytest.mark.parametrize(
     ("error", "sentence", "status"),
     [
@@ -595,6 +676,49 @@ def test_a_replay_is_shown_at_the_worlds_rate_and_then_handed_over(tmp_path):
     assert machine.gaps[8:28] == pytest.approx(1 / 16, abs=2 * TICK)
     assert machine.scenes.sessions[0].scene == Scene("dunes", str(tmp_path / "start.png"), 3)
     assert machine.scenes.sessions[0].poses[-1][2, 3] > 0
+
+
+def ahead_until(wall):
+    """A place whose ground ends `wall` units ahead of its start, which looks along its x axis."""
+    xz = np.stack(np.meshgrid(np.arange(-2, wall, 0.05), np.arange(-2, 2, 0.05)), -1)
+    walkable = WalkableMap.from_positions(xz.reshape(-1, 2), 0.05, 0.0)
+    start = np.eye(4)
+    start[:3, :3] = rotation(90.0, 0.0)
+    return Place("lane", "A lane", start, walkable)
+
+
+def test_a_wall_stops_the_player_and_costs_nothing():
+    machine = Machine(still=True, walls=ahead_until(1.5).walls)
+    machine.at(1.0, partial(machine.loop.press, "forward"))
+    machine.at(6.0, partial(machine.loop.press, "right"))
+    machine.play(6.0)
+    path = np.array(machine.scenes.sessions[0].poses)
+    assert path[-1, 2, 3] == pytest.approx(1.5, abs=0.05) and np.abs(path[:, 0, 3]).max() < 1e-9
+    begun = len(machine.begun)
+    assert begun <= 6 and not machine.loop.status.resting  # the key is held, the picture stays
+    machine.play(8.0)
+    aside = np.array(machine.scenes.sessions[0].poses)[len(path) :]
+    assert aside[-1, 0, 3] > 1.0 and aside[:, 2, 3].max() <= 1.5 + 1e-9
+    assert machine.loop.pacer.late == 0
+
+
+@pytest.mark.parametrize("with_walls", [True, False])
+def test_a_written_path_slides_along_walls(tiny_world, with_walls):
+    scenes = Scenes(tiny_world, place=ahead_until(1.2), with_walls=with_walls)
+    said = []
+    path = within_walls(written_path("w*2,wait*2,w+d*4,s*1", ENVELOPE), scenes.walls, said.append)
+    assert path[1, 2, 3] == pytest.approx(1.0) and np.array_equal(path[2], path[3])
+    assert said == ([MET_WALL] if with_walls else [])
+    assert path[7, 0, 3] == pytest.approx(4 * 0.4)  # what is left of the diagonal
+    assert path[7, 2, 3] == pytest.approx(1.2 if with_walls else 3.0, abs=0.05)
+    assert path[8, 2, 3] == pytest.approx(path[7, 2, 3] - 0.5)
+
+
+def test_a_walk_in_a_window_reports_a_wall_once():
+    options = LoopOptions(path=partial(written_path, "w*9"))
+    machine = Machine(walls=ahead_until(1.5).walls, options=options).play(5.0)
+    assert list(machine.loop.notices).count(MET_WALL) == 1
+    assert machine.scenes.sessions[0].poses[-1][2, 3] <= 1.5
 
 
 def test_tour_and_written_path_stay_inside_the_envelope():
@@ -705,6 +829,27 @@ def test_headless_walk_record_replay_verify(play, tiny_bundle, tmp_path, capsys,
     )
     assert json.loads(capsys.readouterr().out)["latents"] == 6
     assert film.read_bytes() == before
+
+
+@pytest.mark.parametrize("rest", [True, False])
+def test_headless_rest_keeps_the_length_of_the_film(
+    play, still_bundle, tmp_path, capsys, torch_settings, rest
+):
+    film = tmp_path / "walk.mp4"
+    take = tmp_path / "take"
+    world = ["--world", str(still_bundle), "--threads", "1"]
+    walk = ["--headless", "--trajectory", "w*2,wait*5,w*1", *([] if rest else ["--no-rest"])]
+    assert play.main([*world, *walk, "--output", str(film), "--record", str(take)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["latents"], report["rested"]) == ((4, 5) if rest else (9, 0))
+    with av.open(str(film)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 4 * 9 - 3
+    assert len(read_log(take).lines) == report["latents"]
+    assert play.main([*world, "--replay", str(take), "--verify"]) == 0
+    assert json.loads(capsys.readouterr().out)["exact"] is True
+    if not rest:
+        assert play.main([*world, "--replay", str(take), "--verify", "--no-rest"]) == 2
+        assert "--no-rest cannot be combined" in capsys.readouterr().err
 
 
 def test_a_walk_that_fails_leaves_the_old_film(

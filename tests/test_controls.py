@@ -5,6 +5,7 @@ import pytest
 
 from worldmodel.camera import invert
 from worldmodel.controls import Controls, Envelope
+from worldmodel.walkable import WalkableMap, Walls
 
 LATENT = 0.25  # seconds: 4 frames at 16 fps
 ENVELOPE = Envelope(
@@ -115,6 +116,23 @@ def test_momentum():
     assert speeds == pytest.approx([0.5, 0.75, 0.375, 0.1875])
 
 
+def test_a_motion_comes_to_rest():
+    made = controls(smoothing=0.5)
+    assert made.at_rest and made.next_edge is None
+    made.press("forward", 0.1)
+    assert made.next_edge == 0.1
+    made.release("forward", 0.2)
+    poses = [made.pose_until(k * LATENT) for k in range(1, 9)]
+    assert made.at_rest and np.array_equal(poses[-1], poses[-2])
+    assert poses[-1][2, 3] == pytest.approx(0.4 * 0.4, abs=0.03 * 0.4)
+    made.press("rise", 2.1)  # locked
+    made.pose_until(2.25)
+    assert made.at_rest
+    made.look(1, 0, 2.3)
+    made.pose_until(2.5)
+    assert not made.at_rest
+
+
 def test_pace():
     """A held key is one full step a latent whether poses are asked early or late; a late tap keeps
     its worth.
@@ -180,6 +198,25 @@ def test_locked_and_reset():
     made.release("run", 60.25)
     made.release("forward", 60.25)
     assert made.pose_until(60.5)[2, 3] == pytest.approx(0.08)
+
+
+@pytest.mark.parametrize("style", ["walk", "fly"])
+def test_walls_take_the_speed_towards_them(style):
+    xz = np.stack(np.meshgrid(np.arange(-3, 3, 0.05), np.arange(-3, 1, 0.05)), -1).reshape(-1, 2)
+    walls = Walls(WalkableMap.from_positions(xz, 0.05, 0.0), np.eye(4))
+    made = Controls(Envelope(0.4, 0.3, smoothing=0.5, style=style), fps=16, walls=walls)
+    free = Controls(Envelope(0.4, 0.3, smoothing=0.5, style=style), fps=16)
+    for one in (made, free):
+        one.pose_until(0.0)
+        one.press("forward", 0.0)
+        one.press("right", 0.0)
+    for k in range(1, 9):
+        walled = made.pose_until(k * LATENT)
+        reference = free.pose_until(k * LATENT)
+        assert walled[0, 3] == pytest.approx(reference[0, 3])
+    assert walled[2, 3] == pytest.approx(1.0, abs=0.1)
+    forward, strafe, *_ = made.velocity
+    assert forward == pytest.approx(0, abs=1e-9) and strafe == pytest.approx(free.velocity[1])
 
 
 def test_bad_values():

@@ -20,6 +20,7 @@ WINGS = [
     "worldmodel.config",
     "worldmodel.schedule",
     "worldmodel.camera",
+    "worldmodel.walkable",
     "worldmodel.controls",
     "worldmodel.pacing",
     "worldmodel.cli",
@@ -155,6 +156,7 @@ def test_circles_are_found():
         ("worldmodel", {"torch", "pygame", "numpy"}),
         ("worldmodel.controls", {"torch", "pygame"}),
         ("worldmodel.camera", {"torch", "pygame"}),
+        ("worldmodel.walkable", {"torch", "pygame"}),
     ],
 )
 def test_light_modules_stay_light(module, forbidden):

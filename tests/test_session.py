@@ -230,6 +230,43 @@ def test_prompt_and_restart(tiny_world):
     same(generate(session, WALK[:2]), plain)
 
 
+def test_a_still_world_rests(tiny_world, still_bundle, tmp_path):
+    world = World.from_pretrained(still_bundle, dtype=torch.float32)
+    assert world.fingerprint == tiny_world.fingerprint
+    session = Session(world, image="grey-0")
+    assert session.at_rest(np.eye(4)) and not session.at_rest(WALK[0])
+    session.step(WALK[0])
+    frames = session.frames
+    assert session.at_rest(WALK[0]) and session.fork().at_rest(WALK[0])
+    assert not session.at_rest(np.nextafter(WALK[0], 2.0))
+    session.set_prompt("grey")
+    assert session.at_rest(WALK[0])  # as it was
+    session.set_prompt("loud")
+    assert not session.at_rest(WALK[0]) and session.frames == frames
+    session.step(WALK[0])
+    assert session.at_rest(WALK[0])
+    session.step(WALK[1])
+    session.rewind(2)
+    assert not session.at_rest(WALK[0])  # its picture has the older prompt
+    session.step(WALK[0])
+    assert session.at_rest(WALK[0])
+    session.save(tmp_path / "save")
+    loaded = Session.load(tmp_path / "save", world)
+    assert not loaded.at_rest(WALK[0])
+    loaded.step(WALK[0])
+    assert loaded.at_rest(WALK[0])
+    session.reset(0, None, "grey-1")
+    assert session.at_rest(np.eye(4))
+
+
+def test_other_worlds_never_rest(tiny_world, still_bundle):
+    world = World.from_pretrained(still_bundle, dtype=torch.float32)
+    for session in (Session(tiny_world), Session(world, rest=False)):
+        session.step(np.eye(4))
+        assert not session.at_rest(np.eye(4))
+    same(generate(Session(world), WALK[:3]), generate(Session(tiny_world), WALK[:3]))
+
+
 def test_bfloat16(tiny_bundle):
     world = World.from_pretrained(tiny_bundle, dtype=torch.bfloat16)
     session = Session(world, image="grey-0")

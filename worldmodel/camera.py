@@ -100,9 +100,14 @@ def advance(c2w: np.ndarray, move, yaw: float, pitch: float, style: str = "fly")
         pose[:3, 3] += pose[:3, :3] @ move
     else:
         pose[:3, :3] = rotation(yaw, 0) @ c2w[:3, :3] @ rotation(0, pitch)
-        right = pose[:3, 0]  # horizontal while there is no roll, whatever the pitch
-        pose[:3, 3] += rotation(np.rad2deg(np.arctan2(-right[2], right[0])), 0) @ move
+        pose[:3, 3] += heading(pose) @ move
     return pose
+
+
+def heading(c2w: np.ndarray) -> np.ndarray:
+    """Return the [3,3] rotation about the vertical axis of a walker's c2w [4,4] without roll."""
+    right = c2w[:3, 0]  # horizontal, whatever the pitch
+    return rotation(np.rad2deg(np.arctan2(-right[2], right[0])), 0)
 
 
 def parse_trajectory(text: str, step: MotionStep = MotionStep(), style: str = "fly") -> np.ndarray:

@@ -8,11 +8,15 @@ may come from another thread than the one that asks for poses. Needs neither tor
 import math
 import threading
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from worldmodel.camera import STYLES, advance, check_poses
+from worldmodel.camera import STYLES, advance, check_poses, heading
 from worldmodel.errors import UserError
+
+if TYPE_CHECKING:  # it reads pictures, which the controls do not need
+    from worldmodel.walkable import Walls
 
 # motion a key is bound to -> (axis of the envelope, sign)
 MOTIONS = {
@@ -31,6 +35,7 @@ MOTIONS = {
 AXES = ("forward", "strafe", "vertical", "yaw", "pitch")
 # axes that share one length, so that a diagonal is no faster than a straight line
 _GROUPS = np.array([[1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1]], np.float64)
+STOP = 0.02  # share of a full step below which a motion that nothing asks for ends
 _RUNNING = np.array([1, 1, 1, 0, 0], bool)
 
 
@@ -98,11 +103,16 @@ class Controls:
     wins until it is released.
 
     envelope: what the world has learned. fps: pixel frames a second. sensitivity: degrees per mouse
-    count.
+    count. walls: where the camera may go; None = everywhere.
     """
 
     def __init__(
-        self, envelope: Envelope, fps: float, frames_per_latent: int = 4, sensitivity: float = 0.1
+        self,
+        envelope: Envelope,
+        fps: float,
+        frames_per_latent: int = 4,
+        sensitivity: float = 0.1,
+        walls: "Walls | None" = None,
     ):
         if not (fps > 0 and frames_per_latent >= 1):
             raise ValueError(
@@ -110,6 +120,7 @@ class Controls:
             )
         self.envelope = envelope
         self.sensitivity = sensitivity
+        self._walls = walls
         self._latent = frames_per_latent / fps  # seconds
         self._lock = threading.Lock()
         # (t, "press" | "release" | "look", motion or counts)
@@ -137,6 +148,18 @@ class Controls:
     def velocity(self) -> np.ndarray:
         """[5] motion of the last latent (units, degrees), in the order of AXES."""
         return self._velocity.copy()
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether the camera stands still until the next edge: no speed, no key that moves it."""
+        with self._lock:
+            return not (self._velocity.any() or self._carried.any() or self._speed().any())
+
+    @property
+    def next_edge(self) -> float | None:
+        """Time of the first edge since the last pose; None = none."""
+        with self._lock:
+            return min((t for t, _, _ in self._edges), default=None)
 
     def press(self, motion: str, t: float) -> None:
         """Note that the key of `motion` (one of MOTIONS) went down at `t` seconds. A locked motion
@@ -180,11 +203,13 @@ class Controls:
         target = share * self.envelope.limits
         target[3:] += self._mouse_turn(mouse, target[3:])
         self._velocity += self.envelope.smoothing * (target - self._velocity)
+        # smoothing alone would only halve it, and the camera would never come to rest
+        slow = np.abs(self._velocity) < STOP * self.envelope.limits
+        self._velocity[slow & (target == 0)] = 0.0
         self._limit_pitch()
         forward, strafe, vertical, yaw, pitch = self._velocity
-        self._pose = advance(
-            self._pose, [strafe, -vertical, forward], yaw, pitch, self.envelope.style
-        )
+        pose = advance(self._pose, [strafe, -vertical, forward], yaw, pitch, self.envelope.style)
+        self._pose = pose if self._walls is None else self._slide(pose)
         return self.pose
 
     # -------------------- inside
@@ -250,6 +275,14 @@ class Controls:
         # only this latent's own motion waits for the next one; what already waited once is dropped
         self._carried = np.clip(wanted - turned, np.minimum(fresh, 0), np.maximum(fresh, 0))
         return turned - by_keys
+
+    def _slide(self, wanted: np.ndarray) -> np.ndarray:
+        """Return the pose [4,4] that walls leave of `wanted`; the speed towards them is lost."""
+        pose = self._walls.slide(self._pose, wanted)
+        axes = heading(pose) if self.envelope.style == "walk" else pose[:3, :3]
+        strafe, down, forward = axes.T @ (pose[:3, 3] - wanted[:3, 3])
+        self._velocity[:3] += (forward, strafe, -down)
+        return pose
 
     def _limit_pitch(self) -> None:
         elevation = math.degrees(math.asin(np.clip(-self._pose[1, 2], -1, 1)))

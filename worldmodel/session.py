@@ -57,6 +57,7 @@ class Session:
     however often rewound.
     steps: denoising steps of later chunks, None = the world's. history: latents that `rewind` can
     take back at most; None = the world's, as far as memory allows.
+    rest: whether `at_rest` follows the world's rule; False = never at rest.
     c2w: see `reset`.
     """
 
@@ -69,14 +70,18 @@ class Session:
         steps: int | None = None,
         history: int | None = None,
         c2w=None,
+        rest: bool = True,
     ):
-        self._open(world, steps, history)
+        self._open(world, steps, history, rest)
         self.reset(seed, prompt, image, c2w)
 
-    def _open(self, world: World, steps: int | None, history: int | None) -> None:
+    def _open(
+        self, world: World, steps: int | None, history: int | None, rest: bool = True
+    ) -> None:
         self.world = world
         self.steps = steps
         self.history = world.history if history is None else history
+        self._rest = rest and world.config.still
         self._decoder_stream = None
         if world.device.type == "cuda":
             self._decoder_stream = torch.cuda.Stream(world.device, priority=-1)
@@ -159,6 +164,19 @@ class Session:
         self._notice = self.world.engine.pop_warnings() or self._notice
         return self._generate(poses, early)
 
+    def at_rest(self, c2w) -> bool:
+        """Whether a `step` to `c2w` has nothing new to show: the world is still, every pose is
+        exactly the last latent's, and the prompt has not changed since.
+
+        The caller then keeps the last picture instead of calling `step`, which always generates.
+        A loaded session is not at rest before its first step.
+        """
+        return (
+            self._rest
+            and self.frames > self._prompt_since
+            and bool(np.all(np.asarray(c2w) == self._poses[-1]))
+        )
+
     def commit_pending(self) -> None:
         """Commits the last chunk to memory: worth calling once it is shown; otherwise the next step
         does it first.
@@ -174,6 +192,8 @@ class Session:
         """Sets the prompt (as in the constructor) from the next chunk on."""
         embedding = self.world.prompt_encoder.embed(prompt)
         self._in_memory(lambda: self.rollout.set_text(embedding[None]))
+        if prompt != self.prompt:
+            self._prompt_since = self.frames
         self.prompt = prompt
 
     def rewind(self, latents: int) -> None:
@@ -191,6 +211,7 @@ class Session:
         for index in [index for index in self._states if index > target]:
             del self._states[index]
         del self._poses[target:]
+        self._prompt_since = min(self._prompt_since, target)
 
     def fork(self) -> "Session":
         """An independent session with the same past; with the same inputs it has the same
@@ -296,6 +317,7 @@ class Session:
         self.rollout.cache.restore(frames, committed)
         self.image = tensors["image"].cpu().numpy() if "image" in tensors else None
         self._poses = list(tensors["poses"].cpu().numpy())
+        self._prompt_since = self.frames
         memories = tuple(tensors.get(f"decoder.{i}") for i in range(values["decoder"]["memories"]))
         self._decoder.restore(StreamState(values["decoder"]["started"], memories))
         self._states.clear()
@@ -307,6 +329,7 @@ class Session:
         """Forgets everything and makes a rollout without a past."""
         self.seed = seed
         self.prompt = prompt
+        self._prompt_since = 0  # latents that there were when the prompt last changed
         self.image = picture
         self._decoder = self.world.autoencoder.streaming_decoder()
         self._states: OrderedDict[int, StreamState] = OrderedDict()  # decoder after so many latents

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,12 +16,13 @@ from tqdm import tqdm
 
 from worldmodel.cli import print_line, print_progress
 from worldmodel.client.options import PlayOptions
-from worldmodel.client.paths import tour, written_path
+from worldmodel.client.paths import tour, within_walls, written_path
 from worldmodel.client.scenes import Scene, Scenes, open_scenes
 from worldmodel.files import replacing_file
 
 if TYPE_CHECKING:
     from worldmodel.recording import Recorder
+    from worldmodel.session import FrameChunk
 
 OUTPUT = Path("out/walk.mp4")
 
@@ -79,6 +81,7 @@ def walk(options: PlayOptions) -> int:
     spent = []
     timings = []
     latents = 0
+    rested = 0
     try:
         with (
             recorder or nullcontext(),
@@ -87,7 +90,9 @@ def walk(options: PlayOptions) -> int:
         ):
             begun = time.perf_counter()
             for chunk in chunks:
-                if chunk.index > 0:  # the first picture costs more than walking does
+                if chunk.latents == 0:
+                    rested += len(chunk.frames) // scenes.frames_per_latent
+                elif chunk.index > 0:  # the first picture costs more than walking does
                     spent.append((time.perf_counter() - begun) * 1000 / chunk.latents)
                     timings.append(
                         {name: value / chunk.latents for name, value in chunk.timings.items()}
@@ -96,11 +101,13 @@ def walk(options: PlayOptions) -> int:
                     bar.write(chunk.notice, file=sys.stderr)
                 film.add(chunk.frames)
                 latents += chunk.latents
-                bar.update(chunk.latents)
+                bar.update(chunk.latents or scenes.chunk)
                 begun = time.perf_counter()
     except av.FFmpegError as error:
         raise OSError(f"The film {output} could not be written: {error.strerror}.") from None
-    print_line(json.dumps(_report(scenes, options, output, latents, np.array(spent), timings)))
+    print_line(
+        json.dumps(_report(scenes, options, output, (latents, rested), np.array(spent), timings))
+    )
     if recorder and recorder.bug:
         raise recorder.bug
     if recorder and recorder.error:
@@ -140,12 +147,16 @@ def _replayed(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, None, Non
 
 
 def _walked(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, int, "Recorder | None"]:
-    """Return the FrameChunks of a path, their number of latents, and the recorder if wanted."""
+    """Return the FrameChunks of a path, their number of latents, and the recorder if wanted.
+
+    While the camera rests, a chunk of 0 latents repeats the last picture; it is not recorded.
+    """
     path = (
         written_path(options.trajectory, scenes.envelope)
         if options.trajectory
         else tour(scenes.envelope)
     )
+    path = within_walls(path, scenes.walls, print_progress)
     path = np.concatenate([path, path[-1:].repeat(-len(path) % scenes.chunk, 0)])
     session, _ = scenes.open(Scene(options.prompt, options.image, options.seed))
     first = session.first.latents
@@ -153,9 +164,13 @@ def _walked(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, int, "Recor
     recorder = scenes.record(options.record, session) if options.record else None
 
     def chunks() -> Iterator:
+        chunk = session.first
         for place in (0, *range(first, len(poses), scenes.chunk)):
             c2w = poses[place : place + (scenes.chunk if place else first)]
-            chunk = session.step(c2w) if place else session.first
+            if place and session.at_rest(c2w):
+                yield _still(chunk, len(c2w) * scenes.frames_per_latent)
+                continue
+            chunk = session.step(c2w) if place else chunk
             if recorder:
                 recorder.write(chunk, c2w)
             yield chunk
@@ -163,12 +178,25 @@ def _walked(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, int, "Recor
     return chunks(), len(poses), recorder
 
 
+def _still(chunk: "FrameChunk", frames: int) -> "FrameChunk":
+    """Return `frames` repetitions of the last picture of `chunk`, which count as no latent."""
+    pictures = np.repeat(chunk.frames[-1:], frames, 0)
+    index = chunk.index + chunk.latents
+    return replace(chunk, frames=pictures, index=index, latents=0, timings={}, notice="")
+
+
 def _report(
-    scenes: Scenes, options: PlayOptions, output: Path, latents: int, spent: np.ndarray, timings
+    scenes: Scenes,
+    options: PlayOptions,
+    output: Path,
+    latents: tuple[int, int],
+    spent: np.ndarray,
+    timings,
 ) -> dict:
     """Return the figures of a walk, and the machine they were measured on.
 
-    spent: milliseconds per latent of each chunk. timings: the same by part.
+    latents: generated, and at rest. spent: milliseconds per latent of each chunk. timings: the same
+    by part.
     """
     from worldmodel.bench.machine import describe_machine
 
@@ -181,7 +209,8 @@ def _report(
     return {
         "output": str(output),
         "world": scenes.name,
-        "latents": latents,
+        "latents": latents[0],
+        "rested": latents[1],
         "ms_per_latent": {"p50": round(float(p50), 1), "p95": round(float(p95), 1), **parts},
         "frames_per_second": round(fps, 1),
         "of_real_time": round(fps / scenes.fps, 2),

@@ -228,6 +228,14 @@ class Hud:
         right = box.right - self.px(16)
         self.screen.blit(words, words.get_rect(midright=(right, box.centery + self.px(1))))
 
+    def resting(self) -> None:
+        """Draw a word, bottom right: the picture stays because nothing moves."""
+        words = self.text("at rest", 20, MUTED)
+        box = pygame.Rect(0, 0, words.get_width() + self.px(24), self.px(28))
+        box.bottomright = (self.screen.get_width() - self.px(14), self._bottom(14))
+        self.panel(box, radius=14)
+        self.screen.blit(words, words.get_rect(center=box.center))
+
     def paused(self) -> None:
         """Draw a veil and two bars."""
         self.panel(self.screen.get_rect(), (8, 10, 16, 120), 0)

@@ -3,6 +3,7 @@
 Imports neither pygame nor torch: it drives what `open_scenes` opens, on a clock that is passed in.
 """
 
+import math
 import statistics
 import threading
 import time
@@ -15,6 +16,7 @@ import numpy as np
 
 from worldmodel.client.failure import Failure, describe
 from worldmodel.client.pacer import Frame, Pacer
+from worldmodel.client.paths import within_walls
 from worldmodel.client.rewind import Past, RewindKey, step_of
 from worldmodel.client.scenes import Scene, Scenes
 from worldmodel.client.takes import Takes
@@ -48,6 +50,7 @@ class Status:
     """What the window may know; replaced as a whole."""
 
     phase: str = "opening"  # opening, running, paused, failed
+    resting: bool = False  # while running: the picture stays until something moves
     stage: str = "Waking up"  # while opening: what is being waited for
     progress: float = 0.0  # while opening: 0..1, reached when this stage ends
     failure: Failure | None = None
@@ -144,17 +147,20 @@ class Loop:
         if self._controls:
             self._edges.append((now, motion))
             self._controls.press(motion, now)
+            self._wake.set()
 
     def release(self, motion: str, now: float) -> None:
         """Note that the key of `motion` went up at `now`."""
         if self._controls:
             self._edges.append((now, motion))
             self._controls.release(motion, now)
+            self._wake.set()
 
     def look(self, dx: float, dy: float, now: float) -> None:
         """Note that the captured mouse moved by dx, dy counts (right, down)."""
         if self._controls:
             self._controls.look(dx, dy, now)
+            self._wake.set()
 
     # -------------------- the loop
 
@@ -179,11 +185,19 @@ class Loop:
         self._scenes = self._open_scenes(self._open_stage)
         self._chunk_frames = self._scenes.chunk * self._scenes.frames_per_latent
         self._chunk_seconds = self._chunk_frames / self._scenes.fps
-        self._path = deque(self._options.path(self._scenes.envelope) if self._options.path else ())
+        self._path = deque()
+        if self._options.path:
+            path = self._options.path(self._scenes.envelope)
+            self._path.extend(within_walls(path, self._scenes.walls, self.notices.append))
         self._takes = Takes(
             self._scenes.name, self._options.record, self._options.recordings, self.notices.append
         )
-        controls = Controls(self._scenes.envelope, self._scenes.fps, self._scenes.frames_per_latent)
+        controls = Controls(
+            self._scenes.envelope,
+            self._scenes.fps,
+            self._scenes.frames_per_latent,
+            walls=self._scenes.walls,
+        )
         self._open_stage("Dreaming the first picture", 0.98)
         self._update(locked=frozenset(controls.locked))
         self.pacer = Pacer(self._scenes.fps)
@@ -212,15 +226,32 @@ class Loop:
             self._turn_back()
         elif self.status.phase == "paused":
             self._sleep(LONGEST_SLEEP)
-        elif (left := self._start_at() - self.clock()) > 0:
-            self._sleep(min(left, LONGEST_SLEEP))
         else:
-            self._generate()
+            self._rest(self._at_rest())
+            left = self._start_at() - self.clock()
+            if left > 0:
+                self._sleep(min(left, LONGEST_SLEEP))
+            else:
+                self._generate()
+
+    def _at_rest(self) -> bool:
+        """Whether nothing is to be generated until something moves."""
+        waiting = self._session is not None and not self._path and self._controls.at_rest
+        return waiting and self._session.at_rest(self._pose)
+
+    def _rest(self, resting: bool) -> None:
+        if self.status.resting and not resting:
+            self.pacer.release(self.clock())  # the time at rest does not count as late
+        if self.status.resting != resting:
+            self._update(resting=resting)
 
     def _start_at(self) -> float:
         """When to start the next chunk: as late as its frames are still on time, and at most one
-        chunk ahead.
+        chunk ahead. At rest: a frame's time after the first key, so that there is motion to show.
         """
+        if self.status.resting:
+            edge = self._controls.next_edge
+            return math.inf if edge is None else edge + 1 / self._scenes.fps
         expected = expected_duration(self._durations, self._chunk_seconds)
         ahead = min(expected + MARGIN, self._period() * self._chunk_frames)
         return self.pacer.wanted_at(self.clock()) - ahead
@@ -244,9 +275,13 @@ class Loop:
             self._put(pictures, self.status.latent, edges, self._period())
 
         if self._replayed is None:
+            c2w, edges = self._poses(started)
+            if self._session.at_rest(c2w):
+                self._hold_picture()
+                return
             if self._takes.suspended:
                 self._start_recording()
-            c2w, edges = self._poses(started)
+            self._rest(False)
             chunk = self._session.step(c2w, show_early)
         else:
             chunk, c2w = next(self._replayed, (None, None))
@@ -263,6 +298,16 @@ class Loop:
         typical = statistics.median(self._busy)
         speed = min(1.0, self._chunk_seconds / max(typical, 1e-9))
         self._update(milliseconds=typical / self._scenes.chunk * 1000, speed=speed)
+
+    def _hold_picture(self) -> None:
+        """Show the last picture for the time of a chunk that has nothing new to show: a wait in a
+        path, a key that moves nothing.
+        """
+        if self.status.resting:
+            return
+        latent = self.status.latent
+        pictures = np.stack([self._past.at(latent)] * self._chunk_frames)
+        self._put(pictures, latent - 1, (), self._period())
 
     def _poses(self, now: float) -> tuple[np.ndarray, tuple[float, ...]]:
         """Return c2w [chunk, 4, 4] of the next chunk, and the key edges (seconds) that it is the

@@ -39,6 +39,8 @@ class PlayOptions:
     compile: str = "auto"
     attention: str = "auto"
     record: Path | None = None  # folder of a recording that starts with the first frame
+    rest: bool = True  # nothing is generated while the camera rests, in worlds that are still
+    walls: bool = True  # the walls of a place stop the camera
     threads: int = 1  # of torch
     headless: bool = False
     trajectory: str | None = None  # "w*10,l*5,w+l*8"
@@ -84,6 +86,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--verify", action="store_true", help="with --replay: compare with what was recorded"
+    )
+    parser.add_argument(
+        "--no-rest",
+        dest="rest",
+        action="store_false",
+        help="generate while the camera rests, too, in worlds whose things do not move",
+    )
+    parser.add_argument(
+        "--no-walls",
+        dest="walls",
+        action="store_false",
+        help="walk through walls, in places that have them, into what was never filmed",
     )
     add_engine_arguments(parser)
 
@@ -165,6 +179,16 @@ def _check_replay(options: PlayOptions) -> None:
         raise UserError(
             "--replay cannot be combined with --record: to have the recording twice, copy its "
             "folder."
+        )
+    if not options.rest and (options.verify or options.headless):
+        raise UserError(
+            "--no-rest cannot be combined with --replay and --verify or --headless: a recording is "
+            "replayed as it was generated; omit --no-rest."
+        )
+    if not options.walls and (options.verify or options.headless):
+        raise UserError(
+            "--no-walls cannot be combined with --replay and --verify or --headless: the recording "
+            "holds its path; omit --no-walls."
         )
     if options.verify and (options.output or options.headless):
         raise UserError(

@@ -2,12 +2,17 @@
 
 import math
 import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from worldmodel.camera import MOTIONS, MotionStep, parse_trajectory
 from worldmodel.controls import Controls, Envelope
 from worldmodel.errors import UserError
+
+if TYPE_CHECKING:
+    from worldmodel.walkable import Walls
 
 # (motions held together, latents; degrees where one of them turns)
 TOUR = (
@@ -25,6 +30,7 @@ TOUR = (
     (("back",), 4),
     (("forward",), 8),
 )
+MET_WALL = "The path met a wall and slides along it; --no-walls walks through"
 MIN_LATENTS = 24  # of the tour, also where a world knows few motions or none
 
 
@@ -51,6 +57,21 @@ def written_path(text: str, envelope: Envelope) -> np.ndarray:
                 "it out."
             )
     return poses
+
+
+def within_walls(
+    path: np.ndarray, walls: "Walls | None", notify: Callable[[str], object]
+) -> np.ndarray:
+    """Return `path`, c2w [N, 4, 4] from the identity on, sliding along `walls` (None = no walls).
+
+    notify: receives one sentence if the path met a wall.
+    """
+    if walls is None:
+        return path
+    kept = walls.follow(np.concatenate([np.eye(4)[None], path]))[1:]
+    if not np.array_equal(kept, path):
+        notify(MET_WALL)
+    return kept
 
 
 def tour(envelope: Envelope) -> np.ndarray:

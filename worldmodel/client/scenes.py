@@ -13,6 +13,8 @@ from worldmodel.client.options import PlayOptions
 if TYPE_CHECKING:  # the generator thread imports torch, after the window is open
     from worldmodel.recording import Recorder
     from worldmodel.session import Session
+    from worldmodel.walkable import Walls
+    from worldmodel.worlds.place import Place
     from worldmodel.worlds.world import World
 
 
@@ -49,7 +51,7 @@ def open_scenes(options: PlayOptions, tell: Callable[[str, float], None]) -> "Sc
     world = World.from_pretrained(options.world, fastest_device(), dtype, engine)
     if world.device.type != "cpu":
         print_progress(world.engine.describe(world.config.rollout, world.history))
-    return Scenes(world, options.steps, tell)
+    return Scenes(world, options.steps, tell, options.rest, with_walls=options.walls)
 
 
 def fastest_device() -> str:
@@ -65,7 +67,8 @@ class Scenes:
     """The sessions that a world can start. Prompts and start pictures keep the order of world.yaml.
 
     steps: denoising steps a chunk; None = the world's. tell: called before what takes long, as in
-    `open_scenes`.
+    `open_scenes`. rest: whether sessions follow the world's rule of rest. place: where sessions
+    begin; None = the world has no places. with_walls: whether the place's walls stop the camera.
     """
 
     def __init__(
@@ -73,11 +76,16 @@ class Scenes:
         world: "World",
         steps: int | None = None,
         tell: Callable[[str, float], None] | None = None,
+        rest: bool = True,
+        place: "Place | None" = None,
+        with_walls: bool = True,
     ):
         from worldmodel.camera import FRAMES_PER_LATENT
 
         self.world = world
         self._steps = steps
+        self._rest = rest
+        self.walls: Walls | None = place.walls if place and with_walls else None
         self._tell = tell or (lambda stage, progress: None)
         self.name = world.config.name
         self.labels = world.config.labels
@@ -129,9 +137,15 @@ class Scenes:
 
         scene = self.resolve(scene)
         self._embed([scene.prompt])
-        return Session(
-            self.world, prompt=scene.prompt, image=scene.image, seed=scene.seed, steps=self._steps
-        ), scene
+        session = Session(
+            self.world,
+            prompt=scene.prompt,
+            image=scene.image,
+            seed=scene.seed,
+            steps=self._steps,
+            rest=self._rest,
+        )
+        return session, scene
 
     def record(self, folder: Path, session: "Session") -> "Recorder":
         """Return a recorder of `session` in the new folder `folder`."""

@@ -343,6 +343,8 @@ class Window:
     def _draw_play(self, status: Status, now: float) -> None:
         if status.phase == "paused":
             self._hud.paused()
+        elif status.resting:
+            self._hud.resting()
         since = now - (self._running_since or now)
         opacity = min(max(self.options.help_seconds - since, 0.0), 1.0)
         if self._overlay or status.phase == "paused":
@@ -363,14 +365,13 @@ class Window:
     def _figures(self, status: Status, now: float) -> list[Figure]:
         """Return the lines of the F1 overlay."""
         slow = status.speed < 0.99
+        rate = "at rest" if status.resting else f"{self.loop.pacer.fps(now):.1f}"
         parts = "  ".join(f"{name} {value:.0f}" for name, value in status.timings)
         dropped = self.loop.pacer.dropped
         late = f"{self.loop.pacer.late} chunks / {dropped} frames"
         cached = f"{status.cached} of {status.window} latents, {status.latent} since the start"
         return [
-            Figure(
-                "frames per second", f"{self.loop.pacer.fps(now):.1f}", ACCENT if slow else GREEN
-            ),
+            Figure("frames per second", rate, ACCENT if slow else GREEN),
             Figure("speed", f"{status.speed:.2f} of real time", ACCENT if slow else WHITE),
             Figure("ms per latent", f"{status.milliseconds:.0f}   ({parts})"),
             Figure("key to pixel", self._latency()),

@@ -49,6 +49,8 @@ class WorldConfig:
     # prompts only
     text_encoder: str = ""
     labels: Labels = Labels()
+    # things do not move: nothing is generated while the camera rests (`Session.at_rest`)
+    still: bool = False
     licence: str = "unknown"  # of weights and pictures, copied into recordings
     # older fingerprints of the same weights: recordings and saves that name one belong to this
     # world
