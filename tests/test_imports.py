@@ -25,6 +25,7 @@ WINGS = [
     "worldmodel.pacing",
     "worldmodel.cli",
     "worldmodel.models",
+    "worldmodel.reprojection",
     "worldmodel.rollout",
     "worldmodel.engine",
     "worldmodel.worlds",

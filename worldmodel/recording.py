@@ -330,6 +330,7 @@ def _generated_again(folder: Path, log: Log, world: World) -> Iterator[FrameChun
         session = Session.load(folder / STATE, world)
     else:
         image = read_image(folder / IMAGE) if header["image"] else None
+        place = header.get("place")
         chunk = 1 if header["image"] else world.config.rollout.chunk
         if len(lines) < chunk:  # a chunk that was cut in two is not generated
             return
@@ -340,6 +341,7 @@ def _generated_again(folder: Path, log: Log, world: World) -> Iterator[FrameChun
             header["seed"],
             header["steps"],
             c2w=None if header["image"] else np.array([line["c2w"] for line in lines[:chunk]]),
+            place=world.place(place) if place else None,
         )
         lines = lines[chunk:]
         yield session.first
@@ -475,6 +477,7 @@ def _header(session: Session, middle: bool) -> dict:
         "seed": session.seed,
         "steps": session.steps,
         "middle": middle,
+        "place": session.place.name if session.place else None,
         "fps": config.fps,
         "height": config.height,
         "width": config.width,

@@ -28,7 +28,9 @@ SKY = 500.0  # units; depths beyond are infinitely far
 CELLS = (12, 20)  # rows and columns of the picture in which overlap is counted
 PROBES = (6, 10)  # rows and columns of points that stand for a remembered frame
 OCCLUSION = 1.25  # a probe this much farther than the nearest one in its cell counts as hidden
-SLACK = 1.12  # a point this much farther than most of its neighbours shines through a nearer surface
+SLACK = (
+    1.12  # a point this much farther than most of its neighbours shines through a nearer surface
+)
 RADIUS = 1  # pixels: the neighbours
 MOST = 0.55  # share of the neighbours
 
@@ -88,8 +90,11 @@ class RememberedViews:
         nearest.scatter_reduce_(0, pixel, z, "amin")
         first = z == nearest[pixel]
         pixel = pixel[first]
-        picture[pixel] = self.pictures[chosen].view(-1, 3)[source[first]]
+        # of several points as near the one of the lowest number, whatever the order of the threads
+        owner = torch.full((height * width,), len(chosen) * height * width)
+        owner.scatter_reduce_(0, pixel, source[first], "amin")
         known[pixel] = True
+        picture[known] = self.pictures[chosen].view(-1, 3)[owner[known]]
         known.logical_and_(_shines_through(nearest.view(height, width)).flatten().logical_not_())
         return picture.view(height, width, 3), known.view(height, width)
 

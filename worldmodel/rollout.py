@@ -224,9 +224,7 @@ class Rollout:
                 x = next_level(i, x, x0, velocity)
         self.timings["network"] = (time.perf_counter() - started) * 1e3
         if training is None:
-            self.pending = UncommittedChunk(
-                x0.detach(), viewmats, intrinsics, context, condition
-            )
+            self.pending = UncommittedChunk(x0.detach(), viewmats, intrinsics, context, condition)
             if not defer_commit:
                 self._commit(self.pending, context)
         else:

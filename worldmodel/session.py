@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,15 +20,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from worldmodel.camera import check_poses, invert
+from worldmodel.camera import FRAMES_PER_LATENT, check_poses, invert
 from worldmodel.device import cores, float64_device, is_out_of_memory, to_device_async
 from worldmodel.errors import UserError
 from worldmodel.files import replacing_folder
 from worldmodel.images import fit_picture, read_image, to_frames, to_pixels, to_unit_range
 from worldmodel.models.kv_cache import CachedFrame
 from worldmodel.models.streaming import StreamState
+from worldmodel.reprojection import ConditionStream
 from worldmodel.rollout import Rollout, RolloutConfig, UncommittedChunk
 from worldmodel.saved_session import FILES, FORMAT, FRAME_PARTS, PENDING, read_tensors, read_values
+from worldmodel.worlds.place import Place
 from worldmodel.worlds.world import World
 
 
@@ -46,6 +49,13 @@ class FrameChunk:
     notice: str = ""  # a sentence for the player, when something had to change
 
 
+class StreamStates(NamedTuple):
+    """What a session's autoencoder remembers: of decoding, and of encoding conditions."""
+
+    decoder: StreamState
+    conditions: tuple[StreamState, np.ndarray | None] | None
+
+
 class Session:
     """One player's walk through a world.
 
@@ -58,6 +68,8 @@ class Session:
     steps: denoising steps of later chunks, None = the world's. history: latents that `rewind` can
     take back at most; None = the world's, as far as memory allows.
     rest: whether `at_rest` follows the world's rule; False = never at rest.
+    place: the place of the world whose remembered frames the network sees, and in whose
+    coordinates the identity is `place.start`; None = everything is imagined.
     c2w: see `reset`.
     """
 
@@ -71,14 +83,21 @@ class Session:
         history: int | None = None,
         c2w=None,
         rest: bool = True,
+        place: Place | None = None,
     ):
-        self._open(world, steps, history, rest)
+        self._open(world, steps, history, rest, place)
         self.reset(seed, prompt, image, c2w)
 
     def _open(
-        self, world: World, steps: int | None, history: int | None, rest: bool = True
+        self,
+        world: World,
+        steps: int | None,
+        history: int | None,
+        rest: bool = True,
+        place: Place | None = None,
     ) -> None:
         self.world = world
+        self.place = place
         self.steps = steps
         self.history = world.history if history is None else history
         self._rest = rest and world.config.still
@@ -207,7 +226,7 @@ class Session:
                 f"{self.rewindable} latents now (the last {self.config.history} are kept)."
             )
         self.rollout.rewind(target)
-        self._decoder.restore(self._states[target])
+        self._restore_streams(self._states[target])
         for index in [index for index in self._states if index > target]:
             del self._states[index]
         del self._poses[target:]
@@ -220,7 +239,8 @@ class Session:
         twin = copy.copy(self)
         twin.rollout = self.rollout.fork()
         twin._decoder = self.world.autoencoder.streaming_decoder()
-        twin._decoder.restore(self._decoder.state())
+        twin._conditions = self._new_conditions()
+        twin._restore_streams(self._stream_states())
         twin._states = self._states.copy()
         twin._poses = list(self._poses)
         return twin
@@ -246,6 +266,7 @@ class Session:
             "history": self.history,
             "frames": self.frames,
             "decoder": decoder,
+            "place": self.place.name if self.place else None,
         }
         with replacing_folder(path) as folder:
             save_file(tensors, folder / FILES[1])
@@ -275,7 +296,9 @@ class Session:
             for name, tensor in tensors.items()
         }
         session = cls.__new__(cls)
-        session._open(world, values["steps"], values["history"])
+        place = values.get("place")
+        place = world.place(place) if place else None
+        session._open(world, values["steps"], values["history"], place=place)
         embedding = world.prompt_encoder.embed(values["prompt"])
         with torch.no_grad():
             session._begin(values["seed"], values["prompt"], None, embedding)
@@ -293,6 +316,12 @@ class Session:
         if self.rollout.pending is not None:
             for position, name in enumerate(PENDING):
                 tensors[f"pending.{position}"] = getattr(self.rollout.pending, name)
+            if self.rollout.pending.condition is not None:
+                tensors["pending.condition"] = self.rollout.pending.condition
+        if self._conditions:
+            for number, memory in enumerate(self._conditions.state()[0].memories):
+                if memory is not None:
+                    tensors[f"encoder.{number}"] = memory
         state = self._decoder.state()
         for number, memory in enumerate(state.memories):
             if memory is not None:
@@ -311,7 +340,10 @@ class Session:
         ]
         committed = values["frames"]
         if "pending.0" in tensors:
-            pending = UncommittedChunk(*(tensors[f"pending.{i}"] for i in range(len(PENDING))))
+            pending = UncommittedChunk(
+                *(tensors[f"pending.{i}"] for i in range(len(PENDING))),
+                condition=tensors.get("pending.condition"),
+            )
             self.rollout.pending = pending
             committed -= pending.latents.shape[2]
         self.rollout.cache.restore(frames, committed)
@@ -320,6 +352,11 @@ class Session:
         self._prompt_since = self.frames
         memories = tuple(tensors.get(f"decoder.{i}") for i in range(values["decoder"]["memories"]))
         self._decoder.restore(StreamState(values["decoder"]["started"], memories))
+        if self._conditions and self._poses:
+            count = len(self._conditions.state()[0].memories)
+            memories = tuple(tensors.get(f"encoder.{i}") for i in range(count))
+            pose = self.place.start @ self._poses[-1]
+            self._conditions.restore((StreamState(True, memories), pose))
         self._states.clear()
         self._keep_state()
 
@@ -332,7 +369,9 @@ class Session:
         self._prompt_since = 0  # latents that there were when the prompt last changed
         self.image = picture
         self._decoder = self.world.autoencoder.streaming_decoder()
-        self._states: OrderedDict[int, StreamState] = OrderedDict()  # decoder after so many latents
+        self._conditions = self._new_conditions()
+        # after so many latents
+        self._states: OrderedDict[int, StreamStates] = OrderedDict()
         self._poses: list[np.ndarray] = []
         self._notice = ""  # for the next chunk
         self.rollout: Rollout | None = None  # frees the old cache before a new one is made
@@ -378,9 +417,10 @@ class Session:
         """
         self._notice = self.world.engine.step_down()
         if self.frames:
-            self._decoder.restore(self._states[self.frames])
+            self._restore_streams(self._states[self.frames])
         else:
             self._decoder.reset()
+            self._conditions = self._new_conditions()
         if self.rollout is not None:
             self.rollout = self.rollout.fork(self.world.rollout(self.steps, self.history))
         self._drop_old_states()
@@ -390,21 +430,28 @@ class Session:
     def _generate(
         self, poses: np.ndarray, early: Callable[[np.ndarray], object] | None = None
     ) -> FrameChunk:
-        latents = self._in_memory(partial(self._next_latents, poses))
+        condition = self._condition(poses)
+        latents = self._in_memory(partial(self._next_latents, poses, condition))
         timings = dict(self.rollout.timings)
         return self._in_memory(partial(self._decoded, latents, poses, timings), early=early)
 
-    def _next_latents(self, poses: np.ndarray) -> Tensor:
+    def _next_latents(self, poses: np.ndarray, condition: Tensor | None) -> Tensor:
         """Clean latents of the next chunk."""
         noise, renoise = self._noise(self.frames)
         return self.rollout.step(
-            self._viewmats(poses), self._intrinsics, noise=noise, renoise=renoise, defer_commit=True
+            self._viewmats(poses),
+            self._intrinsics,
+            condition=condition,
+            noise=noise,
+            renoise=renoise,
+            defer_commit=True,
         )
 
     def _show_picture(self, picture: np.ndarray, pose: np.ndarray) -> FrameChunk:
         started = time.perf_counter()
         latents = self._in_memory(partial(self._encoded, picture))
-        self.rollout.defer_commit(latents, self._viewmats(pose), self._intrinsics)
+        condition = self._condition(pose)
+        self.rollout.defer_commit(latents, self._viewmats(pose), self._intrinsics, condition)
         self._in_memory(lambda: self.rollout.commit_pending())
         timings = {"network": 0.0, "clean": (time.perf_counter() - started) * 1e3}
         return self._in_memory(partial(self._decoded, latents, pose, timings))
@@ -473,8 +520,39 @@ class Session:
             committed.result()
 
     def _keep_state(self) -> None:
-        self._states[self.frames] = self._decoder.state()
+        self._states[self.frames] = self._stream_states()
         self._drop_old_states()
+
+    def _stream_states(self) -> StreamStates:
+        conditions = self._conditions.state() if self._conditions else None
+        return StreamStates(self._decoder.state(), conditions)
+
+    def _restore_streams(self, states: StreamStates) -> None:
+        self._decoder.restore(states.decoder)
+        if self._conditions:
+            self._conditions.restore(states.conditions)
+
+    def _new_conditions(self) -> ConditionStream | None:
+        """The conditions of this session's chunks, from its first latent on."""
+        if self.place is None:
+            return None
+        views = self.world.views(self.place.name)
+        expected = self.world.autoencoder.latent_channels + FRAMES_PER_LATENT
+        found = self.world.transformer.condition_channels
+        if found != expected:
+            raise UserError(
+                f"World {self.world.config.name!r} has the place {self.place.name!r}, but its "
+                f"transformer reads {found} condition channels, {expected} are needed; export it "
+                "again after the stage places."
+            )
+        return ConditionStream(views, self.world.autoencoder, self.world.config.views)
+
+    def _condition(self, poses: np.ndarray) -> Tensor | None:
+        """What is known of the next chunk; the stream goes on."""
+        if self._conditions is None:
+            return None
+        condition = self._conditions.step(self.place.start @ poses)
+        return to_device_async(condition, self.world.device)
 
     def _drop_old_states(self) -> None:
         while self._states and next(iter(self._states)) < self.frames - self.config.history:

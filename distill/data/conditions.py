@@ -1,5 +1,5 @@
-"""`python -m distill condition`: what other clips of a place show of every clip, as the condition of
-the stage `places`.
+"""`python -m distill condition`: what other clips of a place show of every clip, as the condition
+of the stage `places`.
 """
 
 import argparse
@@ -126,9 +126,7 @@ def spread(c2w: np.ndarray, count: int) -> np.ndarray:
     ahead = c2w[:, :3, 2]
     flat = ahead[:, [0, 2]] / np.linalg.norm(ahead[:, [0, 2]], axis=1, keepdims=True)
     pitch = np.arcsin(np.clip(ahead[:, 1:2], -1, 1))
-    features = np.concatenate(
-        [c2w[:, :3, 3] / REACH[0], flat / REACH[1], pitch / REACH[2]], axis=1
-    )
+    features = np.concatenate([c2w[:, :3, 3] / REACH[0], flat / REACH[1], pitch / REACH[2]], axis=1)
     numbers = [0]
     distance = np.linalg.norm(features - features[0], axis=1)
     while len(numbers) < min(count, len(c2w)):

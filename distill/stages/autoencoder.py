@@ -221,9 +221,7 @@ def grow_autoencoder(
     network.set_latent_statistics(*(values.flatten() for values in trained.latent_statistics()))
 
 
-def _repeat_pixels(
-    last: nn.Conv2d, network: TinyAutoencoder, trained: TinyAutoencoder
-) -> None:
+def _repeat_pixels(last: nn.Conv2d, network: TinyAutoencoder, trained: TinyAutoencoder) -> None:
     """The last layer's outputs are patches [channel, row, column]: a larger patch repeats the
     smaller one's pixels.
     """

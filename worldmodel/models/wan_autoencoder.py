@@ -51,8 +51,10 @@ class WanAutoencoder(nn.Module):
         """Normalised latents [B,C,F,h,w] -> video [B,3,4F-3,H,W] in [-1, 1]."""
         return self.streaming_decoder().step(latents, clamp=clamp)
 
-    def streaming_encoder(self) -> "WanStreamingEncoder":
-        """An encoder for video that comes piece by piece."""
+    def streaming_encoder(self, reduced: bool = False) -> "WanStreamingEncoder":
+        """An encoder for video that comes piece by piece; pictures have its own resolution, so
+        `reduced` changes nothing.
+        """
         return WanStreamingEncoder(self)
 
     def streaming_decoder(self) -> "WanStreamingDecoder":

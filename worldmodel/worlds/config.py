@@ -48,6 +48,7 @@ class WorldConfig:
     # folder or hub id (diffusers' layout) of the encoder that made the prompts; empty: stored
     # prompts only
     text_encoder: str = ""
+    views: int = 8  # remembered frames of a place that a latent's condition is made of
     labels: Labels = Labels()
     # things do not move: nothing is generated while the camera rests (`Session.at_rest`)
     still: bool = False

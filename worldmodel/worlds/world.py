@@ -31,9 +31,12 @@ from worldmodel.models.prompts import PromptBook
 from worldmodel.models.text_encoder import PromptEncoder
 from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.models.wan_autoencoder import Autoencoder
+from worldmodel.reprojection import RememberedViews
 from worldmodel.rollout import RolloutConfig, with_steps
 from worldmodel.worlds.config import WORLD_YAML, WorldConfig
 from worldmodel.worlds.fingerprint import fingerprint, first_edition_fingerprint
+from worldmodel.worlds.place import PLACE, Place
+from worldmodel.worlds.place_views import read_views
 from worldmodel.worlds.weights import load_network, open_autoencoder
 
 # numbers a pixel that a decoder has in hand at its widest (Wan2.1's: 4 frames of 96 channels, four
@@ -62,6 +65,7 @@ class World:
     device: torch.device
     dtype: torch.dtype
     engine: Engine = field(default_factory=Engine)  # its tier may go down while the world is played
+    _views: dict[str, RememberedViews] = field(default_factory=dict)  # of places, when asked for
 
     @classmethod
     def from_pretrained(
@@ -189,6 +193,27 @@ class World:
         near = difflib.get_close_matches(name, [Path(file).stem for file in files], 1, 0)
         hint = f"did you mean {near[0]!r}?" if near else "it has no start images."
         raise UserError(f"World {self.config.name!r} has no start image {name!r}; {hint}")
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Names of the places that the bundle remembers."""
+        return tuple(sorted(path.parent.name for path in self.folder.glob(f"places/*/{PLACE}")))
+
+    def place(self, name: str) -> Place:
+        """The place `name`. Raises UserError where there is none, or it is damaged."""
+        if name not in self.places:
+            known = ", ".join(self.places) or "none"
+            raise UserError(
+                f"World {self.config.name!r} has no place {name!r}, its places: {known}; choose "
+                "one of them."
+            )
+        return Place.read(self.folder / "places" / name)
+
+    def views(self, name: str) -> RememberedViews:
+        """What is remembered of the place `name`; read once."""
+        if name not in self._views:
+            self._views[name] = read_views(self.folder / "places" / name)
+        return self._views[name]
 
 
 # -------------------- reading
