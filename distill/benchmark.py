@@ -38,7 +38,8 @@ from worldmodel.errors import UserError, first_line
 from worldmodel.files import check_output
 from worldmodel.models.transformer import CausalWanTransformer
 
-STAGE_NAMES = tuple(name for name in STAGES if name != "autoencoder")
+# without those whose samples are more than latents
+STAGE_NAMES = tuple(name for name in STAGES if name not in ("autoencoder", "places"))
 CAPTIONS = ("a meadow", "dunes", "snow", "night")
 CELL = 8  # pixels of a latent cell's side
 FRAMES = 20  # latents of a published shape's sample: whole chunks of 1, 2, 4 and 5

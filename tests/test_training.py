@@ -21,7 +21,7 @@ from torch import nn
 from distill import train as training
 from distill.__main__ import main
 from distill.config import RENAMED, StageConfig, current_names, load_recipe
-from distill.data.clips import write_clip, write_latents
+from distill.data.clips import write_clip, write_condition, write_latents
 from distill.ema import MovingAverage
 from distill.prompts import make_prompt_book
 from distill.stages import STAGES, build_stage
@@ -94,15 +94,16 @@ def clips(tmp_path_factory) -> Path:
         folder = write_clip(
             root, f"clip-{index}", video, c2w, [0.5, 0.8, 0.5, 0.5], mood, 16, "test", "CC0"
         )
-        write_latents(
-            folder, torch.randn(16, 6, 4, 4, generator=torch.Generator().manual_seed(index))
-        )
+        generator = torch.Generator().manual_seed(index)
+        write_latents(folder, torch.randn(16, 6, 4, 4, generator=generator))
+        write_condition(folder, torch.randn(20, 6, 4, 4, generator=generator))
     return root
 
 
 def overrides(clips: Path, folder: Path, *more: str) -> list[str]:
     small = [f"autoencoder.{key}={value}" for key, value in SMALL_AUTOENCODER.items()]
-    return [f"data.root={clips}", f"run.folder={folder}", "dmd.rollout=6", *small, *more]
+    data = [f"data.root={clips}", f"data.places={clips}"]
+    return [*data, f"run.folder={folder}", "dmd.rollout=6", *small, *more]
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +125,7 @@ def killed(clips, straight, tmp_path_factory) -> tuple[Path, list[str]]:
             ("teacher_forcing", "bidirectional"),
             ("consistency", "teacher_forcing"),
             ("dmd", "consistency"),
+            ("places", "dmd"),
         )
     ]
     options = overrides(clips, folder, *starts, f"dmd.real={straight}/bidirectional/export")

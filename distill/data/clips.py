@@ -265,6 +265,17 @@ def read_depth(folder) -> torch.Tensor:
     return depth
 
 
+def write_condition(folder, condition: torch.Tensor) -> Path:
+    """Write a clip's condition [4 + C, F, h, w], as float16; a reader sees the whole file or
+    none.
+    """
+    path = Path(folder) / CONDITION
+    stored = condition.detach().to("cpu", torch.float16).contiguous()
+    with replacing_file(path) as temporary:
+        save_file({"condition": stored}, temporary)
+    return path
+
+
 class LatentClips(torch.utils.data.Dataset):
     """Random windows of `frames` latents from the clips under `root` that are long enough.
 
@@ -289,6 +300,9 @@ class LatentClips(torch.utils.data.Dataset):
         self.first_frame_prob = first_frame_prob
         self.seed = seed
         clips = [_LatentClip.open(folder) for folder in list_clips(root)]
+        if conditions:
+            for clip in clips:
+                _check_condition(clip)
         other = next((clip for clip in clips if clip.size != clips[0].size), None)
         if other:
             raise UserError(
@@ -457,6 +471,25 @@ class _LatentClip:
             )
         return cls(
             path, (channels, *cells), c2w[:count], intrinsics[0], read_meta(folder)["caption"]
+        )
+
+
+def _check_condition(clip: _LatentClip) -> None:
+    """UserError unless the clip has a condition for each of its latents."""
+    path = clip.path.with_name(CONDITION)
+    expected = [clip.size[0] + FRAMES_PER_LATENT, len(clip.c2w), *clip.size[1:]]
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = list(file.get_slice("condition").get_shape())
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path.parent}: expected {CONDITION} in the clip's folder, got {first_line(error)}; "
+            "run `python -m distill condition` first"
+        ) from error
+    if found != expected:
+        raise UserError(
+            f"{path}: expected a condition {expected} for the clip's latents, got {found}; remove "
+            "it and run `python -m distill condition` again"
         )
 
 

@@ -10,14 +10,20 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from distill.data.clips import CONDITION, list_clips, read_clip, read_depth
-from worldmodel.camera import FRAMES_PER_LATENT
+from distill.data.clips import (
+    CONDITION,
+    POSES,
+    list_clips,
+    read_clip,
+    read_depth,
+    write_condition,
+)
+from worldmodel.camera import FRAMES_PER_LATENT, read_pose_json
 from worldmodel.cli import print_line
 from worldmodel.errors import UserError
-from worldmodel.files import replacing_file
+from worldmodel.models.wan_autoencoder import Autoencoder
 from worldmodel.reprojection import ConditionStream, RememberedViews
 from worldmodel.worlds.weights import open_autoencoder
 
@@ -65,19 +71,19 @@ def run(args: argparse.Namespace) -> None:
     for number in tqdm(range(args.worker, len(folders), args.workers), "condition", unit="clip"):
         if not (folders[number] / CONDITION).exists():
             made += 1
-            write_condition(folders[number], footage, number, autoencoder, args.count)
+            condition = condition_of(folders[number], footage, number, autoencoder, args.count)
+            write_condition(folders[number], condition)
     print_line(f"{made} of {len(folders)} conditions written")
 
 
 @torch.no_grad()
-def write_condition(folder: Path, footage: PlaceFootage, number: int, autoencoder, count: int):
-    """Write the condition of clip `number`, made of other clips' views."""
-    clip = read_clip(folder)
-    own = footage.clip == number
-    stream = ConditionStream(footage.views, autoencoder, count, own)
-    condition = torch.cat([stream.step(pose[None]) for pose in clip.c2w], dim=2)[0]
-    with replacing_file(folder / CONDITION) as temporary:
-        save_file({"condition": condition.half().contiguous()}, temporary)
+def condition_of(
+    folder: Path, footage: PlaceFootage, number: int, autoencoder: Autoencoder, count: int
+) -> torch.Tensor:
+    """The condition [4 + C, F, h, w] of clip `number`, made of other clips' views."""
+    c2w, _ = read_pose_json(folder / POSES)
+    stream = ConditionStream(footage.views, autoencoder, count, footage.clip == number)
+    return torch.cat([stream.step(pose[None]) for pose in c2w], dim=2)[0]
 
 
 def read_footage(folders: list[Path], size: tuple[int, int] = (96, 160)) -> PlaceFootage:
