@@ -179,6 +179,7 @@ class OneRoom:
     envelope = Envelope(pitch=0.0)
     labels = Labels()
     camera = True
+    walls = None
     rewindable = 0
 
     def __init__(self):
@@ -194,6 +195,9 @@ class OneRoom:
     def record(self, folder, session):
         self.recorder = StubRecorder(folder)
         return self.recorder
+
+    def at_rest(self, c2w):
+        return False
 
     def step(self, c2w, early=None):
         self.entered.set()
