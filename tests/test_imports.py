@@ -30,6 +30,8 @@ WINGS = [
     "worldmodel.engine",
     "worldmodel.worlds",
     "worldmodel.saved_session",
+    "worldmodel.overlap",
+    "worldmodel.chunks",
     "worldmodel.session",
     "worldmodel.session_log",
     "worldmodel.recording",

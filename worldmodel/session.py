@@ -6,12 +6,9 @@ import copy
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,40 +17,19 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from worldmodel.camera import FRAMES_PER_LATENT, check_poses, invert
+from worldmodel.camera import check_poses, invert
+from worldmodel.chunks import FrameChunk, StreamStates, draw_noise
 from worldmodel.device import cores, float64_device, is_out_of_memory, to_device_async
 from worldmodel.errors import UserError
 from worldmodel.files import replacing_folder
-from worldmodel.images import fit_picture, read_image, to_frames, to_pixels, to_unit_range
+from worldmodel.images import fit_picture, read_image, to_frames, to_unit_range
 from worldmodel.models.kv_cache import CachedFrame
 from worldmodel.models.streaming import StreamState
-from worldmodel.reprojection import ConditionStream
+from worldmodel.overlap import as_here, second_thread, to_pinned_memory
 from worldmodel.rollout import Rollout, RolloutConfig, UncommittedChunk
 from worldmodel.saved_session import FILES, FORMAT, FRAME_PARTS, PENDING, read_tensors, read_values
 from worldmodel.worlds.place import Place
 from worldmodel.worlds.world import World
-
-
-@dataclass(frozen=True)
-class FrameChunk:
-    """What one step shows."""
-
-    # uint8 [n, H, W, 3] RGB; a session's first latent is 1 frame, later ones are 4 each
-    frames: np.ndarray
-    index: int  # number of the chunk's first latent
-    latents: int  # latents in the chunk
-    prompt: str  # the prompt it was generated with
-    # milliseconds: "network", "clean" (of the chunk before), "decode", which includes what runs at
-    # the same time
-    timings: dict[str, float]
-    notice: str = ""  # a sentence for the player, when something had to change
-
-
-class StreamStates(NamedTuple):
-    """What a session's autoencoder remembers: of decoding, and of encoding conditions."""
-
-    decoder: StreamState
-    conditions: tuple[StreamState, np.ndarray | None] | None
 
 
 class Session:
@@ -239,7 +215,7 @@ class Session:
         twin = copy.copy(self)
         twin.rollout = self.rollout.fork()
         twin._decoder = self.world.autoencoder.streaming_decoder()
-        twin._conditions = self._new_conditions()
+        twin._conditions = self.world.conditions(self.place)
         twin._restore_streams(self._stream_states())
         twin._states = self._states.copy()
         twin._poses = list(self._poses)
@@ -318,14 +294,10 @@ class Session:
                 tensors[f"pending.{position}"] = getattr(self.rollout.pending, name)
             if self.rollout.pending.condition is not None:
                 tensors["pending.condition"] = self.rollout.pending.condition
-        if self._conditions:
-            for number, memory in enumerate(self._conditions.state()[0].memories):
-                if memory is not None:
-                    tensors[f"encoder.{number}"] = memory
         state = self._decoder.state()
-        for number, memory in enumerate(state.memories):
-            if memory is not None:
-                tensors[f"decoder.{number}"] = memory
+        tensors |= state.named("decoder")
+        if self._conditions:
+            tensors |= self._conditions.state()[0].named("encoder")
         # clones: views of one storage cannot be stored as they are
         plain = {
             name: tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -369,7 +341,7 @@ class Session:
         self._prompt_since = 0  # latents that there were when the prompt last changed
         self.image = picture
         self._decoder = self.world.autoencoder.streaming_decoder()
-        self._conditions = self._new_conditions()
+        self._conditions = self.world.conditions(self.place)
         # after so many latents
         self._states: OrderedDict[int, StreamStates] = OrderedDict()
         self._poses: list[np.ndarray] = []
@@ -420,7 +392,7 @@ class Session:
             self._restore_streams(self._states[self.frames])
         else:
             self._decoder.reset()
-            self._conditions = self._new_conditions()
+            self._conditions = self.world.conditions(self.place)
         if self.rollout is not None:
             self.rollout = self.rollout.fork(self.world.rollout(self.steps, self.history))
         self._drop_old_states()
@@ -498,7 +470,7 @@ class Session:
         self._decoder_stream.wait_stream(torch.cuda.current_stream(self.world.device))
         with torch.cuda.stream(self._decoder_stream):
             latents.record_stream(self._decoder_stream)
-            copies = [_to_pinned_memory(video) for video in self._decoder.frames(latents)]
+            copies = [to_pinned_memory(video) for video in self._decoder.frames(latents)]
         self.commit_pending()
         for pixels, arrived in copies:
             arrived.synchronize()
@@ -513,7 +485,7 @@ class Session:
         if self.world.device.type != "cpu" or 2 * threads > cores():
             yield
             return
-        committed = _second_thread().submit(_as_here(self.commit_pending, threads))
+        committed = second_thread().submit(as_here(self.commit_pending, threads))
         try:
             yield
         finally:
@@ -532,21 +504,6 @@ class Session:
         if self._conditions:
             self._conditions.restore(states.conditions)
 
-    def _new_conditions(self) -> ConditionStream | None:
-        """The conditions of this session's chunks, from its first latent on."""
-        if self.place is None:
-            return None
-        views = self.world.views(self.place.name)
-        expected = self.world.autoencoder.latent_channels + FRAMES_PER_LATENT
-        found = self.world.transformer.condition_channels
-        if found != expected:
-            raise UserError(
-                f"World {self.world.config.name!r} has the place {self.place.name!r}, but its "
-                f"transformer reads {found} condition channels, {expected} are needed; export it "
-                "again after the stage places."
-            )
-        return ConditionStream(views, self.world.autoencoder, self.world.config.views)
-
     def _condition(self, poses: np.ndarray) -> Tensor | None:
         """What is known of the next chunk; the stream goes on."""
         if self._conditions is None:
@@ -564,17 +521,10 @@ class Session:
         return to_device_async(viewmats, float64_device(self.world.device))
 
     def _noise(self, index: int) -> tuple[Tensor, list[Tensor]]:
-        """Start noise and re-noise of the chunk at latent `index`: every latent has its own
-        generator, seeded by (seed, number).
-        """
+        """Start noise and re-noise of the chunk at latent `index`."""
         steps = len(self.config.first_steps if index == 0 else self.config.steps)
         shape = (steps, self.world.transformer.config.out_channels, *self.world.latent_size)
-        draws = []
-        for number in range(index, index + self.chunk):
-            state = np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)
-            generator = torch.Generator().manual_seed(int(state[0]) >> 1)
-            draws.append(torch.randn(shape, generator=generator))
-        noise = torch.stack(draws, dim=2).unsqueeze(1)  # [steps, 1, C, F, h, w]
+        noise = draw_noise(self.seed, range(index, index + self.chunk), shape)
         first, *later = to_device_async(noise, self.world.device)
         return first, later
 
@@ -586,34 +536,6 @@ def _checked_poses(c2w, chunk: int, source: str) -> np.ndarray:
             f"{source}: {chunk} poses are needed (the world's chunk), got {len(poses)}."
         )
     return poses
-
-
-@cache
-def _second_thread() -> ThreadPoolExecutor:
-    """Runs clean passes while the decoder works."""
-    return ThreadPoolExecutor(1, "clean pass")
-
-
-def _as_here(work: Callable[[], object], threads: int) -> Callable[[], None]:
-    """`work` for another thread, which inherits neither autograd modes nor torch's number of
-    threads.
-    """
-    inference = torch.is_inference_mode_enabled()
-
-    def there() -> None:
-        torch.set_num_threads(threads)
-        with torch.inference_mode(inference), torch.no_grad():
-            work()
-
-    return there
-
-
-def _to_pinned_memory(video: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-    """Pixels on their way to the computer's memory, and the event of their arrival."""
-    pixels = to_pixels(video)
-    copy = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
-    copy.copy_(pixels, non_blocking=True)
-    return copy, torch.cuda.current_stream().record_event()
 
 
 def _picture(world: World, image) -> np.ndarray:

@@ -348,41 +348,6 @@ class LatentClips(torch.utils.data.Dataset):
         }
 
 
-class MixedClips(torch.utils.data.Dataset):
-    """Windows of places and of endless footage: item i is one of a place with probability `share`.
-
-    Items as those of `LatentClips`, with "place" (bool) and "condition" [K, F, h, w] (zeros where
-    nothing is known).
-    """
-
-    def __init__(self, places: LatentClips, endless: LatentClips, share: float, seed: int):
-        if (places.channels, places.cells) != (endless.channels, endless.cells):
-            raise UserError(
-                f"expected places and endless footage with latents of one size, got "
-                f"{places.channels}x{places.cells} and {endless.channels}x{endless.cells}: encode "
-                "both at one resolution"
-            )
-        self.places = places
-        self.endless = endless
-        self.share = share
-        self.seed = seed
-        self.channels = places.channels
-        self.cells = places.cells
-        self.clips = places.clips + endless.clips
-        self.condition_channels = places.channels + FRAMES_PER_LATENT
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def __getitem__(self, index: int) -> dict:
-        place = np.random.default_rng([self.seed, 2, index]).random() < self.share
-        item = (self.places if place else self.endless)[index]
-        if not place:
-            size = (self.condition_channels, *item["latents"].shape[1:])
-            item["condition"] = torch.zeros(size)
-        return item | {"place": torch.tensor(place)}
-
-
 class VideoWindows(torch.utils.data.Dataset):
     """Every window of the footage under `root`: {"video": uint8 [3, T, H, W]}, T = 4 * window - 3.
 

@@ -2,7 +2,7 @@
 
 Windows of a place have a condition: remembered frames of other clips, reprojected into the window's
 cameras (`worldmodel/reprojection.py`). The truth is known there at every moment, so plain flow
-matching is right however long a dream lasts. Windows of endless footage have none; on them the
+matching is right however long a rollout lasts. Windows of endless footage have none; on them the
 student keeps to the network that it started from.
 """
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from distill.config import Recipe
-from distill.data.clips import LatentClips, MixedClips
+from distill.data.clips import LatentClips
+from distill.data.mixture import MixedClips
 from distill.objectives.flow_matching import GRID, draw_index, grid_sigma
 from distill.stages.stage import Loss, TransformerStage, Windows, teacher_forced
 from worldmodel.errors import UserError

@@ -16,6 +16,10 @@ class StreamState(NamedTuple):
     started: bool  # whether the first frame (or latent) has passed
     memories: tuple[Tensor | None, ...]  # one for each layer that looks back; None: nothing yet
 
+    def named(self, prefix: str) -> dict[str, Tensor]:
+        """The memories that exist, as `prefix.number`."""
+        return {f"{prefix}.{i}": x for i, x in enumerate(self.memories) if x is not None}
+
 
 class Stream:
     """An encoder or decoder together with its memory; `step` is the subclass's."""

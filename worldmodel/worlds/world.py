@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from worldmodel.camera import FRAMES_PER_LATENT
 from worldmodel.device import fast_dtype, free_memory, open_device
 from worldmodel.engine.engine import (
     HISTORY,
@@ -31,7 +32,7 @@ from worldmodel.models.prompts import PromptBook
 from worldmodel.models.text_encoder import PromptEncoder
 from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.models.wan_autoencoder import Autoencoder
-from worldmodel.reprojection import RememberedViews
+from worldmodel.reprojection import ConditionStream, RememberedViews
 from worldmodel.rollout import RolloutConfig, with_steps
 from worldmodel.worlds.config import WORLD_YAML, WorldConfig
 from worldmodel.worlds.fingerprint import fingerprint, first_edition_fingerprint
@@ -214,6 +215,23 @@ class World:
         if name not in self._views:
             self._views[name] = read_views(self.folder / "places" / name)
         return self._views[name]
+
+    def conditions(self, place: Place | None) -> ConditionStream | None:
+        """Conditions along a walk in `place`, from its first latent on; None without a place.
+
+        Raises UserError where the transformer cannot read them.
+        """
+        if place is None:
+            return None
+        expected = self.autoencoder.latent_channels + FRAMES_PER_LATENT
+        found = self.transformer.condition_channels
+        if found != expected:
+            raise UserError(
+                f"World {self.config.name!r} has the place {place.name!r}, but its transformer "
+                f"reads {found} condition channels, {expected} are needed; export it again after "
+                "the stage places."
+            )
+        return ConditionStream(self.views(place.name), self.autoencoder, self.config.views)
 
 
 # -------------------- reading
