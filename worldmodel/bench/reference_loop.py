@@ -125,12 +125,18 @@ class ReferenceLoop(Rollout):
         viewmats: Tensor,
         intrinsics: Tensor,
         *,
+        condition: None = None,
         noise: Tensor | None = None,
         renoise: list[Tensor] | None = None,
         generator: torch.Generator | None = None,
         defer_commit: bool = False,
     ) -> Tensor:
-        """As `Rollout.step`, but the clean pass always comes before the result."""
+        """As `Rollout.step`, but the clean pass always comes before the result.
+
+        Raises ValueError for a condition: the public loop has none.
+        """
+        if condition is not None:
+            raise ValueError("the reference loop reads no condition: leave the session's place out")
         sigmas = [x.sigma for x in (self.levels if self.done else self.first_levels)]
         shape = (self.batch, self.model.config.in_channels, viewmats.shape[1], *self.cells)
         x = self._draw(shape, generator) if noise is None else noise
