@@ -14,6 +14,7 @@ COMMANDS = {
     "condition": ("distill.data.conditions", "write what other clips of a place show of each clip"),
     "encode": ("distill.data.encode", "turn clips into latents with an autoencoder"),
     "train": ("distill.train", "train one stage from a config"),
+    "place": ("distill.place", "let a bundle remember a place that clips show"),
     "export": ("distill.export", "write a bundle that play.py opens"),
     "benchmark": ("distill.benchmark", "print the seconds per sample of a recipe's stages"),
     "evaluate": ("distill.evaluate.evaluate", "compare generated frames with the ground truth"),

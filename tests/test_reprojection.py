@@ -1,5 +1,6 @@
 """Remembered frames seen from other cameras, their files, and sessions in a place."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 import torch
 from conftest import make_tiny_bundle
 
+from distill.__main__ import main
 from distill.data.blocks.renderer import render, render_depth
 from distill.data.blocks.town import Town
+from distill.data.clips import DEPTH, write_clip
 from distill.data.conditions import spread
 from distill.stages.places import with_condition
 from worldmodel.camera import advance
@@ -243,3 +246,52 @@ def test_unknown_places_and_worlds_without_conditions(place_world, tiny_world):
     other = replace(place_world, transformer=tiny_world.transformer)
     with pytest.raises(UserError, match="condition channels"):
         Session(other, image="grey-0", place=place_world.place("street"))
+
+
+# -------------------- place add
+
+
+@pytest.fixture(scope="module")
+def filmed(tmp_path_factory):
+    """Two clips of one street, with depth, at the tiny world's size."""
+    root = tmp_path_factory.mktemp("filmed")
+    town, c2w = street(10)
+    lens = (0.5, 0.75, 0.5, 0.5)
+    for number in range(2):
+        poses = c2w[5 * number : 5 * number + 5]
+        frames = render(town, poses, lens, 32, 48).repeat_interleave(4, 0)[3:].numpy()
+        depth = render_depth(town, poses, lens, 32, 48)
+        name = f"clip-{number}"
+        write_clip(root, name, frames, poses, lens, "grey", 16, town.source, "CC0", depths=depth)
+    return root
+
+
+def test_place_add_makes_a_place_that_plays(filmed, tmp_path, capsys):
+    bundle = make_tiny_bundle(tmp_path / "tiny")
+    network = with_condition(load_network(CausalWanTransformer, bundle / "transformer"), 20)
+    network.save_pretrained(bundle / "transformer")
+    command = ["place", "add", str(bundle), "--clips", str(filmed), "--name", "street"]
+    assert main([*command, "--views", "7"]) == 0
+    assert "7 frames" in capsys.readouterr().out
+    world = World.from_pretrained(bundle, dtype=torch.float32)
+    place = world.place("street")
+    assert len(world.views("street")) == 7 and place.walkable.contains(place.start[[0, 2], 3])
+    session = Session(world, image="grey-0", place=place)
+    assert session.step(WALK[0]).frames.shape == (4, 32, 48, 3)
+    assert main(command) == 2  # exists
+    assert main([*command[:-1], "The Street"]) == 2
+
+
+def test_clips_of_two_places_or_without_depth_are_refused(filmed, tmp_path, capsys):
+    bundle = make_tiny_bundle(tmp_path / "tiny")
+    command = ["place", "add", str(bundle), "--name", "street", "--clips"]
+    mixed = shutil.copytree(filmed, tmp_path / "mixed")
+    meta = mixed / "clip-1" / "meta.yaml"
+    meta.write_text(meta.read_text().replace("meadow:7", "meadow:8"))
+    assert main([*command, str(mixed)]) == 2
+    assert "one coordinate system" in capsys.readouterr().err
+    bare = shutil.copytree(filmed, tmp_path / "bare")
+    (bare / "clip-0" / DEPTH).unlink()
+    assert main([*command, str(bare)]) == 2
+    assert "--depth" in capsys.readouterr().err
+    assert not (bundle / "places" / "street").exists()

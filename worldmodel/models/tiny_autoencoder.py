@@ -316,6 +316,11 @@ class TinyAutoencoder(ModelMixin, ConfigMixin):
         return self.upscale * self.config.patch_size * first * second * third
 
     @property
+    def encoder_factor(self) -> int:
+        """Pixels of a side to one latent cell, at the encoder's resolution."""
+        return self.spatial_factor // self.upscale
+
+    @property
     def upscale(self) -> int:
         """Resolution of pictures / resolution of the encoder."""
         return self.config.upscale

@@ -51,6 +51,11 @@ class WanAutoencoder(nn.Module):
         """Normalised latents [B,C,F,h,w] -> video [B,3,4F-3,H,W] in [-1, 1]."""
         return self.streaming_decoder().step(latents, clamp=clamp)
 
+    @property
+    def encoder_factor(self) -> int:
+        """As `spatial_factor`: pictures have the encoder's resolution."""
+        return self.spatial_factor
+
     def streaming_encoder(self, reduced: bool = False) -> "WanStreamingEncoder":
         """An encoder for video that comes piece by piece; pictures have its own resolution, so
         `reduced` changes nothing.
