@@ -205,6 +205,9 @@ class OneRoom:
         self.index += 1
         return self._chunk(4)
 
+    def at_rest(self, c2w):
+        return False
+
     def commit_pending(self):
         pass
 
@@ -329,6 +332,22 @@ def test_the_window_never_waits_for_the_network(dummy, tmp_path):
     assert len(seen["pictures"]) == 1
     assert any(words.startswith("Looking up and down is locked") for words in seen["notices"])
     assert NO_CAMERA in seen["notices"]
+
+
+def test_rest_is_shown(dummy):
+    loop = Loop(lambda tell: None)
+    window = Window(loop)
+    window._open()
+    loop.pacer = Pacer(16.0)
+    corners = []
+    for resting in (False, True):
+        status = Status(phase="running", resting=resting)
+        window._screen.fill((90, 120, 90))
+        window._draw_play(status, 100.0)
+        corners.append(pygame.surfarray.array3d(window._screen)[:100, :50])
+        rate = {line.name: line.value for line in window._figures(status, 0.0)}
+        assert (rate["frames per second"] == "at rest") is resting
+    assert not np.array_equal(*corners)
 
 
 def test_figures_before_there_is_a_pose():

@@ -229,10 +229,10 @@ class Hud:
         self.screen.blit(words, words.get_rect(midright=(right, box.centery + self.px(1))))
 
     def resting(self) -> None:
-        """Draw a word, bottom right: the picture stays because nothing moves."""
+        """Draw a word, top left: the picture stays because nothing moves."""
         words = self.text("at rest", 20, MUTED)
         box = pygame.Rect(0, 0, words.get_width() + self.px(24), self.px(28))
-        box.bottomright = (self.screen.get_width() - self.px(14), self._bottom(14))
+        box.topleft = (self.px(14), self.px(14))
         self.panel(box, radius=14)
         self.screen.blit(words, words.get_rect(center=box.center))
 

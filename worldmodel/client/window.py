@@ -343,7 +343,7 @@ class Window:
     def _draw_play(self, status: Status, now: float) -> None:
         if status.phase == "paused":
             self._hud.paused()
-        elif status.resting:
+        elif status.resting and not self._overlay:  # whose figures say it, in the same corner
             self._hud.resting()
         since = now - (self._running_since or now)
         opacity = min(max(self.options.help_seconds - since, 0.0), 1.0)
