@@ -196,9 +196,6 @@ class OneRoom:
         self.recorder = StubRecorder(folder)
         return self.recorder
 
-    def at_rest(self, c2w):
-        return False
-
     def step(self, c2w, early=None):
         self.entered.set()
         self.go.wait()
