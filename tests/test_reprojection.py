@@ -230,6 +230,18 @@ def test_rewind_fork_save_and_load_in_a_place(place_world, tmp_path):
             assert np.abs(frames.astype(int) - wanted).max() <= 1
 
 
+def test_less_memory_leaves_the_conditions_where_they_are(place_world, monkeypatch):
+    """A pass that ran out of memory is tried again; what is known of the chunk was made once."""
+    session = Session(place_world, image="grey-0", place=place_world.place("street"))
+    frames_of(session, WALK[:2])
+    monkeypatch.setattr(type(place_world.engine), "step_down", lambda engine: "")
+    session._condition(WALK[2][None])
+    encoder, pose = session._conditions.state()
+    session._step_down()
+    again, at = session._conditions.state()
+    assert at is pose and again is encoder
+
+
 def test_recordings_know_the_place(place_world, tmp_path):
     session = Session(place_world, image="grey-0", place=place_world.place("street"))
     with Recorder(tmp_path / "take", session) as recorder:

@@ -202,6 +202,7 @@ class ConditionStream:
         self.views = views
         self.count = count
         self.without = without
+        self._device = autoencoder.device
         self._encoder = autoencoder.streaming_encoder(reduced=True)
         self._pose: np.ndarray | None = None
 
@@ -229,10 +230,10 @@ class ConditionStream:
             shares.append(share.expand(FRAMES_PER_LATENT, -1, -1))
             self._pose = pose
         video = torch.stack(films, dim=1)[None]
-        latents = self._encoder.step(video).float()
+        latents = self._encoder.step(video.to(self._device)).float()
         size = latents.shape[3:]
         mask = functional.adaptive_avg_pool2d(torch.stack(shares, dim=1), size)[None]
-        return torch.cat([mask, latents], dim=1)
+        return torch.cat([mask.to(self._device), latents], dim=1)
 
 
 def poses_between(before: np.ndarray, after: np.ndarray) -> list[np.ndarray]:

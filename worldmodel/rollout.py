@@ -203,9 +203,8 @@ class Rollout:
         levels = self.levels if self.frames else self.first_levels
         last = len(levels) - 1 if training is None else training.exit_step
         grad = training is not None and training.grad
-        viewmats, intrinsics = self._rows(viewmats, per_frame(intrinsics, viewmats))
-        if condition is not None:
-            (condition,) = self._rows(condition)
+        cameras = viewmats, per_frame(intrinsics, viewmats)
+        viewmats, intrinsics, condition = self._rows(*cameras, condition)
         shape = (self.batch, self.model.config.out_channels, viewmats.shape[1], *self.cells)
         x = self._draw(shape, generator) if noise is None else noise
 
@@ -266,9 +265,7 @@ class Rollout:
     ) -> None:
         """As `commit`, but the clean pass is left to `commit_pending` or to the next step."""
         self.commit_pending()
-        cameras = self._rows(viewmats, per_frame(intrinsics, viewmats))
-        if condition is not None:
-            (condition,) = self._rows(condition)
+        *cameras, condition = self._rows(viewmats, per_frame(intrinsics, viewmats), condition)
         self.pending = UncommittedChunk(latents, *cameras, condition=condition)
 
     def rewind(self, frames: int) -> None:
@@ -320,9 +317,11 @@ class Rollout:
     def _batched(self, text: Tensor) -> Tensor:
         return text.expand(self.batch, -1, -1)
 
-    def _rows(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def _rows(self, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         """The batch as the network sees it: with guidance twice, with prompt and without."""
-        return tuple(torch.cat([x, x]) if self.guided else x for x in tensors)
+        if not self.guided:
+            return tensors
+        return tuple(None if x is None else torch.cat([x, x]) for x in tensors)
 
     def _draw(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
         device = generator.device if generator else self.device

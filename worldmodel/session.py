@@ -389,10 +389,9 @@ class Session:
         """
         self._notice = self.world.engine.step_down()
         if self.frames:
-            self._restore_streams(self._states[self.frames])
+            self._decoder.restore(self._states[self.frames].decoder)
         else:
             self._decoder.reset()
-            self._conditions = self.world.conditions(self.place)
         if self.rollout is not None:
             self.rollout = self.rollout.fork(self.world.rollout(self.steps, self.history))
         self._drop_old_states()
@@ -508,8 +507,7 @@ class Session:
         """What is known of the next chunk; the stream goes on."""
         if self._conditions is None:
             return None
-        condition = self._conditions.step(self.place.start @ poses)
-        return to_device_async(condition, self.world.device)
+        return self._conditions.step(self.place.start @ poses)
 
     def _drop_old_states(self) -> None:
         while self._states and next(iter(self._states)) < self.frames - self.config.history:

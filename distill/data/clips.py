@@ -220,11 +220,7 @@ def write_latents(folder, latents: torch.Tensor, metadata: dict[str, str] | None
     """Write latents [C, F, h, w] into a clip's folder, as float16; a reader sees the whole file or
     none.
     """
-    path = Path(folder) / LATENTS
-    stored = latents.detach().to("cpu", torch.float16).contiguous()
-    with replacing_file(path) as temporary:
-        save_file({"latents": stored}, temporary, metadata)
-    return path
+    return _write_tensor(folder, LATENTS, "latents", latents, metadata)
 
 
 def write_depth(folder, depths: torch.Tensor, size: Sequence[int]) -> Path:
@@ -232,12 +228,8 @@ def write_depth(folder, depths: torch.Tensor, size: Sequence[int]) -> Path:
 
     size: F, H, W of the clip. Raises UserError for another shape.
     """
-    path = Path(folder) / DEPTH
-    _check_depth(list(depths.shape), list(size), path)
-    stored = depths.detach().to("cpu", torch.float16).contiguous()
-    with replacing_file(path) as temporary:
-        save_file({"depth": stored}, temporary)
-    return path
+    _check_depth(list(depths.shape), list(size), Path(folder) / DEPTH)
+    return _write_tensor(folder, DEPTH, "depth", depths)
 
 
 def read_depth(folder) -> torch.Tensor:
@@ -269,10 +261,16 @@ def write_condition(folder, condition: torch.Tensor) -> Path:
     """Write a clip's condition [4 + C, F, h, w], as float16; a reader sees the whole file or
     none.
     """
-    path = Path(folder) / CONDITION
-    stored = condition.detach().to("cpu", torch.float16).contiguous()
+    return _write_tensor(folder, CONDITION, "condition", condition)
+
+
+def _write_tensor(
+    folder, file: str, name: str, tensor: torch.Tensor, metadata: dict[str, str] | None = None
+) -> Path:
+    path = Path(folder) / file
+    stored = tensor.detach().to("cpu", torch.float16).contiguous()
     with replacing_file(path) as temporary:
-        save_file({"condition": stored}, temporary)
+        save_file({name: stored}, temporary, metadata)
     return path
 
 
