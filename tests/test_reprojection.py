@@ -15,6 +15,7 @@ from distill.data.clips import DEPTH, write_clip
 from distill.data.conditions import spread
 from distill.stages.places import with_condition
 from worldmodel.camera import advance
+from worldmodel.client.paths import MET_WALL
 from worldmodel.errors import UserError
 from worldmodel.models.attention import Bidirectional
 from worldmodel.models.tiny_autoencoder import TinyAutoencoder
@@ -22,6 +23,7 @@ from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.recording import Recorder, verify
 from worldmodel.reprojection import ConditionStream, RememberedViews, filled, poses_between
 from worldmodel.session import Session
+from worldmodel.session_log import read_log
 from worldmodel.worlds.place import Place
 from worldmodel.worlds.place_views import VIEWS, read_views, write_views
 from worldmodel.worlds.weights import load_network
@@ -307,3 +309,25 @@ def test_clips_of_two_places_or_without_depth_are_refused(filmed, tmp_path, caps
     assert main([*command, str(bare)]) == 2
     assert "--depth" in capsys.readouterr().err
     assert not (bundle / "places" / "street").exists()
+
+
+def test_play_begins_in_a_place_and_its_walls_hold(filmed, tmp_path, play, capsys):
+    bundle = make_tiny_bundle(tmp_path / "tiny")
+    network = with_condition(load_network(CausalWanTransformer, bundle / "transformer"), 20)
+    network.save_pretrained(bundle / "transformer")
+    add = ["place", "add", str(bundle), "--clips", str(filmed), "--name", "street"]
+    assert main(add) == 0
+    take = tmp_path / "take"
+    walk = ["--world", str(bundle), "--place", "street", "--headless", "--trajectory", "a*4"]
+    ends = {}
+    for name, more in (("walls", []), ("open", ["--no-walls"])):
+        files = ["--output", str(tmp_path / f"{name}.mp4"), "--record", f"{take}-{name}"]
+        assert play([*walk, *more, *files]) == 0
+        ends[name] = read_log(f"{take}-{name}").c2w[-1, :3, 3]
+        assert read_log(f"{take}-{name}").header["place"] == "street"
+    error = capsys.readouterr().err
+    assert error.count(MET_WALL) == 1
+    assert np.linalg.norm(ends["walls"]) < 0.5 * np.linalg.norm(ends["open"])
+    assert play([*walk, "--image", "grey-0"]) == 2
+    assert play(["--world", str(bundle), "--place", "moon", "--headless"]) == 2
+    assert "its places: street" in capsys.readouterr().err

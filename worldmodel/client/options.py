@@ -40,6 +40,7 @@ class PlayOptions:
     attention: str = "auto"
     record: Path | None = None  # folder of a recording that starts with the first frame
     rest: bool = True  # nothing is generated while the camera rests, in worlds that are still
+    place: str | None = None  # name of a remembered place of the world; None = imagined
     walls: bool = True  # the walls of a place stop the camera
     threads: int = 1  # of torch
     headless: bool = False
@@ -93,6 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="generate while the camera rests, too, in worlds whose things do not move",
     )
+    parser.add_argument("--place", metavar="NAME", help="begin in a place that the world remembers")
     parser.add_argument(
         "--no-walls",
         dest="walls",
@@ -161,6 +163,11 @@ def _check_together(options: PlayOptions) -> None:
         raise UserError(f"--seed must be 0 or more, got {options.seed}.")
     if options.verify and options.replay is None:
         raise UserError("--verify compares a recording; name its folder with --replay DIR.")
+    if options.place and (options.image or options.replay):
+        raise UserError(
+            "--place cannot be combined with --image or --replay: a place has its own first "
+            "picture, and a recording knows its place; omit one of them."
+        )
     if options.replay:
         _check_replay(options)
     if options.output:

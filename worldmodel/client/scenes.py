@@ -51,7 +51,8 @@ def open_scenes(options: PlayOptions, tell: Callable[[str, float], None]) -> "Sc
     world = World.from_pretrained(options.world, fastest_device(), dtype, engine)
     if world.device.type != "cpu":
         print_progress(world.engine.describe(world.config.rollout, world.history))
-    return Scenes(world, options.steps, tell, options.rest, with_walls=options.walls)
+    place = world.place(options.place) if options.place else None
+    return Scenes(world, options.steps, tell, options.rest, place, options.walls)
 
 
 def fastest_device() -> str:
@@ -68,7 +69,8 @@ class Scenes:
 
     steps: denoising steps a chunk; None = the world's. tell: called before what takes long, as in
     `open_scenes`. rest: whether sessions follow the world's rule of rest. place: where sessions
-    begin; None = the world has no places. with_walls: whether the place's walls stop the camera.
+    begin, with a first picture generated from what is remembered; None = imagined. with_walls:
+    whether the place's walls stop the camera.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Scenes:
         self.world = world
         self._steps = steps
         self._rest = rest
+        self._place = place
         self.walls: Walls | None = place.walls if place and with_walls else None
         self._tell = tell or (lambda stage, progress: None)
         self.name = world.config.name
@@ -140,10 +143,11 @@ class Scenes:
         session = Session(
             self.world,
             prompt=scene.prompt,
-            image=scene.image,
+            image=None if self._place else scene.image,
             seed=scene.seed,
             steps=self._steps,
             rest=self._rest,
+            place=self._place,
         )
         return session, scene
 
