@@ -222,8 +222,10 @@ class PlacesConfig(TransformerConfig):
     chunk: Count = 1  # latents denoised together
     place_share: Share = 0.75  # probability that a window is one of a place
     condition_dropout: Share = 0.05  # probability that a latent frame has no condition
-    # the clean context is noised by a sigma uniform in [0, this]; 0 = clean
-    context_sigma_max: Share = 0.2
+    # most passes, uniform from 0, that make the context again from the student's own frames
+    own_past: Whole = 3
+    # without such a pass a place's clean context is noised by a sigma uniform in [0, this]
+    context_sigma_max: Share = 0.8
     denoise: tuple[int, ...] = (1000, 500)  # time steps of play before the shift, 0..1000
     first_denoise: tuple[int, ...] = (1000, 750, 500, 250)  # of the first chunk
 

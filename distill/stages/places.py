@@ -21,16 +21,21 @@ from distill.stages.stage import Loss, TransformerStage, Windows, teacher_forced
 from worldmodel.errors import UserError
 from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.rollout import RolloutConfig
-from worldmodel.schedule import add_noise, warp_steps
+from worldmodel.schedule import add_noise, to_x0, warp_steps
 
 
 class PlacesStage(TransformerStage):
     """Flow matching with one sigma per chunk, as in stage 1, on a mixture of places and endless
     footage.
 
-    Half of the noise levels are those of play. The context is noised by up to `context_sigma_max`,
-    as generated frames are never as clean as footage. With probability `condition_dropout` a window
-    of a place has no condition.
+    Half of the noise levels are those of play. The context is the student's own past: up to
+    `own_past` passes without gradients (as many for all windows of a step) make all its frames
+    again, every pass from the frames of the one before it, so that errors add up as they do in
+    play. Where no pass is drawn, the context of a place is footage noised by up to
+    `context_sigma_max`, so that the condition is needed. With probability `condition_dropout` a
+    frame has no condition.
+    Sources: Resampling Forcing (arXiv 2512.15702), which makes the context in one pass; BAgger
+    (2512.12080), whose context is a whole rollout. Differs: both lie at the ends of `own_past`.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device):
@@ -59,8 +64,7 @@ class PlacesStage(TransformerStage):
         windows = self.prepare(batch, generator)
         place = batch["place"].to(self.device)
         latents = windows.latents
-        clean_sigma = self._uniform(latents, generator) * self.config.context_sigma_max
-        clean = add_noise(latents, self._normal(latents, generator), clean_sigma)
+        clean, clean_sigma = self._context(windows, place, generator)
         sigma = self._sigma(latents, generator)
         noise = self._normal(latents, generator)
         noisy = add_noise(latents, noise, sigma)
@@ -98,14 +102,39 @@ class PlacesStage(TransformerStage):
 
     # -------------------- inside
 
+    @torch.no_grad()
+    def _context(
+        self, windows: Windows, place: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """What the clean frames of a step are, and their noise levels [B, F]."""
+        latents = windows.latents
+        passes = int(torch.randint(self.config.own_past + 1, (), generator=generator))
+        if not passes:
+            largest = self.config.context_sigma_max * place.float()[:, None]
+            clean_sigma = self._uniform(latents, generator) * largest
+            return add_noise(latents, self._normal(latents, generator), clean_sigma), clean_sigma
+        clean = latents
+        clean_sigma = torch.zeros_like(self._uniform(latents, generator))
+        for _ in range(passes):
+            level = self._draw_index(latents, len(self._levels), generator)
+            sigma = self._levels[level]
+            noisy = add_noise(latents, self._normal(latents, generator), sigma)
+            predict = teacher_forced(
+                self.student, windows, self.config.chunk, clean, clean_sigma
+            )
+            clean = to_x0(noisy, predict(noisy, sigma).float(), sigma)
+        return clean, clean_sigma
+
+    def _draw_index(self, like: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """One of `count` numbers per chunk, [B, F]."""
+        batch, _, frames = like.shape[:3]
+        return draw_index(batch, frames, self.config.chunk, count, generator).to(self.device)
+
     def _sigma(self, latents: Tensor, generator: torch.Generator) -> Tensor:
         """One noise level per chunk [B, F]."""
-        batch, _, frames = latents.shape[:3]
-        chunk = self.config.chunk
-        index = draw_index(batch, frames, chunk, GRID, generator).to(self.device)
-        grid = grid_sigma(index, self.config.shift)
-        level = draw_index(batch, frames, chunk, len(self._levels), generator).to(self.device)
-        of_play = draw_index(batch, frames, chunk, 2, generator).to(self.device) == 0
+        grid = grid_sigma(self._draw_index(latents, GRID, generator), self.config.shift)
+        level = self._draw_index(latents, len(self._levels), generator)
+        of_play = self._draw_index(latents, 2, generator) == 0
         return torch.where(of_play, self._levels[level], grid)
 
     def _uniform(self, like: Tensor, generator: torch.Generator) -> Tensor:
