@@ -1,10 +1,13 @@
 """Which remembered cameras show what another camera asks for, without depth.
 
 Points on the asking camera's rays, at a few depths, stand for what it may see. A remembered camera
-scores at a point that falls into its picture, more when it saw the point at a similar distance; the
-chosen cameras complement each other. Source: Context-as-Memory (arXiv 2506.03141), whose cameras
+scores at a point that falls into its picture, more when it saw the point at a similar distance and
+looked the same way (from behind, a wall shows its other side); the chosen cameras complement each
+other. Source: Context-as-Memory (arXiv 2506.03141), whose cameras
 move in a plane. Differs: any pose, several depths, and a greedy cover.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +15,7 @@ from torch import Tensor
 DEPTHS = (0.5, 1.0, 2.0, 4.0)  # of the test points along z, times the world's unit
 ACROSS = (-1 / 3, 0.0, 1 / 3)  # rays, from the middle of the picture, in picture widths and heights
 NEAR = 0.02  # smallest depth, times the world's unit
-FEW = 512  # candidates that all test points are projected into
+FEW = 256  # candidates that the test points are projected into
 _TINY = 1e-5  # gains below are rounding
 
 
@@ -36,15 +39,16 @@ def choose_views(
     total = len(w2c)
     if total <= count:
         return list(range(total))
-    points, depth, middle = _test_points(viewmats, intrinsics, unit)
     few = torch.arange(total)
     if total > FEW:
-        # the middle row of rays tells who looks there at all
-        rough = _quality(w2c, focal, points[middle], depth[middle], unit).sum(1)
+        rough = _nearness(w2c, viewmats, unit)
         if dropped is not None:
             rough[dropped] = 0
-        few = rough.sort(descending=True, stable=True).indices[:FEW].sort().values
-    quality = _quality(w2c[few], focal[few], points, depth, unit)
+        least = rough.topk(FEW).values[-1]
+        more = (rough > least).nonzero().squeeze(1)
+        ties = (rough == least).nonzero().squeeze(1)[: FEW - len(more)]
+        few = torch.cat([more, ties]).sort().values
+    quality = _quality(w2c[few], focal[few], _test_points(viewmats, intrinsics, unit), unit)
     if dropped is not None:
         quality[dropped[few]] = 0
     chosen = [int(few[place]) for place in _greedy_cover(quality, count)]
@@ -54,33 +58,47 @@ def choose_views(
     return sorted(chosen)
 
 
-def _test_points(
-    viewmats: Tensor, intrinsics: Tensor, unit: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Points `[P, 3]` in the world, their depth `[P]`, and which of them are in the middle row."""
-    y, x, z = torch.meshgrid(
-        *(torch.tensor(axis, dtype=torch.float64) for axis in (ACROSS, ACROSS, DEPTHS)),
-        indexing="ij",
-    )
-    y, x, z = y.flatten(), x.flatten(), z.flatten() * unit
-    rays = torch.stack([x, y, torch.ones_like(x)], dim=1)
+class TestPoints(NamedTuple):
+    """Points that stand for what the asking cameras may see."""
+
+    places: Tensor  # [P, 3], in the world
+    axes: Tensor  # [P, 3], where their camera looks
+    depth: Tensor  # [P], along that axis
+
+
+def _nearness(w2c: Tensor, viewmats: Tensor, unit: float) -> Tensor:
+    """Whether a candidate stands near an asking camera and looks the same way, `[N]` in [0, 1]: a
+    rough order of many.
+    """
+    heading = (w2c[:, 2, :3] @ viewmats[:, 2, :3].T).clamp_(min=0)
+    places = torch.linalg.inv(viewmats)[:, :, 3]
+    away = (w2c.flatten(0, 1) @ places.T).unflatten(0, (-1, 3)).square_().sum(1)
+    return (heading / (1 + away / (2 * unit) ** 2)).amax(1)
+
+
+def _test_points(viewmats: Tensor, intrinsics: Tensor, unit: float) -> TestPoints:
+    axes = (torch.tensor(axis, dtype=torch.float64) for axis in (ACROSS, ACROSS, DEPTHS))
+    y, x, z = (grid.flatten() for grid in torch.meshgrid(*axes, indexing="ij"))
     lens = torch.ones(len(viewmats), 1, 3, dtype=torch.float64)
     lens[:, 0, :2] = intrinsics[:, :2]
-    seen = rays / lens * z[:, None] - viewmats[:, None, :3, 3]
-    points = (seen @ viewmats[:, :3, :3]).flatten(0, 1)  # the inverse of a rotation
-    cameras = len(viewmats)
-    return points, z.float().repeat(cameras), (y == 0).repeat(cameras)
+    seen = torch.stack([x, y, torch.ones_like(x)], dim=1) / lens * (z * unit)[:, None]
+    rotation = viewmats[:, :3, :3]
+    places = (seen - viewmats[:, None, :3, 3]) @ rotation  # the inverse of a rotation
+    looking = rotation[:, 2:].expand(-1, len(x), -1)
+    depth = (z * unit).repeat(len(viewmats))
+    return TestPoints(places.flatten(0, 1), looking.flatten(0, 1), depth)
 
 
-def _quality(w2c: Tensor, focal: Tensor, points: Tensor, depth: Tensor, unit: float) -> Tensor:
+def _quality(w2c: Tensor, focal: Tensor, points: TestPoints, unit: float) -> Tensor:
     """How well every candidate shows every point, `[N, P]` in [0, 1]."""
     # float64, because play lets float32 products round to bfloat16
-    seen = (w2c[:, :, :3].flatten(0, 1) @ points.T).unflatten(0, (-1, 3)) + w2c[:, :, 3:]
+    seen = (w2c[:, :, :3].flatten(0, 1) @ points.places.T).unflatten(0, (-1, 3)) + w2c[:, :, 3:]
+    heading = (w2c[:, 2, :3] @ points.axes.T).float().clamp_(min=0)
     x, y, z = seen.float().unbind(1)
     lens = 2 * focal.float()
     inside = (x.abs() * lens[:, :1] <= z) & (y.abs() * lens[:, 1:] <= z) & (z > NEAR * unit)
-    ratio = z.clamp_(min=NEAR * unit) / depth
-    return torch.minimum(ratio, 1 / ratio) * inside
+    ratio = z.clamp_(min=NEAR * unit) / points.depth.float()
+    return torch.minimum(ratio, 1 / ratio) * heading * inside
 
 
 def _greedy_cover(quality: Tensor, count: int) -> list[int]:
