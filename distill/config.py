@@ -290,7 +290,8 @@ class Recipe:
                 raise UserError(
                     f"data.frames is {frames}, not a multiple of {name}.chunk = {chunk}: change one"
                 )
-        recalled, chunk = self.teacher_forcing.recall_frames, self.teacher_forcing.chunk
+        recalled = self.teacher_forcing.recall_frames
+        chunk = self.teacher_forcing.chunk
         if recalled and (recalled >= frames or recalled % chunk):
             raise UserError(
                 "teacher_forcing.recall_frames must be 0, or a multiple of teacher_forcing.chunk = "

@@ -146,7 +146,7 @@ def test_a_window_that_holds_all_is_the_plain_one(network, config):
 
 
 class Listed:
-    """The reference: keys of listed frames, projected anew for every call from their own cameras,
+    """The reference: keys of listed frames, projected again for every call from their own cameras,
     one after the other at the given positions.
     """
 

@@ -33,7 +33,7 @@ class RecallClips(torch.utils.data.Dataset):
     earlier frames of their clip and all frames of other clips with the same `source` and
     intrinsics; a random share of the candidates counts as showing nothing, so that what is
     remembered is never complete. They stand in the order of clips and frames. A clip without a
-    source, or recorded by play (whose poses begin anew in every recording), has no others. Where
+    source, or recorded by play (whose poses start at the identity), has no others. Where
     there are fewer than `recalled` candidates, the window is a plain one.
     Item i depends on the seed and i alone. Items as those of `LatentClips`, with "recalled": the
     number of frames in front; cameras are relative to the first frame behind them.

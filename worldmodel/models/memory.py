@@ -147,7 +147,8 @@ class RecallWindow(RecentWindow):
     ) -> Selection:
         plain = super().select(frames, committed, viewmats, intrinsics)
         oldest = self.oldest(committed, viewmats.shape[1])
-        first, last = frames.find(self.sinks), frames.find(oldest)
+        first = frames.find(self.sinks)
+        last = frames.find(oldest)
         if first == last:
             return plain
         rows = [
