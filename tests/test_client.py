@@ -790,6 +790,7 @@ def torch_settings():
         (["--output", "x.mp4"], "add --headless"),
         (["--verify"], "--replay DIR"),
         (["--replay", "."], "is not a recording"),
+        (["--recall-memory", "0"], "whole number of at least 1, got '0'"),
         (["--record", str(ROOT)], "not empty"),
     ],
 )

@@ -9,6 +9,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from worldmodel.camera import advance, invert
+from worldmodel.client.options import PlayOptions
+from worldmodel.client.scenes import Scene, open_scenes
+from worldmodel.engine.engine import TIERS, Engine, Tier, demand
 from worldmodel.errors import UserError
 from worldmodel.models import attention
 from worldmodel.models.frame_store import CachedFrame, FrameStore
@@ -435,6 +438,33 @@ def test_an_older_recording_knows_no_recall(plain, recalling, tmp_path):
     (tmp_path / "r" / "session.jsonl").write_text(lines)
     result = verify(tmp_path / "r", recalling)
     assert (result["exact"], result["engine_differs"]) == (True, [])
+
+
+def test_play_asks_for_recall(tiny_bundle):
+    options = PlayOptions(tiny_bundle, recall=1, recall_memory=3)
+    scenes = open_scenes(options, lambda *_: None)
+    session, _ = scenes.open(Scene())
+    assert (session.config.recall, session.config.recall_memory) == (1, 3)
+    with pytest.raises(UserError, match="recall must leave room .* got 3"):
+        open_scenes(replace(options, recall=3), lambda *_: None)
+
+
+def test_less_memory_on_the_device_recalls_less_and_forgets_nothing(recalling):
+    world = replace(recalling, engine=Engine((TIERS[0], Tier("small", window=4, history=1))))
+    session = Session(world, image="grey-0")
+    for pose in list(path(12))[:10]:
+        session.step(pose)
+    session.commit_pending()
+    assert session.config.recall == 2
+    session._step_down()
+    assert (session.config.window, session.config.recall) == (4, 1)
+    session.step(list(path(12))[10])
+    session.commit_pending()
+    assert [f.index for f in session.rollout.cache.store] == list(range(12))
+    needs = [demand(world.transformer, 4, 6, 1, 0, 0).of(TIERS[0], world.config.rollout, 0)]
+    plain = replace(world.config.rollout, recall=0)
+    needs.append(demand(world.transformer, 4, 6, 1, 0, 0).of(TIERS[0], plain, 0))
+    assert needs[0] > needs[1]
 
 
 def test_a_chunk_selects_positions_in_front_of_the_recent_ones():
