@@ -152,6 +152,10 @@ class TeacherForcingConfig(TransformerConfig):
     sample_steps: Count = 12  # denoising steps of the sample pictures
     # the clean context is noised by a sigma uniform in [0, this]; 0 = clean
     context_sigma_max: Share = 0.0
+    # latents of a window that are remembered ones, chosen by view overlap; 0 = none
+    recall_frames: Whole = 0
+    recall_share: Share = 0.7  # probability that a window has them
+    recall_unit: Positive = 1.0  # `recall_unit` of world.yaml, in units of the clips' poses
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,8 @@ class DmdConfig(TransformerConfig):
     length_exponent: Annotated[float, Range(1, 100)] = 1.0
     window: Count = 12  # latents that a chunk attends to, itself included
     sinks: Whole = 0  # first latents that never leave the window
+    recall: Whole = 0  # latents of the window that are chosen by view overlap among older ones
+    recall_unit: Positive = 1.0  # `recall_unit` of world.yaml, in units of the clips' poses
     # sigma of the noise on a generated chunk before its clean pass (0.005 in Causal-Forcing)
     context_sigma: Share = 0.0
     # probability that a rollout starts from the ground truth's first chunk
@@ -286,6 +292,19 @@ class Recipe:
                 raise UserError(
                     f"data.frames is {frames}, not a multiple of {name}.chunk = {chunk}: change one"
                 )
+        recalled = self.teacher_forcing.recall_frames
+        chunk = self.teacher_forcing.chunk
+        if recalled and (recalled >= frames or recalled % chunk):
+            raise UserError(
+                "teacher_forcing.recall_frames must be 0, or a multiple of teacher_forcing.chunk = "
+                f"{chunk} below data.frames = {frames}, got {recalled}: change one"
+            )
+        room = max(0, self.dmd.window - self.dmd.sinks - 2 * self.dmd.chunk)
+        if self.dmd.recall > room:
+            raise UserError(
+                f"dmd.recall must be at most dmd.window - dmd.sinks - 2 dmd.chunk = {room}, got "
+                f"{self.dmd.recall}: change one"
+            )
         rollout = self.dmd.rollout
         if rollout and (rollout < frames or rollout % self.dmd.chunk):
             raise UserError(

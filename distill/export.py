@@ -344,6 +344,8 @@ def world_config(
         chunk=dmd.chunk,
         window=dmd.window,
         sinks=dmd.sinks,
+        recall=dmd.recall,
+        recall_unit=dmd.recall_unit,
         sampler=options.sampler,
     )
     if options.steps is not None:

@@ -790,6 +790,7 @@ def torch_settings():
         (["--output", "x.mp4"], "add --headless"),
         (["--verify"], "--replay DIR"),
         (["--replay", "."], "is not a recording"),
+        (["--recall-memory", "0"], "whole number of at least 1, got '0'"),
         (["--record", str(ROOT)], "not empty"),
     ],
 )
@@ -850,6 +851,8 @@ def test_headless_rest_keeps_the_length_of_the_film(
     if not rest:
         assert play.main([*world, "--replay", str(take), "--verify", "--no-rest"]) == 2
         assert "--no-rest cannot be combined" in capsys.readouterr().err
+        assert play.main([*world, "--replay", str(take), "--verify", "--recall", "1"]) == 2
+        assert "--recall and --recall-memory cannot be combined" in capsys.readouterr().err
 
 
 def test_a_walk_that_fails_leaves_the_old_film(

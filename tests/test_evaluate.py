@@ -5,6 +5,7 @@ random world.
 import copy
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -18,7 +19,14 @@ from distill.data.blocks.town import MOODS
 from distill.data.blocks.walker import Gait
 from distill.evaluate import cases as towns
 from distill.evaluate import scores
-from distill.evaluate.generate import generate, load_transformer, parse_variant, reconstruct
+from distill.evaluate.evaluate import parse_window, recalling
+from distill.evaluate.generate import (
+    Variant,
+    generate,
+    load_transformer,
+    parse_variant,
+    reconstruct,
+)
 from worldmodel.camera import FRAMES_PER_LATENT
 from worldmodel.models.prompts import PromptBook
 from worldmodel.rollout import RolloutConfig
@@ -336,6 +344,15 @@ def test_cases_of_a_batch_are_independent(town_bundle):
     np.testing.assert_allclose(ceiling[:, 0].astype(int), frames[0][:, 0].astype(int), atol=1)
 
 
+def test_windows_and_rows_of_recall():
+    variant = Variant("a", Path("a"), RolloutConfig(window=12))
+    assert recalling(variant, 4).rollout.recall == 4
+    assert recalling(variant, 4).name == "a, recall 4"
+    rollouts = [parse_window(text, variant).rollout for text in ("6", "6+1", "8+0+4", "8+1+2")]
+    found = [(one.window, one.sinks, one.recall) for one in rollouts]
+    assert found == [(6, 0, 0), (6, 1, 0), (8, 0, 4), (8, 1, 2)]
+
+
 @pytest.mark.slow
 def test_the_command_writes_tables_and_sheets(town_bundle, tmp_path, capsys):
     output = tmp_path / "results" / "town.json"
@@ -348,7 +365,7 @@ def test_the_command_writes_tables_and_sheets(town_bundle, tmp_path, capsys):
     ]
     sizes = (
         "--cases 5 --latents 4 --returns 1 --flows 1 --drift-cases 1 --drift-latents 6 --batch 3 "
-        "--workers 1 --windows 4 4+1 --late 20"
+        "--workers 1 --windows 4 4+1 5+1+1 --late 20"
     )
     assert main(command + sizes.split()) == 0
     results = json.loads(output.read_text())
@@ -364,7 +381,7 @@ def test_the_command_writes_tables_and_sheets(town_bundle, tmp_path, capsys):
         "a, 2 steps (Euler)",
         "a, 1 step",
     }
-    assert [row["name"] for row in results["windows"]] == ["ground truth", "4", "4+1"]
+    assert [row["name"] for row in results["windows"]] == ["ground truth", "4", "4+1", "5+1+1"]
     assert len(results["drift"]) == 2 and len(results["returns"]) == 9 and results["thresholds"]
     page = output.with_suffix(".md").read_text()
     assert page in capsys.readouterr().out and "a, 2 steps (Euler)" in page
@@ -383,6 +400,8 @@ def test_bad_input_is_one_sentence(town_bundle, tiny_bundle, tmp_path, capsys):
         ["--world", town_bundle, "--output", output, "--cases", 0],
         ["--world", town_bundle, "--output", output, "--reference", "nobody"],
         ["--world", town_bundle, "--output", output, "--windows", "4+x"],
+        ["--world", town_bundle, "--output", output, "--windows", "4+1+0+0"],
+        ["--world", town_bundle, "--output", output, "--recall", 0, 9],
         ["--world", tmp_path / "nowhere", "--output", output],
     ):
         assert main(["evaluate", *map(str, words)]) == 2

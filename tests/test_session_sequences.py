@@ -164,6 +164,7 @@ class Sequences(RuleBasedStateMachine):
         ({"window": 4, "sinks": 1, "chunk": 1}, None),
         ({"window": 5, "sinks": 1, "chunk": 2}, "grey-0"),
         ({"window": 4, "sinks": 0, "chunk": 2}, None),
+        ({"window": 6, "sinks": 1, "chunk": 1, "recall": 2}, "grey-0"),
     ],
     ids=lambda value: (
         "-".join(str(part) for part in value.values()) if isinstance(value, dict) else str(value)

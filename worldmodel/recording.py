@@ -41,7 +41,7 @@ from worldmodel.engine.options import EngineOptions
 from worldmodel.errors import UserError, first_line, log_bug
 from worldmodel.files import lock
 from worldmodel.images import read_image, write_png
-from worldmodel.rollout import RolloutConfig
+from worldmodel.rollout import RECALL, RolloutConfig
 from worldmodel.session import FrameChunk, Session
 from worldmodel.session_log import (
     FORMAT,
@@ -320,7 +320,12 @@ def replay(folder, world: World) -> Iterator[FrameChunk]:
     for prompt in log.prompts:  # what cannot be embedded is reported before anything is generated
         world.prompt_encoder.embed(prompt)
     with _as_recorded(header["engine"]):
-        yield from _generated_again(folder, log, world)
+        yield from _generated_again(folder, log, _recalling(world, header["engine"]))
+
+
+def _recalling(world: World, recorded: dict) -> World:
+    """The world with the recall of a recording; an older one knew none."""
+    return world.with_recall({"recall": 0, **recorded.get("rollout", {})})
 
 
 def _generated_again(folder: Path, log: Log, world: World) -> Iterator[FrameChunk]:
@@ -412,7 +417,8 @@ def _engine_differences(now: dict, recorded: dict) -> list[str]:
     def deciding(value):
         if not isinstance(value, dict):
             return value
-        return {name: value.get(name) for name in now["rollout"] if name != "history"}
+        older = dict.fromkeys(RECALL) if not value.get("recall") else {}  # decide nothing then
+        return {name: (value | older).get(name) for name in now["rollout"] if name != "history"}
 
     shared = [name for name in now if name in recorded]
     return [name for name in shared if deciding(now[name]) != deciding(recorded[name])]
@@ -448,7 +454,7 @@ def verify(folder, world: World) -> dict:
             bar.update(chunk.latents)
     recorded = log.header["engine"]
     with _as_recorded(recorded):
-        now = engine(world, world.rollout(log.header["steps"]))
+        now = engine(world, _recalling(world, recorded).rollout(log.header["steps"]))
     differences = _engine_differences(now, recorded)
     return {
         "latents": len(log.lines),

@@ -18,9 +18,13 @@ from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
 from worldmodel.errors import UserError
-from worldmodel.models.kv_cache import CachedContext, KVCache, LayerKV, RecentWindow
+from worldmodel.models.kv_cache import CachedContext, KVCache, LayerKV
+from worldmodel.models.memory import RecallWindow, RecentWindow
 from worldmodel.models.transformer import CausalWanTransformer, TextContext, TimeContext
 from worldmodel.schedule import CLOCK, add_noise, to_x0, warp_steps
+
+# options of a rollout that recordings and saves hold, as play may change them
+RECALL = ("recall", "recall_memory", "recall_unit")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,11 @@ class RolloutConfig:
     # other value doubles the work
     guidance: float = 1.0
     history: int = 0  # latent frames kept beyond the window for rewinding
+    # latent frames of the window that are chosen among all older ones by view overlap; 0 = the
+    # window is recent frames and sinks
+    recall: int = 0
+    recall_memory: int = 512  # MiB of ordinary memory for what can be recalled
+    recall_unit: float = 1.0  # length, in units of the poses, of a small step in the world
 
     def __post_init__(self):
         choices = {
@@ -59,7 +68,7 @@ class RolloutConfig:
             raise UserError(
                 f"guidance must be at least 0, got {self.guidance}: 1 is none, 3 is usual"
             )
-        for name in ("sinks", "history"):
+        for name in ("sinks", "history", "recall"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be at least 0, got {getattr(self, name)}: raise it")
         if not 1 <= self.chunk <= self.window - self.sinks:
@@ -68,6 +77,7 @@ class RolloutConfig:
                 f"chunk must be 1 to window - sinks = {room} latents, got {self.chunk}: change one "
                 "of them"
             )
+        self._check_recall()
         for steps in (self.steps, self.first_steps):
             warp_steps(steps, self.shift)
             if self.sampler == "unipc" and steps[0] >= CLOCK:
@@ -76,10 +86,36 @@ class RolloutConfig:
                     "as published"
                 )
 
+    def _check_recall(self) -> None:
+        if self.recall_memory < 1 or not 0 < self.recall_unit < math.inf:
+            raise UserError(
+                "recall_memory must be at least 1 MiB and recall_unit above 0, got "
+                f"{self.recall_memory} and {self.recall_unit}: raise them"
+            )
+        if self.recall and self.positions == "absolute":
+            raise UserError(
+                "recall must be 0 where positions are absolute, as recalled frames have none of "
+                f"their own, got {self.recall}: set positions to window"
+            )
+        room = self.window - self.sinks - 2 * self.chunk
+        if self.recall > max(0, room):
+            raise UserError(
+                "recall must leave room for two chunks in the window: at most window - sinks - 2 "
+                f"chunk = {max(0, room)} latents, got {self.recall}: change one of them"
+            )
+
     @property
     def memory(self) -> RecentWindow:
         """Which remembered frames a chunk sees."""
-        return RecentWindow(self.window, self.sinks, self.positions == "absolute")
+        if not self.recall:
+            return RecentWindow(self.window, self.sinks, self.positions == "absolute")
+        return RecallWindow(
+            self.window,
+            self.sinks,
+            recall=self.recall,
+            unit=self.recall_unit,
+            memory=self.recall_memory,
+        )
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,18 @@ from worldmodel.device import cores, float64_device, is_out_of_memory, to_device
 from worldmodel.errors import UserError
 from worldmodel.files import replacing_folder
 from worldmodel.images import fit_picture, read_image, to_frames, to_unit_range
-from worldmodel.models.kv_cache import CachedFrame
 from worldmodel.models.streaming import StreamState
 from worldmodel.overlap import as_here, second_thread, to_pinned_memory
-from worldmodel.rollout import Rollout, RolloutConfig, UncommittedChunk
-from worldmodel.saved_session import FILES, FORMAT, FRAME_PARTS, PENDING, read_tensors, read_values
+from worldmodel.rollout import RECALL, Rollout, RolloutConfig, UncommittedChunk
+from worldmodel.saved_session import (
+    FILES,
+    FORMAT,
+    PENDING,
+    cache_tensors,
+    read_tensors,
+    read_values,
+    restore_cache,
+)
 from worldmodel.worlds.place import Place
 from worldmodel.worlds.world import World
 
@@ -243,6 +250,7 @@ class Session:
             "frames": self.frames,
             "decoder": decoder,
             "place": self.place.name if self.place else None,
+            **{name: getattr(self.world.config.rollout, name) for name in RECALL},
         }
         with replacing_folder(path) as folder:
             save_file(tensors, folder / FILES[1])
@@ -267,10 +275,10 @@ class Session:
                     f"the opened world {world.config.name!r} has {ours[0]}; open the same world in "
                     "the same way."
                 )
-        tensors = {
-            name: tensor if tensor.dtype == torch.float64 else tensor.to(world.device)
-            for name, tensor in tensors.items()
-        }
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.float64 and not name.startswith("stored."):
+                tensors[name] = tensor.to(world.device)
+        world = world.with_recall({"recall": 0, **values})  # an older save knew none
         session = cls.__new__(cls)
         place = values.get("place")
         place = world.place(place) if place else None
@@ -286,9 +294,7 @@ class Session:
         tensors = {"poses": torch.from_numpy(self.poses)}
         if self.image is not None:
             tensors["image"] = torch.from_numpy(self.image)
-        for frame in self.rollout.cache.visible(1):
-            for name in FRAME_PARTS:
-                tensors[f"frame.{frame.index}.{name}"] = getattr(frame, name)
+        tensors |= cache_tensors(self.rollout.cache)
         if self.rollout.pending is not None:
             for position, name in enumerate(PENDING):
                 tensors[f"pending.{position}"] = getattr(self.rollout.pending, name)
@@ -306,10 +312,6 @@ class Session:
         return plain, {"started": state.started, "memories": len(state.memories)}
 
     def _restore(self, tensors: dict[str, Tensor], values: dict) -> None:
-        indices = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("frame.")})
-        frames = [
-            CachedFrame(i, *(tensors[f"frame.{i}.{part}"] for part in FRAME_PARTS)) for i in indices
-        ]
         committed = values["frames"]
         if "pending.0" in tensors:
             pending = UncommittedChunk(
@@ -318,7 +320,7 @@ class Session:
             )
             self.rollout.pending = pending
             committed -= pending.latents.shape[2]
-        self.rollout.cache.restore(frames, committed)
+        restore_cache(self.rollout.cache, tensors, committed)
         self.image = tensors["image"].cpu().numpy() if "image" in tensors else None
         self._poses = list(tensors["poses"].cpu().numpy())
         self._prompt_since = self.frames

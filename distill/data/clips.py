@@ -319,18 +319,20 @@ class LatentClips(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.clips)
 
-    def __getitem__(self, index: int) -> dict:
+    def clip_of(self, index: int) -> int:
+        """Number of the clip that item `index` is a window of."""
         if index < 0:
             raise IndexError(f"expected an index of at least 0, got {index}")
         epoch, position = divmod(index, len(self.clips))
         order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.clips))
-        clip = self.clips[order[position]]
+        return int(order[position])
+
+    def __getitem__(self, index: int) -> dict:
+        clip = self.clips[self.clip_of(index)]
         draws = np.random.default_rng([self.seed, 1, index])
-        start = (
-            0
-            if draws.random() < self.first_frame_prob
-            else int(draws.integers(0, len(clip.c2w) - self.frames + 1))
-        )
+        start = 0
+        if draws.random() >= self.first_frame_prob:
+            start = int(draws.integers(0, len(clip.c2w) - self.frames + 1))
         window = slice(start, start + self.frames)
         with safe_open(clip.path, framework="pt") as file:
             latents = file.get_slice("latents")[:, window]

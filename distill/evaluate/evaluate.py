@@ -107,12 +107,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--windows",
         nargs="+",
         default=[],
-        metavar="WINDOW[+SINKS]",
+        metavar="WINDOW[+SINKS[+RECALL]]",
         help=(
             "also generate long walks with the first row of the last transformer under these "
-            "windows (latents), for example 12 12+1 6, and compare the picture at latent --late "
-            "with that at a tenth of it"
+            "windows (latents), for example 12 12+1 6 12+0+4, and compare the picture at latent "
+            "--late with that at a tenth of it"
         ),
+    )
+    parser.add_argument(
+        "--recall",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="N",
+        help="repeat every row with so many latents of the window chosen by view overlap, for "
+        "example 0 4 8 (default: the world's)",
     )
     parser.add_argument(
         "--output",
@@ -148,6 +157,8 @@ def run(args: argparse.Namespace) -> None:
     world = World.from_pretrained(args.world, args.device, getattr(torch, args.dtype))
     texts = args.transformer or [f"{world.config.name}={args.world / 'transformer'}"]
     variants = [variant for text in texts for variant in parse_variant(text, world.config.rollout)]
+    if args.recall:
+        variants = [recalling(variant, count) for variant in variants for count in args.recall]
     for variant in variants:
         check_fit(
             replace(
@@ -166,18 +177,23 @@ def run(args: argparse.Namespace) -> None:
     write_file(args.output, json.dumps(results, indent=1) + "\n")
 
 
+def recalling(variant: Variant, recall: int) -> Variant:
+    """The variant with so many latents of its window chosen by view overlap."""
+    rollout = replace(variant.rollout, recall=recall)
+    return replace(variant, name=f"{variant.name}, recall {recall}", rollout=rollout)
+
+
 def parse_window(text: str, variant: Variant) -> Variant:
-    """`WINDOW[+SINKS]` -> the variant with that window, named by the text."""
-    window, _, sinks = text.partition("+")
-    if not window.isdecimal() or not (sinks or "0").isdecimal():
+    """`WINDOW[+SINKS[+RECALL]]` -> the variant with that window, named by the text."""
+    parts = text.split("+")
+    if len(parts) > 3 or not all(part.isdecimal() for part in parts):
         raise UserError(
-            f"expected --windows like 12 or 12+1 (latents, sinks among them), got {text!r}"
+            "expected --windows like 12, 12+1 or 12+1+4 (latents, sinks and recalled ones among "
+            f"them), got {text!r}"
         )
-    return replace(
-        variant,
-        name=text,
-        rollout=replace(variant.rollout, window=int(window), sinks=int(sinks or 0)),
-    )
+    window, sinks, recall = (*map(int, parts), 0, 0)[:3]
+    rollout = replace(variant.rollout, window=window, sinks=sinks, recall=recall)
+    return replace(variant, name=text, rollout=rollout)
 
 
 def evaluate(

@@ -36,14 +36,18 @@ def grid_sigma(index: Tensor, shift: float, count: int = GRID) -> Tensor:
     return sigma_grid(count, shift).to(index.device)[index]
 
 
+def flow_matching_error(predict: Predict, latents: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+    """`(v(x_sigma, sigma) - (noise - x0))^2` of every frame, `[B, F]`.
+
+    `latents` and `noise` `[B, C, F, H, W]`, `sigma` `[B, F]` in (0, 1] float32.
+    """
+    velocity = predict(add_noise(latents, noise, sigma), sigma).float()
+    return (velocity - (noise - latents)).square().mean(dim=(1, 3, 4))
+
+
 def flow_matching_loss(
     predict: Predict, latents: Tensor, sigma: Tensor, noise: Tensor, weight: Tensor | None = None
 ) -> Tensor:
-    """Mean of `weight (v(x_sigma, sigma) - (noise - x0))^2`.
-
-    `latents` and `noise` `[B, C, F, H, W]`, `sigma` `[B, F]` in (0, 1] float32, `weight` `[B, F]`
-    or None for 1.
-    """
-    velocity = predict(add_noise(latents, noise, sigma), sigma).float()
-    error = (velocity - (noise - latents)).square().mean(dim=(1, 3, 4))
+    """Mean of `weight` times `flow_matching_error`; `weight` `[B, F]` or None for 1."""
+    error = flow_matching_error(predict, latents, sigma, noise)
     return error.mean() if weight is None else (weight * error).mean()

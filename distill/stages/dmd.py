@@ -208,6 +208,8 @@ class DmdStage(TransformerStage):
             chunk=config.chunk,
             window=config.window,
             sinks=config.sinks,
+            recall=config.recall,
+            recall_unit=config.recall_unit,
         )
 
     def _generate(

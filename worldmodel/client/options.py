@@ -42,6 +42,8 @@ class PlayOptions:
     rest: bool = True  # nothing is generated while the camera rests, in worlds that are still
     place: str | None = None  # name of a remembered place of the world; None = imagined
     walls: bool = True  # the walls of a place stop the camera
+    recall: int | None = None  # latents of the window that view overlap chooses
+    recall_memory: int | None = None  # MiB for what can be recalled
     threads: int = 1  # of torch
     headless: bool = False
     trajectory: str | None = None  # "w*10,l*5,w+l*8"
@@ -100,6 +102,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="walls",
         action="store_false",
         help="walk through walls, in places that have them, into what was never filmed",
+    )
+    parser.add_argument(
+        "--recall",
+        type=int,
+        metavar="N",
+        help="latents of the window that are chosen by view overlap among all older ones; 0 = none "
+        "(default: the world's)",
+    )
+    parser.add_argument(
+        "--recall-memory",
+        type=positive,
+        metavar="MIB",
+        help="memory for latents that can be recalled (default: the world's)",
     )
     add_engine_arguments(parser)
 
@@ -196,6 +211,12 @@ def _check_replay(options: PlayOptions) -> None:
         raise UserError(
             "--no-walls cannot be combined with --replay and --verify or --headless: the recording "
             "holds its path; omit --no-walls."
+        )
+    recall = options.recall is not None or options.recall_memory is not None
+    if recall and (options.verify or options.headless):
+        raise UserError(
+            "--recall and --recall-memory cannot be combined with --replay and --verify or "
+            "--headless: a recording is replayed as it was generated; omit them."
         )
     if options.verify and (options.output or options.headless):
         raise UserError(

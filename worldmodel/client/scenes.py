@@ -49,6 +49,8 @@ def open_scenes(options: PlayOptions, tell: Callable[[str, float], None]) -> "Sc
 
         dtype, engine = recorded_engine(options.replay, engine)
     world = World.from_pretrained(options.world, fastest_device(), dtype, engine)
+    recall = {"recall": options.recall, "recall_memory": options.recall_memory}
+    world = world.with_recall(recall)
     if world.device.type != "cpu":
         print_progress(world.engine.describe(world.config.rollout, world.history))
     place = world.place(options.place) if options.place else None

@@ -45,7 +45,8 @@ class Tier:
         if self.window is not None:
             window = min(window, max(self.window, config.sinks + 2 * config.chunk))
         history = history if self.history is None else min(history, self.history)
-        return replace(config, window=window, history=history)
+        recall = min(config.recall, max(0, window - config.sinks - 2 * config.chunk))
+        return replace(config, window=window, history=history, recall=recall)
 
 
 TIERS = (
@@ -73,7 +74,8 @@ class Demand:
         rollout = tier.rollout(config, history)
         weights = self.blocks if tier.weights == "full" else self.quantized
         new = 2 * rollout.chunk  # latents that a pass leaves, and a chunk of them stacked
-        stored = (rollout.window + rollout.history + new) * self.stored
+        kept = rollout.window + rollout.history + rollout.recall  # the recalled ones as copies
+        stored = (kept + new) * self.stored
         remembered = stored + rollout.window * self.shown
         rows = 1 if rollout.guidance == 1 else 2  # the rollout without prompt remembers as much
         return weights + self.rest + rows * remembered + rollout.history * self.rewound

@@ -9,128 +9,24 @@ clean pass stay, so between two rebases only sinks, whose positions move, are pr
 Attention depends on differences of positions and on relative cameras only, so both are relative to
 a reference frame a few latents back. Every `KVCache.rebase_interval` latents there is a new one,
 and the ring is projected from the store again: positions never run out, and the numbers stay small
-however far the camera travels.
+however far the camera travels. A policy that recalls has a second store, of the whole session
+(`frame_store.py`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from worldmodel.device import to_device_async
-from worldmodel.errors import UserError
 from worldmodel.models import attention, prope
 from worldmodel.models.attention import RopeTables, TokenLayout, project_kv
+from worldmodel.models.frame_store import CachedFrame, FrameStore
+from worldmodel.models.memory import FrameNumber, MemoryPolicy, RecentWindow, Selection
 
 LayerKV = dict[int, tuple[Tensor, Tensor]]  # keys and values by layer
-
-
-@dataclass(frozen=True)
-class CachedFrame:
-    """One committed latent frame: un-rotated keys and raw values `[layers, B, N, width]`, w2c
-    `[B, 4, 4]` and intrinsics `[B, 4]` in float64 (on `device.float64_device`).
-    """
-
-    index: int
-    keys: Tensor
-    values: Tensor
-    viewmats: Tensor
-    intrinsics: Tensor
-
-
-class Slot(NamedTuple):
-    """A remembered frame that a chunk sees: which one, where it stands in the ring, and at which
-    rotary position.
-    """
-
-    frame: int
-    slot: int
-    position: int
-
-
-class Selection(NamedTuple):
-    """What a chunk sees: remembered frames, and the slots that its own frames take.
-
-    The slots of both together are the first `len(remembered) + len(own)` of the ring.
-    """
-
-    remembered: tuple[Slot, ...]
-    own: tuple[int, ...]
-    position: int  # rotary position of the chunk's first frame
-
-
-class MemoryPolicy(Protocol):
-    """Chooses the remembered frames that a chunk sees.
-
-    The choice must depend on its arguments alone, so that a rewound, cloned or reopened rollout has
-    the same future. `size`: slots of the ring, the chunk's own included.
-    """
-
-    size: int
-
-    def select(
-        self, frames: Sequence[CachedFrame], committed: int, viewmats: Tensor, intrinsics: Tensor
-    ) -> Selection:
-        """frames: what the cache keeps, oldest first. committed: latent frames so far. viewmats
-        `[B, F, 4, 4]` and intrinsics `[B, F, 4]`: cameras of the chunk.
-        """
-        ...
-
-    def keeps(self, frame: int, committed: int) -> bool:
-        """Whether a later chunk may still see frame number `frame`."""
-        ...
-
-
-@dataclass(frozen=True)
-class RecentWindow:
-    """The first `sinks` frames of all and the most recent ones, `size` with the chunk's own.
-
-    absolute: rotary positions are frame numbers, as in the references; otherwise sinks stand right
-    before the oldest recent frame, so that a session has no end.
-    """
-
-    size: int
-    sinks: int = 0
-    absolute: bool = False
-
-    def __post_init__(self):
-        if not 0 <= self.sinks < self.size:
-            raise UserError(
-                f"sinks must be at least 0 and fewer than the window of {self.size} latents, got "
-                f"{self.sinks}: change one of them"
-            )
-
-    def select(
-        self, frames: Sequence[CachedFrame], committed: int, viewmats: Tensor, intrinsics: Tensor
-    ) -> Selection:
-        chunk = viewmats.shape[1]
-        if not 1 <= chunk <= self.size - self.sinks:
-            raise ValueError(
-                f"a chunk has 1 to {self.size - self.sinks} latents in a window of {self.size} "
-                f"with {self.sinks} sinks, got {chunk}: pass fewer at a time"
-            )
-        oldest = self.oldest(committed, chunk)
-        sinks = range(min(self.sinks, committed))
-        first_sink = 0 if self.absolute else oldest - self.sinks
-        remembered = [Slot(index, index, first_sink + index) for index in sinks]
-        remembered += [Slot(i, self._slot(i), i) for i in range(oldest, committed)]
-        own = tuple(self._slot(index) for index in range(committed, committed + chunk))
-        return Selection(tuple(remembered), own, committed)
-
-    def keeps(self, frame: int, committed: int) -> bool:
-        return frame < self.sinks or frame >= committed - self.size
-
-    def oldest(self, committed: int, chunk: int) -> int:
-        """The first frame, sinks apart, that a chunk of `chunk` new frames sees."""
-        return max(self.sinks, committed - (self.size - chunk - self.sinks))
-
-    def _slot(self, frame: int) -> int:
-        """Sinks stay in front, the others take turns behind them."""
-        if frame < self.sinks:
-            return frame
-        return self.sinks + (frame - self.sinks) % (self.size - self.sinks)
 
 
 class SlotRange(NamedTuple):
@@ -159,7 +55,7 @@ class Resident(NamedTuple):
     pose of a position offset.
     """
 
-    frame: int
+    frame: FrameNumber
     position: int
     offset: int
 
@@ -250,7 +146,8 @@ class KVCache:
     """The committed frames of a rollout.
 
     layout: tokens of a frame. memory: which frames a chunk sees, unless `begin_chunk` says
-    otherwise. history: frames kept beyond those, so that `truncate` has something to return to.
+    otherwise; where it recalls, `store` holds frames of the whole session. history: frames kept
+    beyond the window, so that `truncate` has something to return to.
     Positions are relative to the reference frame, but for `absolute` ones.
     """
 
@@ -259,8 +156,11 @@ class KVCache:
         self.memory = memory
         self.history = history
         # short enough that the reference frame is always kept
-        self.rebase_interval = max(1, memory.size - memory.sinks - 1)
+        self.rebase_interval = max(1, memory.recent - 1)
         self.frames: list[CachedFrame] = []
+        self.store = memory.store()
+        # recalled frames that the last chunk saw, on the device
+        self._recalled: dict[FrameNumber, CachedFrame] = {}
         self.committed = 0
         self._ring: Ring | None = None
         self._open: CachedContext | None = None  # begun, and neither committed nor out of date
@@ -277,7 +177,7 @@ class KVCache:
         memory = memory or self.memory
         viewmats = viewmats.double()
         intrinsics = intrinsics.double()
-        selection = memory.select(self.frames, self.committed, viewmats, intrinsics)
+        selection = memory.select(self._remembered(), self.committed, viewmats, intrinsics)
         offset = self._position_offset()
         reference = self._reference_pose(offset, viewmats)
         self._open = None  # until all is written
@@ -316,6 +216,8 @@ class KVCache:
             stored = keys[:, :, number], values[:, :, number]
             cameras = context.viewmats[:, number], context.intrinsics[:, number]
             self.frames.append(CachedFrame(self.committed, *stored, *cameras))
+            if self.store is not None:
+                self.store.add(self.frames[-1])
             position = context.selection.position + number - shown
             context.ring.residents[slot] = Resident(self.committed, position, context.offset)
             self.committed += 1
@@ -332,7 +234,7 @@ class KVCache:
         last = self.frames[-1]
         viewmats = last.viewmats[:, None].expand(-1, chunk, -1, -1)
         intrinsics = last.intrinsics[:, None].expand(-1, chunk, -1)
-        selection = self.memory.select(self.frames, self.committed, viewmats, intrinsics)
+        selection = self.memory.select(self._remembered(), self.committed, viewmats, intrinsics)
         offset = self._position_offset()
         reference = self._reference_pose(offset, viewmats)
         self._filled_ring(self.memory, selection, offset, reference)
@@ -343,7 +245,7 @@ class KVCache:
         """
         kept = [frame for frame in self.frames if frame.index < committed]
         window = self.memory
-        recent = range(max(window.sinks, committed - (window.size - window.sinks) + 1), committed)
+        recent = range(max(window.sinks, committed - window.recent + 1), committed)
         missing = set(recent) - {frame.index for frame in kept}
         if missing or not 0 <= committed <= self.committed:
             raise ValueError(
@@ -352,6 +254,8 @@ class KVCache:
             )
         self.frames = kept
         self.committed = committed
+        if self.store is not None:
+            self.store.truncate(committed)
         self._forget_ring()
         self._drop_old_frames()
 
@@ -362,13 +266,26 @@ class KVCache:
         twin = KVCache(
             self.layout, memory or self.memory, self.history if history is None else history
         )
-        twin.restore(self.frames, self.committed)
+        twin.restore(self.frames, self.committed, self._remembered())
         return twin
 
-    def restore(self, frames: Sequence[CachedFrame], committed: int) -> None:
-        """Continue from `frames`, what is kept of a past of `committed` latent frames."""
+    def restore(
+        self,
+        frames: Sequence[CachedFrame],
+        committed: int,
+        stored: Sequence[CachedFrame] | None = None,
+    ) -> None:
+        """Continue from `frames`, what is kept of a past of `committed` latent frames.
+
+        stored: frames that may be recalled, where the policy does so; None = `frames`.
+        """
         self.frames = list(frames)
         self.committed = committed
+        if self.store is not None:
+            if isinstance(stored, FrameStore):
+                self.store = stored.copy()
+            else:
+                self.store.refill(frames if stored is None else stored)
         self._forget_ring()
         self._drop_old_frames()
 
@@ -379,6 +296,9 @@ class KVCache:
 
     # -------------------- inside
 
+    def _remembered(self) -> Sequence[CachedFrame]:
+        return self.frames if self.store is None else self.store
+
     def _drop_old_frames(self) -> None:
         keeps = self.memory.keeps
         self.frames = [f for f in self.frames if keeps(f.index, self.committed - self.history)]
@@ -388,6 +308,7 @@ class KVCache:
         rollout equals a reopened one bit for bit. Its memory is reused.
         """
         self._open = None
+        self._recalled.clear()
         if self._ring is not None:
             self._ring.residents.clear()
 
@@ -434,15 +355,36 @@ class KVCache:
             resident = Resident(frame, position - shown, offset)
             if ring.residents.get(slot) != resident:
                 missing[slot] = resident
+        recalled = {slot.frame for slot in selection.remembered if isinstance(slot.frame, tuple)}
+        self._recalled = {
+            numbers: self._recalled.get(numbers) or self._from_store(numbers)
+            for numbers in sorted(recalled)
+        }
         if missing:
             self._project(ring, missing, reference)
         return ring
+
+    def _from_store(self, numbers: tuple[int, ...]) -> CachedFrame:
+        """A frame of the store for each row of the batch, as one frame on the device."""
+        frames = [self.store[self.store.find(number)] for number in numbers]
+        frame = frames[0]
+        if any(other is not frame for other in frames):
+            rows = list(enumerate(frames))
+            frame = CachedFrame(
+                frame.index,
+                torch.stack([one.keys[:, row] for row, one in rows], dim=1),
+                torch.stack([one.values[:, row] for row, one in rows], dim=1),
+                torch.stack([one.viewmats[row] for row, one in rows]),
+                torch.stack([one.intrinsics[row] for row, one in rows]),
+            )
+        newest = self.frames[-1]
+        return frame.to(newest.keys.device, newest.viewmats.device)
 
     def _project(self, ring: Ring, missing: dict[int, Resident], reference: Tensor) -> None:
         """Writes frames from the store into slots of the ring, layer by layer, so that what comes
         in between stays small.
         """
-        by_index = {frame.index: frame for frame in self.frames}
+        by_index = {frame.index: frame for frame in self.frames} | self._recalled
         frames = [by_index[resident.frame] for resident in missing.values()]
         for slot in missing:
             ring.residents.pop(slot, None)

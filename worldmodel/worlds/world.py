@@ -33,7 +33,7 @@ from worldmodel.models.text_encoder import PromptEncoder
 from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.models.wan_autoencoder import Autoencoder
 from worldmodel.reprojection import ConditionStream, RememberedViews
-from worldmodel.rollout import RolloutConfig, with_steps
+from worldmodel.rollout import RECALL, RolloutConfig, with_steps
 from worldmodel.worlds.config import WORLD_YAML, WorldConfig
 from worldmodel.worlds.fingerprint import fingerprint, first_edition_fingerprint
 from worldmodel.worlds.place import PLACE, Place
@@ -137,6 +137,15 @@ class World:
         """
         config = self.config.rollout if steps is None else with_steps(self.config.rollout, steps)
         return self.engine.tier.rollout(config, self.history if history is None else history)
+
+    def with_recall(self, values: Mapping) -> "World":
+        """The same world with those options of `rollout.RECALL` that `values` has; None = as it is.
+
+        Raises UserError for values that do not fit the world's window.
+        """
+        given = {name: values[name] for name in RECALL if values.get(name) is not None}
+        rollout = replace(self.config.rollout, **given)
+        return replace(self, config=replace(self.config, rollout=rollout))
 
     def demand(self) -> Demand:
         """The memory that a session of this world needs; to be asked before the networks are on
