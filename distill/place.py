@@ -14,7 +14,7 @@ from worldmodel.cli import positive, print_line
 from worldmodel.errors import UserError
 from worldmodel.files import replacing_folder
 from worldmodel.walkable import WalkableMap
-from worldmodel.worlds.place import Place
+from worldmodel.worlds.place import PLACES, Place
 from worldmodel.worlds.place_views import write_views
 from worldmodel.worlds.world import World
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
             f"expected --name of at most 32 small letters, digits and hyphens, got {args.name!r}"
         )
     world = World.from_pretrained(args.bundle)
-    folder = world.folder / "places" / args.name
+    folder = world.folder / PLACES / args.name
     if folder.exists():
         raise UserError(f"{folder} exists already; remove it, or choose another --name")
     size = tuple(cells * world.autoencoder.encoder_factor for cells in world.latent_size)
