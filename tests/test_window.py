@@ -179,7 +179,6 @@ class OneRoom:
     envelope = Envelope(pitch=0.0)
     labels = Labels()
     camera = True
-    walls = None
     rewindable = 0
 
     def __init__(self):
@@ -191,6 +190,12 @@ class OneRoom:
 
     def open(self, scene):
         return self, Scene("grey", None, 0)
+
+    def walls(self, scene, notify):
+        return None
+
+    def knowledge(self, scene):
+        return ""
 
     def record(self, folder, session):
         self.recorder = StubRecorder(folder)

@@ -98,6 +98,7 @@ def read_footage(folders: list[Path], size: tuple[int, int] = (96, 160)) -> Plac
         frames = clip.frames[::FRAMES_PER_LATENT]
         pictures += [cv2.resize(f, size[::-1], interpolation=cv2.INTER_AREA) for f in frames]
         depth = read_depth(folder)
+        _check_size(folder, tuple(depth.shape[1:]), size)
         step = depth.shape[1] // size[0]
         depths.append(depth[:, step // 2 :: step, step // 2 :: step])
         poses.append(clip.c2w)
@@ -112,6 +113,16 @@ def read_footage(folders: list[Path], size: tuple[int, int] = (96, 160)) -> Plac
         tuple(float(x) for x in intrinsics),
     )
     return PlaceFootage(views, np.array(numbers))
+
+
+def _check_size(folder: Path, found: tuple[int, int], size: tuple[int, int]) -> None:
+    """UserError for pictures that cannot be reduced to `size` by a whole number."""
+    step = found[0] // size[0]
+    if step < 1 or found != (step * size[0], step * size[1]):
+        raise UserError(
+            f"{folder}: expected pictures of {size[0]}x{size[1]} pixels, as the autoencoder reads "
+            f"them, or a multiple, got {found[0]}x{found[1]}; collect the clips at that size"
+        )
 
 
 def chosen(footage: PlaceFootage, numbers: np.ndarray) -> PlaceFootage:

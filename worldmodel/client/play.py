@@ -46,7 +46,7 @@ def _in_window(options: PlayOptions) -> int:
     from worldmodel.client.scenes import Scene, open_scenes
     from worldmodel.client.window import Window, WindowOptions
 
-    scene = Scene(options.prompt, options.image, options.seed)
+    scene = Scene(options.prompt, options.image, options.seed, options.place)
     path = partial(written_path, options.trajectory) if options.trajectory else None
     taken = {} if options.record is None else {"recordings": options.record.parent}
     loop_options = LoopOptions(scene, path, options.replay, options.record, **taken)
