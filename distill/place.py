@@ -23,6 +23,7 @@ from worldmodel.worlds.world import World
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 LEVEL = 0.5  # degrees of tilt: a walk is level where it begins
+FAR = 20
 CANDIDATES = 48  # widest poses whose coverage is compared
 GLANCES = (-50.0, 0.0, 50.0)  # degrees: where a player looks first
 
@@ -119,20 +120,18 @@ def widest_view(views: RememberedViews, remembered: RememberedViews, count: int)
     """Number of the view where a walk begins best: level, over wide ground, and most of what is
     seen there ahead and at the sides is remembered.
 
-    Width is the mean depth over the picture, in which what is farther than three medians (sky, the
+    Width is the mean depth over the picture, in which what is farther than FAR medians (sky, the
     open sea) counts nothing: a horizon is no view of a place. count: frames for each latent.
     """
     tilt = _tilt(views.c2w)
     depth = views.depth.float().flatten(1)
-    far = 3 * depth[depth < SKY].median()
-    width = (depth * (depth < far)).mean(1).numpy() / float(far)
+    far = FAR * depth[depth < SKY].median()
+    width = (depth * (depth < far)).mean(1).numpy()
+    width /= width.max()
     width[tilt > max(LEVEL, tilt.min())] = -1
     best = np.argsort(-width, kind="stable")[:CANDIDATES]
-    return int(
-        max(
-            best, key=lambda number: width[number] + _coverage(remembered, views.c2w[number], count)
-        )
-    )
+    scores = [width[n] + _coverage(remembered, views.c2w[n], count) for n in best]
+    return int(best[np.argmax(scores)])
 
 
 def _coverage(views: RememberedViews, c2w: np.ndarray, count: int) -> float:

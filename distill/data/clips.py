@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from distill.data.encoders import check_encoders
 from worldmodel.camera import (
     FRAMES_PER_LATENT,
     check_poses,
@@ -257,11 +258,11 @@ def read_depth(folder) -> torch.Tensor:
     return depth
 
 
-def write_condition(folder, condition: torch.Tensor) -> Path:
-    """Write a clip's condition [4 + C, F, h, w], as float16; a reader sees the whole file or
-    none.
+def write_condition(folder, condition: torch.Tensor, encoder: str = "") -> Path:
+    """Write a clip's condition [4 + C, F, h, w] as float16, with its encoder's fingerprint; a
+    reader sees the whole file or none.
     """
-    return _write_tensor(folder, CONDITION, "condition", condition)
+    return _write_tensor(folder, CONDITION, "condition", condition, {"encoder": encoder})
 
 
 def _write_tensor(
@@ -301,6 +302,9 @@ class LatentClips(torch.utils.data.Dataset):
         if conditions:
             for clip in clips:
                 _check_condition(clip)
+        files = [clip.path for clip in clips]
+        files += [path.with_name(CONDITION) for path in files] if conditions else []
+        check_encoders(root, files)
         other = next((clip for clip in clips if clip.size != clips[0].size), None)
         if other:
             raise UserError(

@@ -14,12 +14,15 @@ from tqdm import tqdm
 
 from distill.data.clips import (
     CONDITION,
+    LATENTS,
     POSES,
     list_clips,
     read_clip,
     read_depth,
     write_condition,
 )
+from distill.data.encode import encoder_fingerprint
+from distill.data.encoders import check_encoders
 from worldmodel.camera import FRAMES_PER_LATENT, read_pose_json
 from worldmodel.cli import print_line
 from worldmodel.errors import UserError
@@ -65,6 +68,9 @@ def run(args: argparse.Namespace) -> None:
     """Write `condition.safetensors` into every clip's folder that lacks it."""
     autoencoder = open_autoencoder(args.autoencoder, "cpu").requires_grad_(False)
     folders = list_clips(args.clips)
+    encoder = encoder_fingerprint(autoencoder)
+    files = [folder / name for folder in folders for name in (LATENTS, CONDITION)]
+    check_encoders(args.clips, files, encoder)
     footage = read_footage(folders)
     footage = chosen(footage, spread(footage.views.c2w, args.views))
     made = 0
@@ -72,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
         if not (folders[number] / CONDITION).exists():
             made += 1
             condition = condition_of(folders[number], footage, number, autoencoder, args.count)
-            write_condition(folders[number], condition)
+            write_condition(folders[number], condition, encoder)
     print_line(f"{made} of {len(folders)} conditions written")
 
 
