@@ -302,9 +302,8 @@ class LatentClips(torch.utils.data.Dataset):
         if conditions:
             for clip in clips:
                 _check_condition(clip)
-        files = [clip.path for clip in clips]
-        files += [path.with_name(CONDITION) for path in files] if conditions else []
-        check_encoders(root, files)
+        names = (LATENTS, CONDITION) if conditions else (LATENTS,)
+        check_encoders(root, [clip.path.with_name(name) for clip in clips for name in names])
         other = next((clip for clip in clips if clip.size != clips[0].size), None)
         if other:
             raise UserError(

@@ -313,6 +313,16 @@ def image_files(folder: Path, prompt: str | None = None) -> list[str]:
         return []
 
 
+def first_picture(options: PlayOptions) -> Path | None:
+    """Return the file of a picture of where play begins; None where there is none."""
+    if options.place:
+        picture = options.world / "places" / options.place / "start.png"
+        if picture.is_file():
+            return picture
+    files = image_files(options.world, options.prompt)
+    return options.world / "images" / files[0] if files else None
+
+
 def world_labels(folder: Path) -> Labels:
     """Return what a bundle calls its actions; the defaults where its world.yaml is faulty."""
     try:

@@ -8,7 +8,7 @@ from worldmodel.cli import print_progress
 from worldmodel.client.options import (
     PlayOptions,
     add_arguments,
-    image_files,
+    first_picture,
     read_options,
     world_labels,
 )
@@ -51,11 +51,9 @@ def _in_window(options: PlayOptions) -> int:
     taken = {} if options.record is None else {"recordings": options.record.parent}
     loop_options = LoopOptions(scene, path, options.replay, options.record, **taken)
     loop = Loop(partial(open_scenes, options), loop_options)
-    files = image_files(options.world, options.prompt)
-    backdrop = options.world / "images" / files[0] if files else None
     window = WindowOptions(
         title=options.world.resolve().name,
-        backdrop=backdrop,
+        backdrop=first_picture(options),
         labels=world_labels(options.world),
         screenshots=loop_options.recordings,
     )
