@@ -23,8 +23,9 @@ from worldmodel.worlds.world import World
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 LEVEL = 0.5  # degrees of tilt: a walk is level where it begins
-FAR = 20
+FAR = 20  # median depths
 CANDIDATES = 48  # widest poses whose coverage is compared
+SHARED = 0.02  # of the ground that a clip shows
 GLANCES = (-50.0, 0.0, 50.0)  # degrees: where a player looks first
 
 
@@ -160,11 +161,21 @@ def named_view(start: str, folders: list[Path], footage: PlaceFootage) -> int:
 
 
 def _check_overlap(footage: PlaceFootage, folders: list[Path]) -> None:
-    """UserError when a clip sees nothing of what the others show."""
+    """UserError when a clip sees next to nothing of the ground that others show: less than SHARED
+    of the cubes in which its points lie hold points of others. The sky, which all see, is no
+    ground.
+    """
+    points, depth = (part.flatten(0, 1).numpy() for part in footage.views.probes)
+    clip = np.repeat(footage.clip, footage.views.probes[1].shape[1])
+    solid = depth.ravel() < SKY
+    side = np.median(depth.ravel()[solid]) / 2
+    cubes = np.floor(points[solid] / side).astype(np.int64)
+    pairs = np.unique(np.column_stack([cubes, clip[solid]]), axis=0)
+    _, cube, count = np.unique(pairs[:, :3], axis=0, return_inverse=True, return_counts=True)
+    shared = count[cube.ravel()] > 1
     for number, folder in enumerate(folders if len(folders) > 1 else ()):
-        own = footage.clip == number
-        middle = np.flatnonzero(own)[own.sum() // 2]
-        if not footage.views.choose(footage.views.c2w[middle], 1, own):
+        own = shared[pairs[:, 3] == number]
+        if not len(own) or own.mean() < SHARED:
             raise UserError(
                 f"{folder}: expected a clip that overlaps the others, but none shows what it "
                 "shows; remove it, or film the way between"
