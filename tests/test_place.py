@@ -1,7 +1,9 @@
 """Places: made of clips, begun in, left and returned to, saved, and everything wrong with them."""
 
+import argparse
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from distill.data.blocks.renderer import render, render_depth
 from distill.data.clips import DEPTH, LATENTS, LatentClips, write_clip, write_latents
 from worldmodel.camera import advance
 from worldmodel.client.loop import Loop, LoopOptions
-from worldmodel.client.options import world_labels
+from worldmodel.client.options import add_arguments, first_picture, read_options, world_labels
 from worldmodel.client.paths import MET_WALL
 from worldmodel.client.scenes import NO_MAP, Scene, Scenes
 from worldmodel.errors import UserError
@@ -259,20 +261,31 @@ def test_play_begins_in_a_place_and_its_walls_hold(street_bundle, tmp_path, play
         (["--prompt", "loud", "--place", "street"], "street"),
     ],
 )
-def test_a_world_may_begin_in_its_place(words, place, copied, tmp_path, play, capsys):
+def test_a_world_may_begin_in_its_place(words, place, copied):
+    assert asked(copied, *words).place == ("street" if "--place" in words else None)
     set_value(copied, place="street")
-    header = walk(play, copied, tmp_path, *words)
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert header["place"] == report["place"] == place
-    assert report["knowledge"] == ("remembered" if place else "imagined")
-    assert header["image"]
+    options = asked(copied, *words)
+    assert options.place == place
+    picture = first_picture(options)
+    assert (picture.name == PICTURE) is (place is not None) and picture.is_file()
 
 
-def test_worlds_begin_somewhere_imagined_unless_they_name_a_place(
-    street_bundle, tmp_path, play, capsys
-):
-    assert walk(play, street_bundle, tmp_path)["place"] is None
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["knowledge"] == "imagined"
+def asked(bundle, *words):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return read_options(parser.parse_args(["--world", str(bundle), *words]))
+
+
+def test_headless_reports_whether_the_scene_is_remembered(copied, tmp_path, play, capsys):
+    set_value(copied, place="street")
+    for name in (PNG, YAML):
+        (copied / "places" / "street" / name).unlink()
+    header = walk(play, copied, tmp_path)
+    out, error = capsys.readouterr()
+    report = json.loads(out.splitlines()[-1])
+    assert header["place"] == report["place"] == "street" and header["image"]
+    assert report["knowledge"] == "remembered"
+    assert error.count(NO_MAP.format("street")) == 1  # without its map nothing stops the camera
 
 
 def test_a_bundle_that_names_a_place_it_lacks(copied, play, capsys):
@@ -295,18 +308,17 @@ def cut(path):
         (lambda place: (place / YAML).unlink(), YAML),
     ],
 )
-def test_damaged_places(spoil, reason, copied, play, capsys):
+def test_damaged_places(spoil, reason, copied, world):
     spoil(copied / "places" / "street")
-    assert play(["--world", str(copied), "--headless", "--place", "street"]) == 2
-    assert reason in capsys.readouterr().err.splitlines()[-1]
+    damaged = replace(world, folder=copied, _views={})
+    with pytest.raises(UserError, match=reason):
+        Session(damaged, place=damaged.place("street"))
 
 
-def test_a_place_without_a_map_is_reported_once(copied, tmp_path, play, capsys):
+def test_with_no_walls_a_missing_map_is_no_news(copied, world):
     for name in (PNG, YAML):
         (copied / "places" / "street" / name).unlink()
-    walk(play, copied, tmp_path, "--place", "street")
-    assert capsys.readouterr().err.count(NO_MAP.format("street")) == 1
-    scenes = Scenes(World.from_pretrained(copied, dtype=torch.float32), with_walls=False)
+    scenes = Scenes(replace(world, folder=copied), with_walls=False)
     said = []
     assert scenes.walls(Scene(place="street"), said.append) is None and not said
 
@@ -367,18 +379,17 @@ def test_twice_the_resolution(filmed, tmp_path, play, capsys):
     world = World.from_pretrained(bundle, dtype=torch.float32)
     assert world.latent_size == (4, 6) and world.views("street").size == (32, 48)
     assert world.place("street").picture.shape == (64, 96, 3)
-    for options in ({"image": "grey-0"}, {"place": world.place("street")}):
-        session = Session(world, history=4, **options)
-        assert session.first.frames.shape == (1, 64, 96, 3)
-        folder = tmp_path / "-".join(options)
-        assert verify(take_of(session, folder), world)["exact"]
-        session.save(tmp_path / f"{folder.name}-saved")
-        loaded = Session.load(tmp_path / f"{folder.name}-saved", world)
-        wanted = session.step(WALK[3]).frames
-        assert wanted.shape == (4, 64, 96, 3)
-        assert np.abs(loaded.step(WALK[3]).frames.astype(int) - wanted).max() <= 1
-        session.rewind(1)
-        assert np.abs(session.step(WALK[3]).frames.astype(int) - wanted).max() <= 1
+    session = Session(world, history=4, place=world.place("street"))
+    assert session.first.frames.shape == (1, 64, 96, 3)
+    for pose in WALK[:2]:
+        session.step(pose)
+    session.save(tmp_path / "saved")
+    loaded = Session.load(tmp_path / "saved", world)
+    wanted = session.step(WALK[2]).frames
+    assert wanted.shape == (4, 64, 96, 3)
+    assert np.abs(loaded.step(WALK[2]).frames.astype(int) - wanted).max() <= 1
+    session.rewind(1)
+    assert np.abs(session.step(WALK[2]).frames.astype(int) - wanted).max() <= 1
     small = np.full((32, 48, 3), 90, np.uint8)  # a picture file of another size is enlarged
     assert Session(world, image=small).first.frames.shape == (1, 64, 96, 3)
     walk(play, bundle, tmp_path, "--place", "street", "--no-walls", "--no-rest")
@@ -386,5 +397,4 @@ def test_twice_the_resolution(filmed, tmp_path, play, capsys):
     loop = Loop(lambda tell: Scenes(world))
     loop.open()
     loop._generate()
-    loop._past.at(loop.status.latent)
     assert loop._past.at(2).shape == (64, 96, 3)
