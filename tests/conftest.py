@@ -12,6 +12,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
+from distill.__main__ import main as distill
+from distill.data.blocks.renderer import render, render_depth
+from distill.data.blocks.town import Town
+from distill.data.clips import write_clip
+from distill.stages.places import with_condition
+from worldmodel.camera import advance
 from worldmodel.controls import Envelope
 from worldmodel.models.prompts import PromptBook
 from worldmodel.models.tiny_autoencoder import TinyAutoencoder
@@ -19,6 +25,7 @@ from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.models.wan_autoencoder import WanAutoencoder
 from worldmodel.rollout import RolloutConfig
 from worldmodel.worlds.config import PromptConfig, WorldConfig
+from worldmodel.worlds.weights import load_network
 from worldmodel.worlds.world import World, save_world
 
 
@@ -32,9 +39,9 @@ class Payload:
         return os.mkdir, (str(self.path),)
 
 
-def make_tiny_bundle(folder, wan=False, still=False, **rollout):
+def make_tiny_bundle(folder, wan=False, still=False, upscale=1, **rollout):
     """Writes a complete bundle with random weights; `wan`: with Wan2.1's autoencoder; `still`: its
-    things do not move; `rollout` overrides its RolloutConfig.
+    things do not move; `upscale`: as TinyAutoencoder's; `rollout` overrides its RolloutConfig.
     """
     torch.manual_seed(7)
     transformer = CausalWanTransformer(
@@ -52,6 +59,7 @@ def make_tiny_bundle(folder, wan=False, still=False, **rollout):
         encoder_blocks=(1, 1, 1),
         decoder_widths=(8, 8, 8, 8),
         decoder_blocks=(1, 1, 1),
+        upscale=upscale,
     )
     torch.nn.init.normal_(
         autoencoder.decoder[-1].weight, std=0.02
@@ -61,8 +69,8 @@ def make_tiny_bundle(folder, wan=False, still=False, **rollout):
     config = WorldConfig(
         name="tiny",
         title="Random noise to walk in",
-        height=32,
-        width=48,
+        height=32 * upscale,
+        width=48 * upscale,
         fps=16.0,
         intrinsics=(0.5, 0.75, 0.5, 0.5),
         envelope=Envelope(forward=0.5, strafe=0.5, yaw=6.0, pitch=4.0),
@@ -72,8 +80,9 @@ def make_tiny_bundle(folder, wan=False, still=False, **rollout):
         licence="CC0-1.0",
     )
     draw = np.random.default_rng(0)
+    size = (config.height, config.width, 3)
     pictures = {
-        name: [draw.integers(0, 256, (32, 48, 3), dtype=np.uint8) for _ in range(2)]
+        name: [draw.integers(0, 256, size, dtype=np.uint8) for _ in range(2)]
         for name in ("grey", "loud")
     }
     prompts = PromptBook(
@@ -81,6 +90,49 @@ def make_tiny_bundle(folder, wan=False, still=False, **rollout):
     )
     save_world(folder, config, transformer, autoencoder, prompts, pictures, readme="# tiny\n")
     return folder
+
+
+def street(count=9):
+    """Cameras along a street of a town, half a unit apart in all."""
+    town = Town("meadow", 7)
+    start = np.eye(4)
+    start[:3, 3] = 0.55, -0.17, 0.0
+    return town, np.stack([advance(start, [0, 0, 0.06 * k], 2.0 * k, 0) for k in range(count)])
+
+
+def make_street_bundle(folder, clips, *words, **options):
+    """Writes a tiny bundle that reads conditions and remembers the street of `clips`; `words`: more
+    of `place add`; `options`: of `make_tiny_bundle`.
+    """
+    make_tiny_bundle(folder, **options)
+    network = with_condition(load_network(CausalWanTransformer, folder / "transformer"), 20)
+    network.save_pretrained(folder / "transformer")
+    assert (
+        distill(["place", "add", str(folder), "--clips", str(clips), "--name", "street", *words])
+        == 0
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def filmed(tmp_path_factory):
+    """Two clips of one street, with depth, at the tiny world's size."""
+    root = tmp_path_factory.mktemp("filmed")
+    town, c2w = street(10)
+    lens = (0.5, 0.75, 0.5, 0.5)
+    for number in range(2):
+        poses = c2w[5 * number : 5 * number + 5]
+        frames = render(town, poses, lens, 32, 48).repeat_interleave(4, 0)[3:].numpy()
+        depth = render_depth(town, poses, lens, 32, 48)
+        name = f"clip-{number}"
+        write_clip(root, name, frames, poses, lens, "grey", 16, town.source, "CC0", depths=depth)
+    return root
+
+
+@pytest.fixture(scope="session")
+def street_bundle(filmed, tmp_path_factory):
+    """Folder of the tiny world, which remembers a street; read only."""
+    return make_street_bundle(tmp_path_factory.mktemp("worlds") / "street", filmed)
 
 
 @pytest.fixture(scope="session")

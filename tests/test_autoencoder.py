@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from distill.__main__ import main
 from distill.config import AutoencoderConfig
 from distill.data.clips import LATENTS, VideoWindows, write_clip
-from distill.data.encode import encode_clips, encoder_fingerprint, latents_encoder
+from distill.data.encode import encode_clips, encoder_fingerprint
+from distill.data.encoders import encoder_of
 from distill.objectives.reconstruction import detail_term
 from distill.stages.autoencoder import AutoencoderStage
 from worldmodel.models.tiny_autoencoder import TinyAutoencoder
@@ -407,9 +408,7 @@ def test_encode_resumes_and_follows_the_encoder(tmp_path, capsys):
     (folders[1] / LATENTS).write_bytes(b"cut off")
     assert main(command) == 0
     assert [(folder / LATENTS).stat().st_mtime_ns for folder in folders[::2]] == stamps
-    assert all(
-        latents_encoder(folder / LATENTS) == encoder_fingerprint(model) for folder in folders
-    )
+    assert all(encoder_of(folder / LATENTS) == encoder_fingerprint(model) for folder in folders)
 
     frames = VideoWindows(root, 3)[1]["video"]
     whole = model.encode(frames[None].float() / 127.5 - 1)[0].half()

@@ -132,7 +132,8 @@ class FakeScenes:
     labels = Labels()
 
     def __init__(self, machine, chunk=1, pictures=True, camera=True, walls=None):
-        self.walls = walls
+        self.walls = lambda scene, notify: walls
+        self.knowledge = lambda scene: ""
         self.machine = machine
         self.chunk = chunk
         self.pictures = pictures
@@ -703,10 +704,12 @@ def test_a_wall_stops_the_player_and_costs_nothing():
 
 
 @pytest.mark.parametrize("with_walls", [True, False])
-def test_a_written_path_slides_along_walls(tiny_world, with_walls):
-    scenes = Scenes(tiny_world, place=ahead_until(1.2), with_walls=with_walls)
+def test_a_written_path_slides_along_walls(tiny_world, with_walls, monkeypatch):
+    monkeypatch.setattr(type(tiny_world), "place", lambda world, name: ahead_until(1.2))
+    scenes = Scenes(tiny_world, with_walls=with_walls)
     said = []
-    path = within_walls(written_path("w*2,wait*2,w+d*4,s*1", ENVELOPE), scenes.walls, said.append)
+    walls = scenes.walls(Scene(place="lane"), said.append)
+    path = within_walls(written_path("w*2,wait*2,w+d*4,s*1", ENVELOPE), walls, said.append)
     assert path[1, 2, 3] == pytest.approx(1.0) and np.array_equal(path[2], path[3])
     assert said == ([MET_WALL] if with_walls else [])
     assert path[7, 0, 3] == pytest.approx(4 * 0.4)  # what is left of the diagonal

@@ -1,21 +1,16 @@
 """Remembered frames seen from other cameras, their files, and sessions in a place."""
 
-import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny_bundle
+from conftest import make_tiny_bundle, street
 
-from distill.__main__ import main
 from distill.data.blocks.renderer import render, render_depth
-from distill.data.blocks.town import Town
-from distill.data.clips import DEPTH, write_clip
 from distill.data.conditions import spread
 from distill.stages.places import with_condition
 from worldmodel.camera import advance
-from worldmodel.client.paths import MET_WALL
 from worldmodel.errors import UserError
 from worldmodel.models.attention import Bidirectional
 from worldmodel.models.tiny_autoencoder import TinyAutoencoder
@@ -23,7 +18,6 @@ from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.recording import Recorder, verify
 from worldmodel.reprojection import ConditionStream, RememberedViews, filled, poses_between
 from worldmodel.session import Session
-from worldmodel.session_log import read_log
 from worldmodel.worlds.place import Place
 from worldmodel.worlds.place_views import VIEWS, read_views, write_views
 from worldmodel.worlds.weights import load_network
@@ -31,14 +25,6 @@ from worldmodel.worlds.world import World
 
 LENS = (0.5, 0.5 * 160 / 96, 0.5, 0.5)
 WALK = [advance(np.eye(4), [0, 0, 0.1 * k], 4.0 * k, 0) for k in range(1, 7)]
-
-
-def street(count=9):
-    """Cameras along a street of a town, half a unit apart in all."""
-    town = Town("meadow", 7)
-    start = np.eye(4)
-    start[:3, 3] = 0.55, -0.17, 0.0
-    return town, np.stack([advance(start, [0, 0, 0.06 * k], 2.0 * k, 0) for k in range(count)])
 
 
 @pytest.fixture(scope="module")
@@ -260,74 +246,3 @@ def test_unknown_places_and_worlds_without_conditions(place_world, tiny_world):
     other = replace(place_world, transformer=tiny_world.transformer)
     with pytest.raises(UserError, match="condition channels"):
         Session(other, image="grey-0", place=place_world.place("street"))
-
-
-# -------------------- place add
-
-
-@pytest.fixture(scope="module")
-def filmed(tmp_path_factory):
-    """Two clips of one street, with depth, at the tiny world's size."""
-    root = tmp_path_factory.mktemp("filmed")
-    town, c2w = street(10)
-    lens = (0.5, 0.75, 0.5, 0.5)
-    for number in range(2):
-        poses = c2w[5 * number : 5 * number + 5]
-        frames = render(town, poses, lens, 32, 48).repeat_interleave(4, 0)[3:].numpy()
-        depth = render_depth(town, poses, lens, 32, 48)
-        name = f"clip-{number}"
-        write_clip(root, name, frames, poses, lens, "grey", 16, town.source, "CC0", depths=depth)
-    return root
-
-
-def test_place_add_makes_a_place_that_plays(filmed, tmp_path, capsys):
-    bundle = make_tiny_bundle(tmp_path / "tiny")
-    network = with_condition(load_network(CausalWanTransformer, bundle / "transformer"), 20)
-    network.save_pretrained(bundle / "transformer")
-    command = ["place", "add", str(bundle), "--clips", str(filmed), "--name", "street"]
-    assert main([*command, "--views", "7"]) == 0
-    assert "7 frames" in capsys.readouterr().out
-    world = World.from_pretrained(bundle, dtype=torch.float32)
-    place = world.place("street")
-    assert len(world.views("street")) == 7 and place.walkable.contains(place.start[[0, 2], 3])
-    session = Session(world, image="grey-0", place=place)
-    assert session.step(WALK[0]).frames.shape == (4, 32, 48, 3)
-    assert main(command) == 2  # exists
-    assert main([*command[:-1], "The Street"]) == 2
-
-
-def test_clips_of_two_places_or_without_depth_are_refused(filmed, tmp_path, capsys):
-    bundle = make_tiny_bundle(tmp_path / "tiny")
-    command = ["place", "add", str(bundle), "--name", "street", "--clips"]
-    mixed = shutil.copytree(filmed, tmp_path / "mixed")
-    meta = mixed / "clip-1" / "meta.yaml"
-    meta.write_text(meta.read_text().replace("meadow:7", "meadow:8"))
-    assert main([*command, str(mixed)]) == 2
-    assert "one coordinate system" in capsys.readouterr().err
-    bare = shutil.copytree(filmed, tmp_path / "bare")
-    (bare / "clip-0" / DEPTH).unlink()
-    assert main([*command, str(bare)]) == 2
-    assert "--depth" in capsys.readouterr().err
-    assert not (bundle / "places" / "street").exists()
-
-
-def test_play_begins_in_a_place_and_its_walls_hold(filmed, tmp_path, play, capsys):
-    bundle = make_tiny_bundle(tmp_path / "tiny")
-    network = with_condition(load_network(CausalWanTransformer, bundle / "transformer"), 20)
-    network.save_pretrained(bundle / "transformer")
-    add = ["place", "add", str(bundle), "--clips", str(filmed), "--name", "street"]
-    assert main(add) == 0
-    take = tmp_path / "take"
-    walk = ["--world", str(bundle), "--place", "street", "--headless", "--trajectory", "a*4"]
-    ends = {}
-    for name, more in (("walls", []), ("open", ["--no-walls"])):
-        files = ["--output", str(tmp_path / f"{name}.mp4"), "--record", f"{take}-{name}"]
-        assert play([*walk, *more, *files]) == 0
-        ends[name] = read_log(f"{take}-{name}").c2w[-1, :3, 3]
-        assert read_log(f"{take}-{name}").header["place"] == "street"
-    error = capsys.readouterr().err
-    assert error.count(MET_WALL) == 1
-    assert np.linalg.norm(ends["walls"]) < 0.5 * np.linalg.norm(ends["open"])
-    assert play([*walk, "--image", "grey-0"]) == 2
-    assert play(["--world", str(bundle), "--place", "moon", "--headless"]) == 2
-    assert "its places: street" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,14 @@ from worldmodel.client.loop import NO_CAMERA, Loop, LoopOptions, Status
 from worldmodel.client.pacer import Pacer
 from worldmodel.client.rewind import STEP
 from worldmodel.client.scenes import Scene
-from worldmodel.client.window import Window, WindowOptions, fit, open_display
+from worldmodel.client.window import (
+    Window,
+    WindowOptions,
+    _describe_scene,
+    _state,
+    fit,
+    open_display,
+)
 from worldmodel.controls import Envelope
 from worldmodel.engine.engine import HISTORY
 from worldmodel.errors import UserError, user_log
@@ -179,7 +187,6 @@ class OneRoom:
     envelope = Envelope(pitch=0.0)
     labels = Labels()
     camera = True
-    walls = None
     rewindable = 0
 
     def __init__(self):
@@ -191,6 +198,12 @@ class OneRoom:
 
     def open(self, scene):
         return self, Scene("grey", None, 0)
+
+    def walls(self, scene, notify):
+        return None
+
+    def knowledge(self, scene):
+        return ""
 
     def record(self, folder, session):
         self.recorder = StubRecorder(folder)
@@ -345,6 +358,16 @@ def test_rest_is_shown(dummy):
         rate = {line.name: line.value for line in window._figures(status, 0.0)}
         assert (rate["frames per second"] == "at rest") is resting
     assert not np.array_equal(*corners)
+
+
+def test_the_screen_tells_what_is_known():
+    resting = Status(phase="running", resting=True, knowledge="remembered")
+    assert _state(resting) == "remembered, at rest"
+    assert _state(replace(resting, phase="paused")) == "remembered"
+    assert _state(Status(phase="running", knowledge="imagined")) == "imagined"
+    assert _state(Status(phase="running")) == ""
+    scene = Scene("meadow", None, 1, "island")
+    assert _describe_scene(replace(resting, scene=scene)) == "meadow, island (remembered), seed 1"
 
 
 def test_figures_before_there_is_a_pose():

@@ -9,11 +9,12 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
 
-from worldmodel.errors import UserError
+from worldmodel.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,18 @@ def parse_yaml(text: str) -> object:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # ValueError: of a date such as 2020-99-99
         raise UserError(" ".join(str(error).split())) from None
+
+
+def read_yaml(path: Path, thing: str) -> object:
+    """The plain values of a YAML file that belongs to a downloaded `thing`, such as "world". Raises
+    UserError where it cannot be read.
+    """
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, UserError) as error:
+        raise UserError(
+            f"{path} cannot be read as YAML ({first_line(error)}); fetch the {thing} again."
+        ) from None
 
 
 def as_dict(options) -> dict:

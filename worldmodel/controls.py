@@ -103,7 +103,8 @@ class Controls:
     wins until it is released.
 
     envelope: what the world has learned. fps: pixel frames a second. sensitivity: degrees per mouse
-    count. walls: where the camera may go; None = everywhere.
+    count. walls: where the camera may go; None = everywhere. It may be
+    replaced between two poses.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class Controls:
             )
         self.envelope = envelope
         self.sensitivity = sensitivity
-        self._walls = walls
+        self.walls = walls
         self._latent = frames_per_latent / fps  # seconds
         self._lock = threading.Lock()
         # (t, "press" | "release" | "look", motion or counts)
@@ -209,7 +210,7 @@ class Controls:
         self._limit_pitch()
         forward, strafe, vertical, yaw, pitch = self._velocity
         pose = advance(self._pose, [strafe, -vertical, forward], yaw, pitch, self.envelope.style)
-        self._pose = pose if self._walls is None else self._slide(pose)
+        self._pose = pose if self.walls is None else self._slide(pose)
         return self.pose
 
     # -------------------- inside
@@ -278,7 +279,7 @@ class Controls:
 
     def _slide(self, wanted: np.ndarray) -> np.ndarray:
         """Return the pose [4,4] that walls leave of `wanted`; the speed towards them is lost."""
-        pose = self._walls.slide(self._pose, wanted)
+        pose = self.walls.slide(self._pose, wanted)
         axes = heading(pose) if self.envelope.style == "walk" else pose[:3, :3]
         strafe, down, forward = axes.T @ (pose[:3, 3] - wanted[:3, 3])
         self._velocity[:3] += (forward, strafe, -down)

@@ -42,6 +42,7 @@ from worldmodel.errors import UserError, first_line, log_bug
 from worldmodel.files import lock
 from worldmodel.images import read_image, write_png
 from worldmodel.rollout import RECALL, RolloutConfig
+from worldmodel.saved_session import place_values, saved_place
 from worldmodel.session import FrameChunk, Session
 from worldmodel.session_log import (
     FORMAT,
@@ -335,7 +336,6 @@ def _generated_again(folder: Path, log: Log, world: World) -> Iterator[FrameChun
         session = Session.load(folder / STATE, world)
     else:
         image = read_image(folder / IMAGE) if header["image"] else None
-        place = header.get("place")
         chunk = 1 if header["image"] else world.config.rollout.chunk
         if len(lines) < chunk:  # a chunk that was cut in two is not generated
             return
@@ -346,7 +346,7 @@ def _generated_again(folder: Path, log: Log, world: World) -> Iterator[FrameChun
             header["seed"],
             header["steps"],
             c2w=None if header["image"] else np.array([line["c2w"] for line in lines[:chunk]]),
-            place=world.place(place) if place else None,
+            place=saved_place(folder, header, world),
         )
         lines = lines[chunk:]
         yield session.first
@@ -483,7 +483,7 @@ def _header(session: Session, middle: bool) -> dict:
         "seed": session.seed,
         "steps": session.steps,
         "middle": middle,
-        "place": session.place.name if session.place else None,
+        **place_values(session.world, session.place),
         "fps": config.fps,
         "height": config.height,
         "width": config.width,

@@ -56,6 +56,21 @@ class RememberedViews:
         """Height and width in pixels."""
         return tuple(self.depth.shape[1:])
 
+    @cached_property
+    def probes(self) -> tuple[Tensor, Tensor]:
+        """Points that each frame sees, spread over its picture: [N, P, 3] float64 in the place, and
+        their depth [N, P].
+        """
+        height, width = self.size
+        rows = ((torch.arange(PROBES[0]) + 0.5) * height / PROBES[0]).long()
+        columns = ((torch.arange(PROBES[1]) + 0.5) * width / PROBES[1]).long()
+        depth = self.depth[:, rows][:, :, columns].double().clamp(max=SKY).flatten(1)
+        rays = self._rays[:, rows][:, :, columns].flatten(1).double()
+        points = (rays * depth[:, None]).transpose(1, 2)
+        c2w = torch.from_numpy(self.c2w)
+        points = points @ c2w[:, :3, :3].transpose(1, 2) + c2w[:, None, :3, 3]
+        return points, depth.float()
+
     def choose(self, c2w: np.ndarray, count: int, without: np.ndarray | None = None) -> list[int]:
         """Numbers of the `count` frames (or fewer) that together show most of what a camera at
         `c2w` [4, 4] sees, each at a similar distance.
@@ -101,19 +116,6 @@ class RememberedViews:
     # -------------------- inside
 
     @cached_property
-    def _probes(self) -> tuple[Tensor, Tensor]:
-        """Points in the place [N, P, 3] float64 and their depth [N, P]."""
-        height, width = self.size
-        rows = ((torch.arange(PROBES[0]) + 0.5) * height / PROBES[0]).long()
-        columns = ((torch.arange(PROBES[1]) + 0.5) * width / PROBES[1]).long()
-        depth = self.depth[:, rows][:, :, columns].double().clamp(max=SKY).flatten(1)
-        rays = self._rays[:, rows][:, :, columns].flatten(1).double()
-        points = (rays * depth[:, None]).transpose(1, 2)
-        c2w = torch.from_numpy(self.c2w)
-        points = points @ c2w[:, :3, :3].transpose(1, 2) + c2w[:, None, :3, 3]
-        return points, depth.float()
-
-    @cached_property
     def _rays(self) -> Tensor:
         """Camera-space directions with z = 1, [3, H, W]."""
         height, width = self.size
@@ -127,7 +129,7 @@ class RememberedViews:
         """How well each frame shows each cell of the asking camera's picture, [N, cells] in
         [0, 1].
         """
-        points, own = self._probes
+        points, own = self.probes
         w2c = torch.from_numpy(invert(c2w[None])[0])
         seen = (points @ w2c[:3, :3].T + w2c[:3, 3]).float()
         z = seen[..., 2]

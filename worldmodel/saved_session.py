@@ -1,4 +1,6 @@
-"""A saved session on disk: session.yaml and session.safetensors, read and checked."""
+"""A saved session on disk: session.yaml and session.safetensors, read and checked; how saves and
+recordings name their place.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +13,8 @@ from worldmodel.config import parse_yaml
 from worldmodel.errors import UserError
 from worldmodel.models.frame_store import CachedFrame
 from worldmodel.models.kv_cache import KVCache
+from worldmodel.worlds.place import Place
+from worldmodel.worlds.world import World
 
 FORMAT = 1
 FILES = ("session.yaml", "session.safetensors")
@@ -48,6 +52,37 @@ def read_values(path: Path) -> dict:
     if not {"started", "memories"} <= decoder.keys():
         raise UserError(f"decoder is {decoder!r}")
     return values
+
+
+def place_values(world: World, place: Place | None) -> dict[str, str | None]:
+    """What a save or a recording keeps of its place, for `saved_place`."""
+    fingerprint = world.place_fingerprint(place) if place else None
+    return {"place": place.name if place else None, "place_fingerprint": fingerprint}
+
+
+def saved_place(path, values: dict, world: World) -> Place | None:
+    """The place of the save or recording at `path`, which holds `values`; None = imagined, as in
+    those from before there were places.
+
+    Raises UserError when the world no longer has the place, or remembers something else of it.
+    """
+    name = values.get("place")
+    if not name:
+        return None
+    if name not in world.places:
+        raise UserError(
+            f"{path} was made in the place {name!r}, which the opened world "
+            f"{world.config.name!r} does not have; open a copy of the world that has it."
+        )
+    place = world.place(name)
+    now = world.place_fingerprint(place)
+    then = values.get("place_fingerprint") or now
+    if then != now:
+        raise UserError(
+            f"{path} was made in the place {name!r} as it was then ({then}), now it is another "
+            f"({now}); open the same version of the world."
+        )
+    return place
 
 
 def read_tensors(path: Path, values: dict, device: torch.device) -> dict[str, Tensor]:

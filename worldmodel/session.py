@@ -22,7 +22,7 @@ from worldmodel.chunks import FrameChunk, StreamStates, draw_noise
 from worldmodel.device import cores, float64_device, is_out_of_memory, to_device_async
 from worldmodel.errors import UserError
 from worldmodel.files import replacing_folder
-from worldmodel.images import fit_picture, read_image, to_frames, to_unit_range
+from worldmodel.images import to_frames, to_unit_range
 from worldmodel.models.streaming import StreamState
 from worldmodel.overlap import as_here, second_thread, to_pinned_memory
 from worldmodel.rollout import RECALL, Rollout, RolloutConfig, UncommittedChunk
@@ -31,9 +31,11 @@ from worldmodel.saved_session import (
     FORMAT,
     PENDING,
     cache_tensors,
+    place_values,
     read_tensors,
     read_values,
     restore_cache,
+    saved_place,
 )
 from worldmodel.worlds.place import Place
 from worldmodel.worlds.world import World
@@ -43,9 +45,9 @@ class Session:
     """One player's walk through a world.
 
     world: an opened bundle. prompt: a stored name, or any text in a world with a text encoder; None
-    = the world's default.
+    = the place's, else the world's default.
     image: what latent 0 shows: a start image's name, a picture file or uint8 [H,W,3] (resized and
-    cropped to fit); None = the first chunk is generated too.
+    cropped to fit); None = the place's start picture, or the first chunk is generated too.
     seed: 0 <= seed < 2^63; same seed, poses and prompt = same frames, whatever the timing and
     however often rewound.
     steps: denoising steps of later chunks, None = the world's. history: latents that `rewind` can
@@ -97,13 +99,18 @@ class Session:
         argument is wrong, the session stays as it was.
 
         With a start image the first chunk is its one frame, whose pose is the identity. Otherwise
-        it is generated as seen from `c2w`, [4,4] or [chunk,4,4]; None = from the identity.
+        it is generated as seen from `c2w`, [4,4] or [chunk,4,4]; None = from the
+        identity. In a place with a start picture `image` None stands for that, unless `c2w` is
+        given.
         """
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise UserError(f"seed must be a whole number from 0 to 2^63 - 1, got {seed!r}.")
-        prompt = self.world.config.prompts.default if prompt is None else prompt
+        if prompt is None:
+            prompt = (self.place and self.place.prompt) or self.world.config.prompts.default
+        if image is None and c2w is None and self.place:
+            image = self.place.picture
         embedding = self.world.prompt_encoder.embed(prompt)
-        picture = None if image is None else _picture(self.world, image)
+        picture = None if image is None else self.world.picture(image)
         chunk = self.world.rollout(self.steps, self.history).chunk
         if picture is not None and c2w is not None:
             raise ValueError("a start image has the identity as its pose: leave c2w out")
@@ -249,7 +256,7 @@ class Session:
             "history": self.history,
             "frames": self.frames,
             "decoder": decoder,
-            "place": self.place.name if self.place else None,
+            **place_values(self.world, self.place),
             **{name: getattr(self.world.config.rollout, name) for name in RECALL},
         }
         with replacing_folder(path) as folder:
@@ -280,8 +287,7 @@ class Session:
                 tensors[name] = tensor.to(world.device)
         world = world.with_recall({"recall": 0, **values})  # an older save knew none
         session = cls.__new__(cls)
-        place = values.get("place")
-        place = world.place(place) if place else None
+        place = saved_place(path, values, world)
         session._open(world, values["steps"], values["history"], place=place)
         embedding = world.prompt_encoder.embed(values["prompt"])
         with torch.no_grad():
@@ -536,14 +542,3 @@ def _checked_poses(c2w, chunk: int, source: str) -> np.ndarray:
             f"{source}: {chunk} poses are needed (the world's chunk), got {len(poses)}."
         )
     return poses
-
-
-def _picture(world: World, image) -> np.ndarray:
-    """A start image's name, a picture file or an array -> uint8 [H,W,3] of the world's size."""
-    if isinstance(image, (str, Path)):
-        names = {Path(file).stem for group in world.config.images.values() for file in group}
-        known = Path(image).name == str(image) and Path(image).stem in names
-        image = (
-            read_image(image) if not known and Path(image).is_file() else world.image(str(image))
-        )
-    return fit_picture(image, world.config.height, world.config.width)

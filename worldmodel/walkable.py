@@ -13,8 +13,8 @@ import yaml
 from scipy import ndimage
 
 from worldmodel.camera import check_poses
-from worldmodel.config import Positive, build, parse_yaml
-from worldmodel.errors import UserError, first_line
+from worldmodel.config import Positive, build, read_yaml
+from worldmodel.errors import UserError
 from worldmodel.files import write_file
 from worldmodel.images import read_image, write_png
 
@@ -130,13 +130,7 @@ class WalkableMap:
     def read(cls, folder) -> "WalkableMap":
         """Read what `write` wrote. Raises UserError for files that are missing or damaged."""
         folder = Path(folder)
-        try:
-            values = parse_yaml((folder / YAML).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, UserError) as error:
-            raise UserError(
-                f"{folder / YAML} cannot be read ({first_line(error)}); fetch the place again."
-            ) from None
-        frame = build(_Frame, values, str(folder / YAML))
+        frame = build(_Frame, read_yaml(folder / YAML, "place"), str(folder / YAML))
         picture = read_image(folder / PNG)
         finite = np.isfinite([*frame.origin, frame.cell]).all()
         if len(frame.origin) != 2 or not finite:

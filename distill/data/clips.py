@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from distill.data.encoders import check_encoders
 from worldmodel.camera import (
     FRAMES_PER_LATENT,
     check_poses,
@@ -257,11 +258,9 @@ def read_depth(folder) -> torch.Tensor:
     return depth
 
 
-def write_condition(folder, condition: torch.Tensor) -> Path:
-    """Write a clip's condition [4 + C, F, h, w], as float16; a reader sees the whole file or
-    none.
-    """
-    return _write_tensor(folder, CONDITION, "condition", condition)
+def write_condition(folder, condition: torch.Tensor, encoder: str = "") -> Path:
+    """Write the whole condition [4 + C, F, h, w] of a clip and its encoder's fingerprint."""
+    return _write_tensor(folder, CONDITION, "condition", condition, {"encoder": encoder})
 
 
 def _write_tensor(
@@ -301,6 +300,8 @@ class LatentClips(torch.utils.data.Dataset):
         if conditions:
             for clip in clips:
                 _check_condition(clip)
+        names = (LATENTS, CONDITION) if conditions else (LATENTS,)
+        check_encoders(root, [clip.path.with_name(name) for clip in clips for name in names])
         other = next((clip for clip in clips if clip.size != clips[0].size), None)
         if other:
             raise UserError(

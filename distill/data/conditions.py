@@ -14,12 +14,15 @@ from tqdm import tqdm
 
 from distill.data.clips import (
     CONDITION,
+    LATENTS,
     POSES,
     list_clips,
     read_clip,
     read_depth,
     write_condition,
 )
+from distill.data.encode import encoder_fingerprint
+from distill.data.encoders import check_encoders
 from worldmodel.camera import FRAMES_PER_LATENT, read_pose_json
 from worldmodel.cli import print_line
 from worldmodel.errors import UserError
@@ -65,6 +68,9 @@ def run(args: argparse.Namespace) -> None:
     """Write `condition.safetensors` into every clip's folder that lacks it."""
     autoencoder = open_autoencoder(args.autoencoder, "cpu").requires_grad_(False)
     folders = list_clips(args.clips)
+    encoder = encoder_fingerprint(autoencoder)
+    files = [folder / name for folder in folders for name in (LATENTS, CONDITION)]
+    check_encoders(args.clips, files, encoder)
     footage = read_footage(folders)
     footage = chosen(footage, spread(footage.views.c2w, args.views))
     made = 0
@@ -72,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
         if not (folders[number] / CONDITION).exists():
             made += 1
             condition = condition_of(folders[number], footage, number, autoencoder, args.count)
-            write_condition(folders[number], condition)
+            write_condition(folders[number], condition, encoder)
     print_line(f"{made} of {len(folders)} conditions written")
 
 
@@ -98,6 +104,7 @@ def read_footage(folders: list[Path], size: tuple[int, int] = (96, 160)) -> Plac
         frames = clip.frames[::FRAMES_PER_LATENT]
         pictures += [cv2.resize(f, size[::-1], interpolation=cv2.INTER_AREA) for f in frames]
         depth = read_depth(folder)
+        _check_size(folder, tuple(depth.shape[1:]), size)
         step = depth.shape[1] // size[0]
         depths.append(depth[:, step // 2 :: step, step // 2 :: step])
         poses.append(clip.c2w)
@@ -112,6 +119,16 @@ def read_footage(folders: list[Path], size: tuple[int, int] = (96, 160)) -> Plac
         tuple(float(x) for x in intrinsics),
     )
     return PlaceFootage(views, np.array(numbers))
+
+
+def _check_size(folder: Path, found: tuple[int, int], size: tuple[int, int]) -> None:
+    """UserError for pictures that cannot be reduced to `size` by a whole number."""
+    step = found[0] // size[0]
+    if step < 1 or found != (step * size[0], step * size[1]):
+        raise UserError(
+            f"{folder}: expected pictures of {size[0]}x{size[1]} pixels, as the autoencoder reads "
+            f"them, or a multiple, got {found[0]}x{found[1]}; collect the clips at that size"
+        )
 
 
 def chosen(footage: PlaceFootage, numbers: np.ndarray) -> PlaceFootage:

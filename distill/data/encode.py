@@ -9,10 +9,10 @@ import logging
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from distill.data.clips import LATENTS, list_clips, read_clip, write_latents
+from distill.data.encoders import encoder_of
 from worldmodel.camera import FRAMES_PER_LATENT
 from worldmodel.cli import print_line
 from worldmodel.device import open_device
@@ -103,7 +103,7 @@ def encode_clips(folders: list[Path], autoencoder: Autoencoder) -> int:
 
 def _encode_clip(folder: Path, autoencoder: Autoencoder, encoder: str) -> bool:
     """Encode one clip, unless it has latents of this encoder; return whether it was encoded."""
-    if latents_encoder(folder / LATENTS) == encoder:
+    if encoder_of(folder / LATENTS) == encoder:
         return False
     recorded = (folder / RECORDING).is_file()
     if recorded:  # play may have been killed in the middle of a latent
@@ -146,12 +146,3 @@ def encoder_fingerprint(autoencoder: Autoencoder) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def latents_encoder(path: Path) -> str | None:
-    """Fingerprint of the encoder that made a latents file; None when there is no complete file."""
-    try:
-        with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("encoder")
-    except (FileNotFoundError, SafetensorError):
-        return None

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from distill.data.clips import LatentClips
+from distill.data.encoders import check_encoders
 from worldmodel.camera import FRAMES_PER_LATENT
 from worldmodel.errors import UserError
 
@@ -22,6 +23,8 @@ class MixedClips(torch.utils.data.Dataset):
                 f"{places.channels}x{places.cells} and {endless.channels}x{endless.cells}: encode "
                 "both at one resolution"
             )
+        every = [clip.path for clip in (*places.clips, *endless.clips)]
+        check_encoders("data.places and data.root", every)
         self.places = places
         self.endless = endless
         self.share = share

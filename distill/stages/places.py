@@ -119,9 +119,7 @@ class PlacesStage(TransformerStage):
             level = self._draw_index(latents, len(self._levels), generator)
             sigma = self._levels[level]
             noisy = add_noise(latents, self._normal(latents, generator), sigma)
-            predict = teacher_forced(
-                self.student, windows, self.config.chunk, clean, clean_sigma
-            )
+            predict = teacher_forced(self.student, windows, self.config.chunk, clean, clean_sigma)
             clean = to_x0(noisy, predict(noisy, sigma).float(), sigma)
         return clean, clean_sigma
 

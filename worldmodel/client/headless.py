@@ -75,7 +75,7 @@ def walk(options: PlayOptions) -> int:
     """
     output = options.output or _free_name(OUTPUT)
     scenes = _open(options)
-    chunks, total, recorder = (
+    chunks, total, recorder, scene = (
         _replayed(scenes, options) if options.replay else _walked(scenes, options)
     )
     spent = []
@@ -106,7 +106,7 @@ def walk(options: PlayOptions) -> int:
     except av.FFmpegError as error:
         raise OSError(f"The film {output} could not be written: {error.strerror}.") from None
     print_line(
-        json.dumps(_report(scenes, options, output, (latents, rested), np.array(spent), timings))
+        json.dumps(_report(scenes, scene, output, (latents, rested), np.array(spent), timings))
     )
     if recorder and recorder.bug:
         raise recorder.bug
@@ -140,14 +140,15 @@ def _open(options: PlayOptions) -> Scenes:
     return open_scenes(options, lambda stage, _: print_progress(f"{stage} ..."))
 
 
-def _replayed(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, None, None]:
+def _replayed(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, None, None, Scene]:
     """Return the FrameChunks of a recording, as `_walked` does."""
-    film, _ = scenes.replay(options.replay)
-    return (chunk for chunk, _ in film), None, None
+    film, scene = scenes.replay(options.replay)
+    return (chunk for chunk, _ in film), None, None, scene
 
 
-def _walked(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, int, "Recorder | None"]:
-    """Return the FrameChunks of a path, their number of latents, and the recorder if wanted.
+def _walked(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, int, "Recorder | None", Scene]:
+    """Return the FrameChunks of a path, their number of latents, the recorder if wanted, and the
+    scene.
 
     While the camera rests, a chunk of 0 latents repeats the last picture; it is not recorded.
     """
@@ -156,9 +157,10 @@ def _walked(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, int, "Recor
         if options.trajectory
         else tour(scenes.envelope)
     )
-    path = within_walls(path, scenes.walls, print_progress)
+    scene = scenes.resolve(_scene(options))
+    path = within_walls(path, scenes.walls(scene, print_progress), print_progress)
     path = np.concatenate([path, path[-1:].repeat(-len(path) % scenes.chunk, 0)])
-    session, _ = scenes.open(Scene(options.prompt, options.image, options.seed))
+    session, _ = scenes.open(scene)
     first = session.first.latents
     poses = np.concatenate([np.eye(4)[None].repeat(first, 0), path])
     recorder = scenes.record(options.record, session) if options.record else None
@@ -175,7 +177,11 @@ def _walked(scenes: Scenes, options: PlayOptions) -> tuple[Iterator, int, "Recor
                 recorder.write(chunk, c2w)
             yield chunk
 
-    return chunks(), len(poses), recorder
+    return chunks(), len(poses), recorder, scene
+
+
+def _scene(options: PlayOptions) -> Scene:
+    return Scene(options.prompt, options.image, options.seed, options.place)
 
 
 def _still(chunk: "FrameChunk", frames: int) -> "FrameChunk":
@@ -187,7 +193,7 @@ def _still(chunk: "FrameChunk", frames: int) -> "FrameChunk":
 
 def _report(
     scenes: Scenes,
-    options: PlayOptions,
+    scene: Scene,
     output: Path,
     latents: tuple[int, int],
     spent: np.ndarray,
@@ -209,6 +215,8 @@ def _report(
     return {
         "output": str(output),
         "world": scenes.name,
+        "place": scene.place,
+        "knowledge": scenes.knowledge(scene) or "imagined",
         "latents": latents[0],
         "rested": latents[1],
         "ms_per_latent": {"p50": round(float(p50), 1), "p95": round(float(p95), 1), **parts},

@@ -228,9 +228,9 @@ class Hud:
         right = box.right - self.px(16)
         self.screen.blit(words, words.get_rect(midright=(right, box.centery + self.px(1))))
 
-    def resting(self) -> None:
-        """Draw a word, top left: the picture stays because nothing moves."""
-        words = self.text("at rest", 20, MUTED)
+    def state(self, words: str) -> None:
+        """Draw what the picture is, top left: at rest, remembered, imagined."""
+        words = self.text(words, 20, MUTED)
         box = pygame.Rect(0, 0, words.get_width() + self.px(24), self.px(28))
         box.topleft = (self.px(14), self.px(14))
         self.panel(box, radius=14)

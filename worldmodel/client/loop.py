@@ -18,7 +18,7 @@ from worldmodel.client.failure import Failure, describe
 from worldmodel.client.pacer import Frame, Pacer
 from worldmodel.client.paths import within_walls
 from worldmodel.client.rewind import Past, RewindKey, step_of
-from worldmodel.client.scenes import Scene, Scenes
+from worldmodel.client.scenes import Scene, Scenes, receipt
 from worldmodel.client.takes import Takes
 from worldmodel.controls import Controls, Envelope
 from worldmodel.errors import UserError
@@ -55,6 +55,7 @@ class Status:
     progress: float = 0.0  # while opening: 0..1, reached when this stage ends
     failure: Failure | None = None
     scene: Scene = field(default_factory=Scene)
+    knowledge: str = ""  # "remembered" or "imagined", in worlds with places
     locked: frozenset[str] = frozenset()  # motions this world has not learned
     latent: int = 0  # latents since the start of the session
     cached: int = 0  # latents in the window of the cache
@@ -188,16 +189,12 @@ class Loop:
         self._path = deque()
         if self._options.path:
             path = self._options.path(self._scenes.envelope)
-            self._path.extend(within_walls(path, self._scenes.walls, self.notices.append))
+            walls = self._scenes.walls(self._options.scene, self.notices.append)
+            self._path.extend(within_walls(path, walls, self.notices.append))
         self._takes = Takes(
             self._scenes.name, self._options.record, self._options.recordings, self.notices.append
         )
-        controls = Controls(
-            self._scenes.envelope,
-            self._scenes.fps,
-            self._scenes.frames_per_latent,
-            walls=self._scenes.walls,
-        )
+        controls = Controls(self._scenes.envelope, self._scenes.fps, self._scenes.frames_per_latent)
         self._open_stage("Dreaming the first picture", 0.98)
         self._update(locked=frozenset(controls.locked))
         self.pacer = Pacer(self._scenes.fps)
@@ -205,12 +202,18 @@ class Loop:
         if self._options.replay:
             self._replayed, scene = self._scenes.replay(self._options.replay)
             self._place_camera(np.eye(4), self.clock())
-            self._update(scene=scene, window=self._scenes.window)
+            self._enter(scene)
         else:
             self._begin(self._options.scene, record=self._options.record is not None)
         self._update(phase="running", progress=1.0)
         if not self._scenes.camera:
             self.notices.append(NO_CAMERA)
+
+    def _enter(self, scene: Scene) -> None:
+        """The camera meets the walls of `scene`, and the window learns where it is."""
+        self._controls.walls = self._scenes.walls(scene, self.notices.append)
+        knowledge = self._scenes.knowledge(scene)
+        self._update(scene=scene, knowledge=knowledge, latent=0, window=self._scenes.window)
 
     def _open_stage(self, stage: str, progress: float) -> None:
         if self._stopping:
@@ -397,14 +400,22 @@ class Loop:
             self._restart(scene, "Back at the start")
         elif command == "next_prompt":
             scene = self._scenes.next_prompt(scene)
-            self._restart(scene, _receipt(labels.next_prompt, scene.prompt))
+            self._restart(scene, receipt(labels.next_prompt, scene.prompt))
         elif command == "change_prompt":
             self._change_prompt()
         elif command == "new_seed":
-            scene = self._scenes.new_seed(scene)
-            self._restart(scene, _receipt(labels.new_seed, scene.seed))
+            self._go_elsewhere()
         else:
             raise ValueError(f"the generator knows no command {command!r}")
+
+    def _go_elsewhere(self) -> None:
+        """Leave a place or return to it; stay where that cannot be opened."""
+        try:
+            scene, words = self._scenes.elsewhere(self.status.scene)
+        except UserError as error:
+            self.notices.append(str(error))
+            return
+        self._restart(scene, words)
 
     def _change_prompt(self) -> None:
         """Use the next prompt from the next chunk on; the place and the cache stay."""
@@ -414,7 +425,7 @@ class Loop:
         prompt = self._scenes.next_prompt(self.status.scene).prompt
         self._session.set_prompt(prompt)
         self._update(scene=replace(self.status.scene, prompt=prompt))
-        self.notices.append(_receipt(self._scenes.labels.change_prompt, prompt))
+        self.notices.append(receipt(self._scenes.labels.change_prompt, prompt))
 
     def _toggle_pause(self) -> None:
         if self._replayed is None and self._session is None:
@@ -452,7 +463,7 @@ class Loop:
         self._session = None  # frees the old cache before the new one is made
         self._session, scene = self._scenes.open(scene)
         self._past = Past()
-        self._update(scene=scene, latent=0, window=self._scenes.window)
+        self._enter(scene)
         if record:
             self._start_recording()
         chunk = self._session.first
@@ -530,7 +541,3 @@ class Loop:
         if latent == session.first.latents:  # shown before the recording began
             recorder.write(session.first, session.poses)
         self._update(recording=recorder.folder)
-
-
-def _receipt(label: str, value: object) -> str:
-    return f"{label[:1].upper()}{label[1:]}: {value}"

@@ -4,7 +4,7 @@ import argparse
 import difflib
 import json
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from worldmodel.camera import parse_trajectory
@@ -20,7 +20,8 @@ from worldmodel.worlds.labels import Labels
 KEYS_HELP = (
     "keys: W A S D move, arrows and mouse look (a click captures the mouse), Shift run, Backspace "
     "go back 8 latents (hold: further), R restart, N restart with the next prompt, T restart with "
-    "the next start image and seed, M change the prompt without a restart, P pause, F9 record, F12 "
+    "the next start image and seed (where there are places: leave one for somewhere imagined, or "
+    "return to it), M change the prompt without a restart, P pause, F9 record, F12 "
     "screenshot, F1 figures, Esc release the mouse, then quit"
 )
 
@@ -41,6 +42,7 @@ class PlayOptions:
     record: Path | None = None  # folder of a recording that starts with the first frame
     rest: bool = True  # nothing is generated while the camera rests, in worlds that are still
     place: str | None = None  # name of a remembered place of the world; None = imagined
+    imagined: bool = False  # begin somewhere imagined, in a world that begins in a place
     walls: bool = True  # the walls of a place stop the camera
     recall: int | None = None  # latents of the window that view overlap chooses
     recall_memory: int | None = None  # MiB for what can be recalled
@@ -97,6 +99,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="generate while the camera rests, too, in worlds whose things do not move",
     )
     parser.add_argument("--place", metavar="NAME", help="begin in a place that the world remembers")
+    parser.add_argument(
+        "--imagined",
+        action="store_true",
+        help="begin somewhere imagined, also in a world that begins in a place of its own",
+    )
     parser.add_argument(
         "--no-walls",
         dest="walls",
@@ -167,6 +174,7 @@ def read_options(args: argparse.Namespace) -> PlayOptions:
     options = PlayOptions(world=find_world(world, print_progress), **given)
     _check_together(options)
     _check_scene(options)
+    options = replace(options, place=options.place or _first_place(options))
     if options.trajectory is not None:
         parse_trajectory(options.trajectory)
     return options
@@ -178,10 +186,15 @@ def _check_together(options: PlayOptions) -> None:
         raise UserError(f"--seed must be 0 or more, got {options.seed}.")
     if options.verify and options.replay is None:
         raise UserError("--verify compares a recording; name its folder with --replay DIR.")
-    if options.place and (options.image or options.replay):
+    if options.place and (options.image or options.replay or options.imagined):
         raise UserError(
-            "--place cannot be combined with --image or --replay: a place has its own first "
-            "picture, and a recording knows its place; omit one of them."
+            "--place cannot be combined with --image, --imagined or --replay: a place has its own "
+            "first picture, and a recording knows its place; omit one of them."
+        )
+    if options.imagined and options.replay:
+        raise UserError(
+            "--imagined cannot be combined with --replay: a recording knows where it was made; "
+            "omit one of them."
         )
     if options.replay:
         _check_replay(options)
@@ -189,6 +202,14 @@ def _check_together(options: PlayOptions) -> None:
         _check_film(options)
     if options.record:
         _check_new_recording(options.record)
+
+
+def _first_place(options: PlayOptions) -> str | None:
+    """Return the place where the world begins, unless the player asked for something else."""
+    if options.imagined or options.image or options.prompt or options.replay:
+        return None
+    place = world_values(options.world).get("place")
+    return place if place and isinstance(place, str) else None
 
 
 def _check_replay(options: PlayOptions) -> None:
@@ -313,12 +334,24 @@ def image_files(folder: Path, prompt: str | None = None) -> list[str]:
         return []
 
 
+def first_picture(options: PlayOptions) -> Path | None:
+    """Return the file of a picture of where play begins; None where there is none."""
+    if options.place:
+        picture = options.world / "places" / options.place / "start.png"
+        if picture.is_file():
+            return picture
+    files = image_files(options.world, options.prompt)
+    return options.world / "images" / files[0] if files else None
+
+
 def world_labels(folder: Path) -> Labels:
     """Return what a bundle calls its actions; the defaults where its world.yaml is faulty."""
     try:
-        return build(Labels, world_values(folder).get("labels") or {}, "labels")
+        labels = build(Labels, world_values(folder).get("labels") or {}, "labels")
     except UserError:  # opening the world reports it
-        return Labels()
+        labels = Labels()
+    has_places = any(folder.glob("places/*/place.yaml"))
+    return replace(labels, new_seed=labels.elsewhere) if has_places else labels
 
 
 def world_values(folder: Path) -> dict:

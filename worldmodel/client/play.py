@@ -8,7 +8,7 @@ from worldmodel.cli import print_progress
 from worldmodel.client.options import (
     PlayOptions,
     add_arguments,
-    image_files,
+    first_picture,
     read_options,
     world_labels,
 )
@@ -46,16 +46,14 @@ def _in_window(options: PlayOptions) -> int:
     from worldmodel.client.scenes import Scene, open_scenes
     from worldmodel.client.window import Window, WindowOptions
 
-    scene = Scene(options.prompt, options.image, options.seed)
+    scene = Scene(options.prompt, options.image, options.seed, options.place)
     path = partial(written_path, options.trajectory) if options.trajectory else None
     taken = {} if options.record is None else {"recordings": options.record.parent}
     loop_options = LoopOptions(scene, path, options.replay, options.record, **taken)
     loop = Loop(partial(open_scenes, options), loop_options)
-    files = image_files(options.world, options.prompt)
-    backdrop = options.world / "images" / files[0] if files else None
     window = WindowOptions(
         title=options.world.resolve().name,
-        backdrop=backdrop,
+        backdrop=first_picture(options),
         labels=world_labels(options.world),
         screenshots=loop_options.recordings,
     )

@@ -17,14 +17,17 @@ if TYPE_CHECKING:  # the generator thread imports torch, after the window is ope
     from worldmodel.worlds.place import Place
     from worldmodel.worlds.world import World
 
+NO_MAP = "The place {} has no map of its walls: nothing stops the camera"
+
 
 @dataclass(frozen=True)
 class Scene:
-    """Where a session starts. None means the world's default."""
+    """Where a session starts. None means the place's or the world's default."""
 
     prompt: str | None = None  # a stored name, or any text in a world with a text encoder
     image: str | None = None  # name of a start picture of the world, or a picture file
     seed: int = 0
+    place: str | None = None  # name of a place that the world remembers; None = imagined
 
 
 def open_scenes(options: PlayOptions, tell: Callable[[str, float], None]) -> "Scenes":
@@ -53,8 +56,7 @@ def open_scenes(options: PlayOptions, tell: Callable[[str, float], None]) -> "Sc
     world = world.with_recall(recall)
     if world.device.type != "cpu":
         print_progress(world.engine.describe(world.config.rollout, world.history))
-    place = world.place(options.place) if options.place else None
-    return Scenes(world, options.steps, tell, options.rest, place, options.walls)
+    return Scenes(world, options.steps, tell, options.rest, options.walls)
 
 
 def fastest_device() -> str:
@@ -70,9 +72,8 @@ class Scenes:
     """The sessions that a world can start. Prompts and start pictures keep the order of world.yaml.
 
     steps: denoising steps a chunk; None = the world's. tell: called before what takes long, as in
-    `open_scenes`. rest: whether sessions follow the world's rule of rest. place: where sessions
-    begin, with a first picture generated from what is remembered; None = imagined. with_walls:
-    whether the place's walls stop the camera.
+    `open_scenes`. rest: whether sessions follow the world's rule of rest. with_walls: whether the
+    walls of places stop the camera.
     """
 
     def __init__(
@@ -81,7 +82,6 @@ class Scenes:
         steps: int | None = None,
         tell: Callable[[str, float], None] | None = None,
         rest: bool = True,
-        place: "Place | None" = None,
         with_walls: bool = True,
     ):
         from worldmodel.camera import FRAMES_PER_LATENT
@@ -89,8 +89,9 @@ class Scenes:
         self.world = world
         self._steps = steps
         self._rest = rest
-        self._place = place
-        self.walls: Walls | None = place.walls if place and with_walls else None
+        self._with_walls = with_walls
+        self._unmapped: set[str] = set()  # places whose lack of walls was reported
+        self._home = world.config.place or next(iter(world.places), None)
         self._tell = tell or (lambda stage, progress: None)
         self.name = world.config.name
         self.labels = world.config.labels
@@ -112,14 +113,39 @@ class Scenes:
         return tuple(self.world.config.images) or self.world.prompts.names
 
     def resolve(self, scene: Scene) -> Scene:
-        """Return `scene` with the world's defaults filled in."""
-        prompt = scene.prompt
-        if prompt is None:
+        """Return `scene` with the defaults of its place or the world filled in."""
+        place = self._place(scene)
+        prompt = scene.prompt or (place and place.prompt)
+        if not prompt:
             prompt = self._owner(scene.image) or self.world.config.prompts.default
-        pictures = self._pictures(prompt)
+        pictures = () if place else self._pictures(prompt)
         return replace(
             scene, prompt=prompt, image=scene.image or (pictures[0] if pictures else None)
         )
+
+    def _place(self, scene: Scene) -> "Place | None":
+        return self.world.place(scene.place) if scene.place else None
+
+    def walls(self, scene: Scene, notify: Callable[[str], object]) -> "Walls | None":
+        """Return the walls of `scene`; None = nothing stops the camera.
+
+        notify: receives one sentence, once, for a place without a walkable map.
+        """
+        place = self._place(scene)
+        if place is None or not self._with_walls:
+            return None
+        if place.walkable is None and place.name not in self._unmapped:
+            self._unmapped.add(place.name)
+            notify(NO_MAP.format(place.name))
+        return place.walls
+
+    def knowledge(self, scene: Scene) -> str:
+        """Return what the screen calls `scene`: "remembered" or "imagined"; nothing in worlds
+        without places.
+        """
+        if scene.place:
+            return "remembered"
+        return "imagined" if self.world.places else ""
 
     def _owner(self, image: str | None) -> str | None:
         """Return the prompt that a start picture belongs to."""
@@ -141,15 +167,16 @@ class Scenes:
         from worldmodel.session import Session
 
         scene = self.resolve(scene)
+        self._home = scene.place or self._home
         self._embed([scene.prompt])
         session = Session(
             self.world,
             prompt=scene.prompt,
-            image=None if self._place else scene.image,
+            image=scene.image,
             seed=scene.seed,
             steps=self._steps,
             rest=self._rest,
-            place=self._place,
+            place=self._place(scene),
         )
         return session, scene
 
@@ -173,21 +200,43 @@ class Scenes:
             self._embed(log.prompts)
         image = str(folder / IMAGE) if log.header["image"] else None
         return _with_poses(replay(folder, self.world), log.c2w), Scene(
-            log.header["prompt"], image, log.header["seed"]
+            log.header["prompt"], image, log.header["seed"], log.header.get("place")
         )
 
     def next_prompt(self, scene: Scene) -> Scene:
-        """Return the prompt after this one, at its first start picture."""
+        """Return the prompt after this one, at its first start picture: imagined, as a place has
+        its own prompt.
+        """
         prompts = self.prompts
-        place = prompts.index(scene.prompt) + 1 if scene.prompt in prompts else 0
-        return self.resolve(Scene(prompts[place % len(prompts)], None, scene.seed))
+        number = prompts.index(scene.prompt) + 1 if scene.prompt in prompts else 0
+        return self.resolve(Scene(prompts[number % len(prompts)], None, scene.seed))
 
     def new_seed(self, scene: Scene) -> Scene:
-        """Return another place of the same prompt: the next start picture and the next seed."""
+        """Return another scene of the same prompt: the next start picture and the next seed."""
         pictures = self._pictures(scene.prompt)
-        place = pictures.index(scene.image) + 1 if scene.image in pictures else 0
-        image = pictures[place % len(pictures)] if pictures else None
+        number = pictures.index(scene.image) + 1 if scene.image in pictures else scene.seed
+        image = pictures[number % len(pictures)] if pictures else None
         return Scene(scene.prompt, image, scene.seed + 1)
+
+    def elsewhere(self, scene: Scene) -> tuple[Scene, str]:
+        """Return where the key for somewhere else leads from `scene`, and the receipt for it: from
+        a place to somewhere imagined, from there to the last place, or to the world's first; in
+        worlds without places to the next imagined scene.
+
+        Raises UserError for a place that cannot be opened.
+        """
+        if scene.place or not self._home:
+            scene = self.new_seed(scene)
+            return scene, receipt(self.labels.new_seed, scene.seed)
+        place = self.world.place(self._home)
+        self.world.conditions(place)
+        home = self.resolve(Scene(seed=scene.seed, place=place.name))
+        return home, f"Back in {place.title}"
+
+
+def receipt(label: str, value: object) -> str:
+    """Return the notice that confirms a command."""
+    return f"{label[:1].upper()}{label[1:]}: {value}"
 
 
 def _with_poses(chunks: Iterator, c2w: np.ndarray) -> Iterator:

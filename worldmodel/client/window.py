@@ -343,8 +343,9 @@ class Window:
     def _draw_play(self, status: Status, now: float) -> None:
         if status.phase == "paused":
             self._hud.paused()
-        elif status.resting and not self._overlay:  # whose figures say it, in the same corner
-            self._hud.resting()
+        state = _state(status)
+        if state and not self._overlay:  # whose figures say it, in the same corner
+            self._hud.state(state)
         since = now - (self._running_since or now)
         opacity = min(max(self.options.help_seconds - since, 0.0), 1.0)
         if self._overlay or status.phase == "paused":
@@ -411,7 +412,15 @@ def _camera_figures(pose: np.ndarray | None) -> list[Figure]:
     ]
 
 
+def _state(status: Status) -> str:
+    """The words in the corner: whether the scene is known, and whether the camera rests."""
+    resting = status.resting and status.phase == "running"
+    return ", ".join(filter(None, [status.knowledge, "at rest" if resting else ""]))
+
+
 def _describe_scene(status: Status) -> str:
     scene = status.scene
     prompt = textwrap.shorten(scene.prompt or "", 40, placeholder=" ...")
-    return f"{prompt}, {Path(scene.image or 'no picture').stem}, seed {scene.seed}"
+    where = scene.place or Path(scene.image or "no picture").stem
+    known = f" ({status.knowledge})" if status.knowledge else ""
+    return f"{prompt}, {where}{known}, seed {scene.seed}"

@@ -161,7 +161,8 @@ class StreamingEncoder(_TinyStream):
         if not self._state.started:
             x = torch.cat([x[:, :, :1].expand(-1, -1, FRAMES_PER_LATENT - 1, -1, -1), x], 2)
         if self._scale > 1:
-            x = functional.avg_pool3d(x, (1, self._scale, self._scale))
+            pooled = functional.avg_pool3d(x.float(), (1, self._scale, self._scale))
+            x = pooled.to(model.dtype)  # CPUs do not pool bfloat16
         if model.config.patch_size > 1:
             x = functional.pixel_unshuffle(x.transpose(1, 2), model.config.patch_size).transpose(
                 1, 2

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import yaml
 
-from worldmodel.config import as_dict, build, parse_yaml
+from worldmodel.config import as_dict, build, read_yaml
 from worldmodel.controls import Envelope
-from worldmodel.errors import UserError, first_line
+from worldmodel.errors import UserError
 from worldmodel.rollout import RolloutConfig
 from worldmodel.worlds.labels import Labels
 
@@ -48,6 +48,7 @@ class WorldConfig:
     # folder or hub id (diffusers' layout) of the encoder that made the prompts; empty: stored
     # prompts only
     text_encoder: str = ""
+    place: str = ""  # where sessions of play begin, a folder of places/; empty: imagined
     views: int = 8  # remembered frames of a place that a latent's condition is made of
     labels: Labels = Labels()
     # things do not move: nothing is generated while the camera rests (`Session.at_rest`)
@@ -77,12 +78,7 @@ class WorldConfig:
         a file of format 1 sets a retired option to something else than its default.
         """
         path = Path(path)
-        try:
-            values = parse_yaml(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, UserError) as error:
-            raise UserError(
-                f"{path} cannot be read as YAML ({first_line(error)}); fetch the world again."
-            ) from None
+        values = read_yaml(path, "world")
         found = values.get("format") if isinstance(values, dict) else None
         if found == 1:
             values, ignored = migrate(values)

@@ -15,6 +15,7 @@ class Labels:
     new_seed: str = "new seed"
     next_prompt: str = "next prompt"
     change_prompt: str = "change prompt"
+    elsewhere: str = "leave, return"  # instead of new_seed, in worlds with places
 
     def __post_init__(self):
         for name, label in as_dict(self).items():

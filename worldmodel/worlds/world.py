@@ -27,7 +27,7 @@ from worldmodel.engine.options import EngineOptions
 from worldmodel.engine.quantize import quantize
 from worldmodel.errors import UserError
 from worldmodel.files import data_folder, replacing_folder
-from worldmodel.images import read_image, write_png
+from worldmodel.images import fit_picture, read_image, write_png
 from worldmodel.models.prompts import PromptBook
 from worldmodel.models.text_encoder import PromptEncoder
 from worldmodel.models.transformer import CausalWanTransformer
@@ -35,8 +35,12 @@ from worldmodel.models.wan_autoencoder import Autoencoder
 from worldmodel.reprojection import ConditionStream, RememberedViews
 from worldmodel.rollout import RECALL, RolloutConfig, with_steps
 from worldmodel.worlds.config import WORLD_YAML, WorldConfig
-from worldmodel.worlds.fingerprint import fingerprint, first_edition_fingerprint
-from worldmodel.worlds.place import PLACE, Place
+from worldmodel.worlds.fingerprint import (
+    fingerprint,
+    first_edition_fingerprint,
+    place_fingerprint,
+)
+from worldmodel.worlds.place import PLACE, PLACES, Place
 from worldmodel.worlds.place_views import read_views
 from worldmodel.worlds.weights import load_network, open_autoencoder
 
@@ -204,10 +208,21 @@ class World:
         hint = f"did you mean {near[0]!r}?" if near else "it has no start images."
         raise UserError(f"World {self.config.name!r} has no start image {name!r}; {hint}")
 
+    def picture(self, image) -> np.ndarray:
+        """A start image's name, a picture file or uint8 [h,w,3] -> uint8 [H,W,3] of the world's
+        size.
+        """
+        if isinstance(image, (str, Path)):
+            names = {Path(file).stem for group in self.config.images.values() for file in group}
+            known = Path(image).name == str(image) and Path(image).stem in names
+            is_file = not known and Path(image).is_file()
+            image = read_image(image) if is_file else self.image(str(image))
+        return fit_picture(image, self.config.height, self.config.width)
+
     @property
     def places(self) -> tuple[str, ...]:
         """Names of the places that the bundle remembers."""
-        return tuple(sorted(path.parent.name for path in self.folder.glob(f"places/*/{PLACE}")))
+        return tuple(sorted(path.parent.name for path in self.folder.glob(f"{PLACES}/*/{PLACE}")))
 
     def place(self, name: str) -> Place:
         """The place `name`. Raises UserError where there is none, or it is damaged."""
@@ -217,12 +232,16 @@ class World:
                 f"World {self.config.name!r} has no place {name!r}, its places: {known}; choose "
                 "one of them."
             )
-        return Place.read(self.folder / "places" / name)
+        return replace(Place.read(self.folder / PLACES / name), name=name)
+
+    def place_fingerprint(self, place: Place) -> str:
+        """Hash of what decides the pixels in `place`, see `worlds/fingerprint.py`."""
+        return place_fingerprint(self.folder / PLACES / place.name, place, self.config)
 
     def views(self, name: str) -> RememberedViews:
         """What is remembered of the place `name`; read once."""
         if name not in self._views:
-            self._views[name] = read_views(self.folder / "places" / name)
+            self._views[name] = read_views(self.folder / PLACES / name)
         return self._views[name]
 
     def conditions(self, place: Place | None) -> ConditionStream | None:
@@ -261,6 +280,11 @@ def _check_bundle(folder: Path) -> WorldConfig:
     for name in (file for group in config.images.values() for file in group):
         if not (folder / "images" / name).is_file():
             raise UserError(f"{folder} is not a complete world: images/{name} is missing.")
+    if config.place and not (folder / PLACES / config.place / PLACE).is_file():
+        raise UserError(
+            f"{folder} is not a complete world: it begins in the place {config.place!r}, but "
+            f"{PLACES}/{config.place}/{PLACE} is missing."
+        )
     return config
 
 
