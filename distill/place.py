@@ -47,10 +47,11 @@ def run(args: argparse.Namespace) -> None:
     if folder.exists():
         raise UserError(f"{folder} exists already; remove it, or choose another --name")
     size = tuple(cells * world.autoencoder.encoder_factor for cells in world.latent_size)
-    footage = place_footage(args.clips, size)
+    footage, source = place_footage(args.clips, size)
     positions = footage.views.c2w[:, [0, 2], 3]
     start = footage.views.c2w[0]
-    place = Place(args.name, args.title or args.name, start, WalkableMap.from_positions(positions))
+    walkable = WalkableMap.from_positions(positions)
+    place = Place(args.name, args.title or args.name, start, walkable, source)
     remembered = chosen(footage, spread(footage.views.c2w, args.views))
     folder.parent.mkdir(exist_ok=True)
     with replacing_folder(folder) as partial:
@@ -59,8 +60,10 @@ def run(args: argparse.Namespace) -> None:
     print_line(f"{folder}: {len(remembered.views)} frames in {size / 1e6:.1f} MB")
 
 
-def place_footage(root: Path, size: tuple[int, int]) -> PlaceFootage:
-    """The views of the clips under `root`. Raises UserError unless all show one place."""
+def place_footage(root: Path, size: tuple[int, int]) -> tuple[PlaceFootage, str]:
+    """The views of the clips under `root`, and the source that their meta.yaml names. Raises
+    UserError unless all show one place.
+    """
     folders = list_clips(root)
     sources = sorted({read_meta(folder)["source"] for folder in folders})
     if len(sources) > 1:
@@ -70,7 +73,7 @@ def place_footage(root: Path, size: tuple[int, int]) -> PlaceFootage:
         )
     footage = read_footage(folders, size)
     _check_overlap(footage, folders)
-    return footage
+    return footage, sources[0]
 
 
 def _check_overlap(footage: PlaceFootage, folders: list[Path]) -> None:

@@ -22,6 +22,7 @@ class _Values:
     name: str
     title: str
     start: tuple[tuple[float, ...], ...]
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Place:
     title: str
     start: np.ndarray  # c2w [4, 4] in the place's coordinates
     walkable: WalkableMap | None
+    # what the clips' meta.yaml calls their scene, for evaluation against its renderer; "" = unknown
+    source: str = ""
 
     @property
     def walls(self) -> Walls | None:
@@ -51,13 +54,14 @@ class Place:
         values = build(_Values, values, str(path))
         start = check_poses(values.start, 1, f"{path}: start")[0]
         walkable = WalkableMap.read(folder) if (Path(folder) / PNG).exists() else None
-        return cls(values.name, values.title, start, walkable)
+        return cls(values.name, values.title, start, walkable, values.source)
 
     def write(self, folder) -> None:
         """Write what `read` reads into `folder`."""
         folder = Path(folder)
         start = np.asarray(self.start, np.float64).tolist()
         values = {"name": self.name, "title": self.title, "start": start}
+        values |= {"source": self.source} if self.source else {}
         write_file(folder / PLACE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
         if self.walkable:
             self.walkable.write(folder)
