@@ -16,11 +16,11 @@ ECC = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 100, 1e-5)
 ECC_BLUR = 5  # pixels
 # The search of `localise`: half its width and its first step, units and degrees
 REACH = (0.8, 18.0)
-STEP = (0.2, 6.0)
+STEP = (0.4, 6.0)
 COARSE = (24, 40)  # pixels
 FINE = (48, 80)
-ROUNDS = 4  # each halves the step
-CANDIDATES = 5  # of the coarse search that are refined
+ROUNDS = 5  # each halves the step
+CANDIDATES = 3  # of the coarse search that are refined
 
 
 def warped_lookup(views: RememberedViews, pose: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -113,4 +113,6 @@ def _rotation_homography(
 def _warp(frame: np.ndarray, homography: np.ndarray) -> np.ndarray:
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     size = frame.shape[1::-1]
-    return cv2.warpPerspective(frame, homography, size, flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.warpPerspective(
+        frame, homography, size, flags=flags, borderMode=cv2.BORDER_REPLICATE
+    )

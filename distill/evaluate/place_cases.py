@@ -1,5 +1,5 @@
-"""The cases of an evaluation in a place: starts, random walks and scripted paths, all seeded, in the
-coordinates of the place, with ground truth where its scene has a renderer.
+"""The cases of an evaluation in a place: starts, random walks and scripted paths, all seeded, in
+the coordinates of the place, with ground truth where its scene has a renderer.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from distill.data.blocks.collect import BlocksConfig, poses_of_clip
 from distill.data.blocks.island import Island
 from distill.data.blocks.renderer import render, render_depth
 from distill.data.blocks.scenes import Scene, scene_of
-from distill.data.blocks.town import Boxes
+from distill.data.blocks.town import CELL, Boxes
 from distill.data.blocks.walker import Gait, Order, Start, Walker, walk
 from distill.data.clips import frames_of
 from distill.evaluate.cases import REST, follow
@@ -25,7 +25,7 @@ from worldmodel.walkable import WalkableMap
 from worldmodel.worlds.place import Place
 from worldmodel.worlds.world import World
 
-ATTEMPTS = 1500  # starts or walks tried for the cases of one kind
+ATTEMPTS = 4000  # starts or walks tried for the cases of one kind
 TURN = 6.0  # degrees of a small turn
 SMALL_TURN = np.array([0.5, 1.0, 0.5, 0.0]) * TURN  # heading at the latents of one turn to a side
 WIDE = 100.0  # units around a map that nothing enters
@@ -58,8 +58,13 @@ class MapScene:
         return Boxes(points, points, points, points, np.zeros(0))
 
     def barriers(self, i: int, j: int, reach: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rectangles (low, high) [n, 2] in x and z of all ground that is not walkable."""
-        return self._low, self._high
+        """Rectangles (low, high) [n, 2] in x and z of the ground around cell (i, j) that is not
+        walkable.
+        """
+        cell = np.array([i, j])
+        near = (self._high > (cell - reach) * CELL).all(1)
+        near &= (self._low < (cell + reach + 1) * CELL).all(1)
+        return self._low[near], self._high[near]
 
 
 class Ground:
@@ -127,7 +132,7 @@ class Ground:
         """Walks that end in what was never filmed; fewer than `count` where few are found."""
         found = []
         for index in range(ATTEMPTS):
-            path = self._walk(2000 + index, latents)
+            path = self._walk(10_000 + index, latents)
             if self.unfilmed(path[-1:]).all():
                 found.append(PlaceCase("unfilmed", path))
             if len(found) == count:
@@ -136,8 +141,10 @@ class Ground:
 
     def rests(self, count: int, latents: int) -> list[PlaceCase]:
         """The camera stays for `latents` latents."""
-        return [PlaceCase("rest", np.repeat(start[None], frames_of(latents + 1), 0))
-                for start in self._starts(count)]
+        return [
+            PlaceCase("rest", np.repeat(start[None], frames_of(latents + 1), 0))
+            for start in self._starts(count)
+        ]
 
     def small_turns(self, count: int, latents: int) -> list[PlaceCase]:
         """Turns to the right and to the left, each back at the start after four latents."""
@@ -247,8 +254,9 @@ class Ground:
     def _free(self, orders: list[Order], count: int, kind: str) -> list[np.ndarray]:
         """Paths along the orders that stay on walkable ground and see nothing unfilmed."""
         found = []
+        motion = follow(np.eye(4), orders, self._gait)
         for index in range(ATTEMPTS):
-            path = follow(self._walk(4000 + index, 0)[0], orders, self._gait)
+            path = self._walk(4000 + index, 0)[0] @ motion  # walks begin level
             free = self._map.contains(path[:, [0, 2], 3]).all()
             if free and not self.unfilmed(path).any() and self._open(path):
                 found.append(path)
@@ -283,7 +291,7 @@ def _film(scene: Scene, intrinsics, height: int, width: int, poses: np.ndarray) 
 
 
 def _blocked(walkable: WalkableMap) -> tuple[np.ndarray, np.ndarray]:
-    """Rectangles (low, high) [n, 2] that cover all cells that are not walkable, and a wide border."""
+    """Rectangles (low, high) [n, 2] of all cells that are not walkable, and of a wide border."""
     rows, columns = walkable.grid.shape
     runs = []
     for row in range(rows):

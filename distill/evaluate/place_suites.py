@@ -157,7 +157,7 @@ class Bench:
 # -------------------- suites
 
 
-def rest(bench: Bench) -> tuple[dict, list[Sheet]]:
+def rest(bench: Bench) -> tuple[dict, Sheet | None]:
     """The camera rests, or turns a little to and fro: what is left of the first frame."""
     figures = {}
     seconds = bench.moments(RESTS)
@@ -176,10 +176,10 @@ def rest(bench: Bench) -> tuple[dict, list[Sheet]]:
         cases = bench.ground.small_turns(bench.options.cases, turns)
         film = bench.film(cases, [0, *returns], "small turns")
         figures["small turns"] = _small_turns(film, returns)
-    return figures, [sheet]
+    return figures, sheet
 
 
-def atlas(bench: Bench) -> tuple[dict, list[Sheet]]:
+def atlas(bench: Bench) -> tuple[dict, Sheet | None]:
     """PSNR, correlation and sharpness where random walks have come to, against the truth; places
     never filmed are left to `unfilmed`.
     """
@@ -197,10 +197,10 @@ def atlas(bench: Bench) -> tuple[dict, list[Sheet]]:
     for case in _shown(bench.walks):
         rows.append((f"truth {case}", np.stack([true[case] for _, true in shown.values()])))
         rows.append((f"generated {case}", np.stack([ours[case] for ours, _ in shown.values()])))
-    return figures, [Sheet(rows, [f"{second} s" for second in shown])]
+    return figures, Sheet(rows, [f"{second} s" for second in shown])
 
 
-def returning(bench: Bench) -> tuple[dict, list[Sheet]]:
+def returning(bench: Bench) -> tuple[dict, Sheet | None]:
     """Leave and return: the share of the possible gain, see `scores.leave_and_return`."""
     cases = bench.ground.returns(bench.options.cases)
     moments = sorted({0} | {c.away for c in cases} | {c.back for c in cases})
@@ -217,10 +217,10 @@ def returning(bench: Bench) -> tuple[dict, list[Sheet]]:
         figures[kind] = entry
         for n in chosen[: SHOWN // 2]:
             rows += [(f"truth, {kind}", true[n]), (f"generated, {kind}", ours[n])]
-    return figures, [Sheet(rows, ["start", "away", "return"])]
+    return figures, Sheet(rows, ["start", "away", "return"])
 
 
-def routes(bench: Bench) -> tuple[dict, list[Sheet]]:
+def routes(bench: Bench) -> tuple[dict, Sheet | None]:
     """One pose reached by two walks: generated against generated, and against other poses."""
     latents = bench.latents(min(ROUTE, bench.options.seconds))
     there, back = bench.ground.routes(bench.options.cases, latents)
@@ -241,10 +241,10 @@ def routes(bench: Bench) -> tuple[dict, list[Sheet]]:
         nearest = table.argmax(1) == np.arange(len(table))
         figures["same pose is the most similar"] = statistics(nearest)
     rows = [(f"pose {n}", np.stack([one[n], other[n]])) for n in _shown(there)]
-    return figures, [Sheet(rows, ["one route", "other route"])]
+    return figures, Sheet(rows, ["one route", "other route"])
 
 
-def lookup(bench: Bench) -> tuple[dict, list[Sheet]]:
+def lookup(bench: Bench) -> tuple[dict, Sheet | None]:
     """Against what needs no network: the nearest remembered frame, warped by the best homography,
     and the condition as it is.
     """
@@ -254,14 +254,15 @@ def lookup(bench: Bench) -> tuple[dict, list[Sheet]]:
     seen = np.flatnonzero(~bench.ground.unfilmed(poses))
     views = bench.ground.views
     count = bench.world.config.views
+    if not len(seen):
+        return {"skipped": "no walk ended in filmed ground; take more --cases"}, None
+    size = true.shape[1:3]
     films = {
         "truth": true[seen],
         "generated": frames[seen],
         "lookup": np.stack([warped_lookup(views, poses[n], true[n]) for n in seen]),
-        "reprojected": np.stack([reprojected(views, count, poses[n], true.shape[1:3]) for n in seen]),
-    } if len(seen) else {}  # fmt: skip
-    if not films:
-        return {"skipped": "no walk ended in filmed ground; take more --cases"}, []
+        "reprojected": np.stack([reprojected(views, count, poses[n], size) for n in seen]),
+    }
     target = to_unit(films["truth"])
     clear = {name: psnr(to_unit(film), target).numpy() for name, film in films.items()}
     figures = {name: statistics(clear[name]) for name in ("generated", "lookup", "reprojected")}
@@ -269,10 +270,10 @@ def lookup(bench: Bench) -> tuple[dict, list[Sheet]]:
     figures["generated - reprojected"] = statistics(clear["generated"] - clear["reprojected"])
     figures["seconds"] = second
     rows = [(f"case {n}", np.stack([film[n] for film in films.values()])) for n in _shown(seen)]
-    return figures, [Sheet(rows, list(films))]
+    return figures, Sheet(rows, list(films))
 
 
-def localising(bench: Bench) -> tuple[dict, list[Sheet]]:
+def localising(bench: Bench) -> tuple[dict, Sheet | None]:
     """From where a generated frame looks to be taken, after a minute of walking."""
     second = bench.moments([s for s in MOMENTS if s <= LOCALISED])[-1]
     frames = bench.at(second)[0][:, -1]
@@ -285,22 +286,22 @@ def localising(bench: Bench) -> tuple[dict, list[Sheet]]:
     ]
     errors = np.array(list(bench.spread(_localised, jobs))).reshape(-1, 2)
     if not len(errors):
-        return {"skipped": "no walk ended in filmed ground; take more --cases"}, []
+        return {"skipped": "no walk ended in filmed ground; take more --cases"}, None
     figures = {"seconds": second}
     for name, values in zip(("units", "degrees"), errors.T, strict=True):
         figures[name] = {"median": _number(np.median(values)), **statistics(values)}
-    return figures, []
+    return figures, None
 
 
-def unfilmed(bench: Bench) -> tuple[dict, list[Sheet]]:
+def unfilmed(bench: Bench) -> tuple[dict, Sheet | None]:
     """Walks that end in what the footage omits, apart from the atlas' that end elsewhere."""
     if not isinstance(bench.ground.scene, Island):
-        return {"skipped": "the footage of this place omits nothing that its scene names"}, []
+        return {"skipped": "the footage of this place omits nothing that its scene names"}, None
     second = bench.moments(MOMENTS)[0]
     end = bench.latents(second)
     cases = bench.ground.unfilmed_walks(bench.options.cases, end)
     if not cases:
-        return {"skipped": f"no walk of {second} s ended in what was not filmed"}, []
+        return {"skipped": f"no walk of {second} s ended in what was not filmed"}, None
     film = bench.film(cases, bench.around(second), "unfilmed")
     frames = np.concatenate(list(film.values()), 1)
     count = frames.shape[1]
@@ -310,7 +311,7 @@ def unfilmed(bench: Bench) -> tuple[dict, list[Sheet]]:
     seen = ~bench.ground.unfilmed(bench.pose_at(second))
     figures["filmed"] = _against(ours[seen], truth[seen])
     rows = [(f"case {n}", np.stack([true[n, -1], frames[n, -1]])) for n in _shown(cases)]
-    return figures, [Sheet(rows, ["truth", "generated"])]
+    return figures, Sheet(rows, ["truth", "generated"])
 
 
 # name -> (suite, whether it needs the truth)
