@@ -14,13 +14,15 @@ from worldmodel.reprojection import RememberedViews, filled
 
 ECC = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 100, 1e-5)
 ECC_BLUR = 5  # pixels
-# The search of `localise`: half its width and its first step, units and degrees
-REACH = (0.8, 18.0)
-STEP = (0.4, 6.0)
-COARSE = (24, 40)  # pixels
-FINE = (48, 80)
+# The search of `localise`
+REACH = (0.8, 18.0)  # to each side of the truth, units and degrees
+STEP = 0.4  # units between the positions of the grid
+TURN = 1.5  # degrees between the headings that are tried at a position
+FINE_TURN = 0.25
 ROUNDS = 5  # each halves the step
-CANDIDATES = 3  # of the coarse search that are refined
+CANDIDATES = 2  # positions of the grid that are refined
+SMALL = (48, 80)  # pixels in which pictures are compared
+WIDE = (1.7, 2.3)  # height and width of a rendered picture, of which every heading is a part
 
 
 def warped_lookup(views: RememberedViews, pose: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -67,35 +69,81 @@ def localise(
     """How far from the true pose the frame uint8 [H, W, 3] looks to be taken: units, degrees.
 
     The pose, among those on the ground within REACH of the true one, whose true picture correlates
-    most with the frame. A grid, whose centre is a random part of a step off the truth, then smaller
-    steps around its best poses. The results are at most about REACH.
+    most with the frame: first on a grid, whose centre is a random part of a step off the truth, then
+    in smaller steps around its best positions. The results are at most about REACH.
     """
-    step = np.array([STEP[0], STEP[0], STEP[1]])
-    offset = np.random.default_rng(seed).uniform(-0.5, 0.5, 3) * step
-    counts = [round(reach / size) for reach, size in zip(REACH, STEP, strict=True)]
-    lines = [np.arange(-n, n + 1) for n in (counts[0], counts[0], counts[1])]
-    grid = np.stack(np.meshgrid(*lines, indexing="ij"), -1).reshape(-1, 3) * step + offset
-    like = _likeness(frame, pose, grid, scene, intrinsics, COARSE)
-    best = grid[np.argsort(-like)[:CANDIDATES]]
-    around = np.stack(np.meshgrid(*[(-1, 0, 1)] * 3, indexing="ij"), -1).reshape(-1, 3)
-    for number in range(ROUNDS):
-        step = step / 2
-        grid = np.unique((best[:, None] + around * step).reshape(-1, 3).round(6), axis=0)
-        like = _likeness(frame, pose, grid, scene, intrinsics, FINE)
-        best = grid[np.argsort(-like)[: 1 if number else 2]]
-    return float(np.hypot(*best[0, :2])), float(abs(best[0, 2]))
+    draws = np.random.default_rng(seed)
+    centre = draws.uniform(-0.5, 0.5, 2) * STEP
+    shift = draws.uniform(-0.5, 0.5) * TURN
+    small = cv2.resize(frame, SMALL[::-1], interpolation=cv2.INTER_AREA)
+    line = np.arange(-round(REACH[0] / STEP), round(REACH[0] / STEP) + 1) * STEP
+    moves = np.stack(np.meshgrid(line, line, indexing="ij"), -1).reshape(-1, 2) + centre
+    tried = {}
+
+    def best_of(moves: np.ndarray, count: int) -> list[tuple[float, float]]:
+        """The `count` most similar of the positions, searching headings where it was not done."""
+        keys = [tuple(move) for move in moves.round(6)]
+        new = [key for key in dict.fromkeys(keys) if key not in tried]
+        if new:
+            wide = _wide_pictures(pose, np.array(new), scene, intrinsics)
+            tried.update(
+                (key, _best_heading(small, picture, pose, intrinsics, shift))
+                for key, picture in zip(new, wide, strict=True)
+            )
+        return sorted(dict.fromkeys(keys), key=lambda key: -tried[key][0])[:count]
+
+    found = best_of(moves, CANDIDATES)
+    around = np.stack(np.meshgrid((-1, 0, 1), (-1, 0, 1)), -1).reshape(-1, 2)
+    for number in range(1, ROUNDS + 1):
+        near = (np.array(found)[:, None] + around * STEP / 2**number).reshape(-1, 2)
+        found = best_of(near, CANDIDATES if number == 1 else 1)
+    return float(np.hypot(*found[0])), abs(tried[found[0]][1])
 
 
-def _likeness(frame: np.ndarray, pose, moves: np.ndarray, scene, intrinsics, size) -> np.ndarray:
-    """Correlation of the frame with the true pictures from `pose` moved by x, z (units) and heading
-    (degrees), [N, 3]: [N].
-    """
+def _wide_pictures(pose: np.ndarray, moves: np.ndarray, scene: Scene, intrinsics) -> np.ndarray:
+    """True pictures with a wide lens from `pose` moved by x, z [N, 2]: uint8 [N, H, W, 3]."""
     poses = np.repeat(pose[None], len(moves), 0)
-    poses[:, [0, 2], 3] += moves[:, :2]
-    poses[:, :3, :3] = [rotation(heading, 0) @ pose[:3, :3] for heading in moves[:, 2]]
-    small = cv2.resize(frame, size[::-1], interpolation=cv2.INTER_AREA)
-    true = render(scene, poses, intrinsics, *size, samples=1)
-    return correlation_table(to_unit(small[None]), to_unit(true))[0].numpy()
+    poses[:, [0, 2], 3] += moves
+    fx, fy, cx, cy = intrinsics
+    height, width = (round(n * wide) for n, wide in zip(SMALL, WIDE, strict=True))
+    lens = (fx * SMALL[1] / width, fy * SMALL[0] / height, cx, cy)
+    return render(scene, poses, lens, height, width, samples=1).numpy()
+
+
+def _best_heading(
+    small: np.ndarray, wide: np.ndarray, pose: np.ndarray, intrinsics, shift: float
+) -> tuple[float, float]:
+    """(correlation, degrees from the true heading) of the part of a wide picture that is most like
+    the small one.
+    """
+    headings = np.arange(-REACH[1], REACH[1] + TURN / 2, TURN) + shift
+    for _ in range(2):  # coarse, fine
+        parts = np.stack([_turned(wide, pose, intrinsics, heading) for heading in headings])
+        like = correlation_table(to_unit(small[None]), to_unit(parts))[0]
+        best = int(like.argmax())
+        centre = headings[best]
+        headings = centre + np.arange(-TURN + FINE_TURN, TURN, FINE_TURN)
+    return float(like[best]), float(centre)
+
+
+def _turned(wide: np.ndarray, pose: np.ndarray, intrinsics, heading: float) -> np.ndarray:
+    """What a camera turned by `heading` degrees about the vertical sees of a wide picture."""
+    height, width = SMALL
+    fx, fy, cx, cy = intrinsics
+    own = np.array(
+        [[fx * width, 0, cx * width - 0.5], [0, fy * height, cy * height - 0.5], [0, 0, 1]]
+    )
+    source = own.copy()
+    source[:2, 2] = cx * wide.shape[1] - 0.5, cy * wide.shape[0] - 0.5
+    turn = pose[:3, :3].T @ rotation(heading, 0) @ pose[:3, :3]
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return cv2.warpPerspective(
+        wide,
+        source @ turn @ np.linalg.inv(own),
+        (width, height),
+        flags=flags,
+        borderMode=cv2.BORDER_REPLICATE,
+    )
 
 
 def _rotation_homography(
