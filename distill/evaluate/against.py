@@ -69,8 +69,8 @@ def localise(
     """How far from the true pose the frame uint8 [H, W, 3] looks to be taken: units, degrees.
 
     The pose, among those on the ground within REACH of the true one, whose true picture correlates
-    most with the frame: first on a grid, whose centre is a random part of a step off the truth, then
-    in smaller steps around its best positions. The results are at most about REACH.
+    most with the frame: first on a grid, whose centre is a random part of a step off the truth,
+    then in smaller steps around its best positions. The results are at most about REACH.
     """
     draws = np.random.default_rng(seed)
     centre = draws.uniform(-0.5, 0.5, 2) * STEP
