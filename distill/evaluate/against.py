@@ -107,7 +107,7 @@ def _wide_pictures(pose: np.ndarray, moves: np.ndarray, scene: Scene, intrinsics
     fx, fy, cx, cy = intrinsics
     height, width = (round(n * wide) for n, wide in zip(SMALL, WIDE, strict=True))
     lens = (fx * SMALL[1] / width, fy * SMALL[0] / height, cx, cy)
-    return render(scene, poses, lens, height, width, samples=1).numpy()
+    return render(scene, poses, lens, height, width).numpy()
 
 
 def _best_heading(
