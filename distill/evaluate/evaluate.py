@@ -33,6 +33,8 @@ from distill.evaluate.generate import (
     parse_variant,
     reconstruct,
 )
+from distill.evaluate.place_run import MASKS, add_suite_arguments, run_suites
+from distill.evaluate.place_suites import SuiteOptions
 from distill.evaluate.report import contact_sheet, markdown
 from worldmodel.bench.machine import describe_commit, describe_machine
 from worldmodel.camera import FRAMES_PER_LATENT
@@ -134,8 +136,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name, text in HELP.items():
         default = getattr(EvaluateOptions(), name)
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=int, default=default, help=f"{text} (default: {default})")
+        own = f", {getattr(SuiteOptions(), name)} in suites" if name == "cases" else ""
+        parser.add_argument(_flag(name), type=int, help=f"{text} (default: {default}{own})")
+    add_suite_arguments(parser)
     parser.add_argument(
         "--device", default="cpu", help="where to compute: cpu, cuda, ... (default: cpu)"
     )
@@ -151,9 +154,18 @@ def run(args: argparse.Namespace) -> None:
     """Evaluate and write the report; all inputs are checked before the first frame."""
     if args.output.suffix != ".json":
         raise UserError(f"expected --output as a file ending in .json, got {args.output}")
+    given = {name: getattr(args, name) for name in HELP if getattr(args, name) is not None}
+    if args.place or args.suites is not None:
+        run_suites(args, _suite_options(args, given), given.get("workers", 2))
+        return
+    for name in ("steps", "seconds"):
+        if getattr(args, name) is not None:
+            raise UserError(f"{_flag(name)} belongs to --suites; add them, or omit it")
+    if args.mask != MASKS[0]:
+        raise UserError("--mask belongs to --suites; add --suites endless, or omit it")
     check_output(args.output)
     check_output(args.output.with_suffix(".md"))
-    options = EvaluateOptions(**{name: getattr(args, name) for name in HELP})
+    options = EvaluateOptions(**given)
     world = World.from_pretrained(args.world, args.device, getattr(torch, args.dtype))
     texts = args.transformer or [f"{world.config.name}={args.world / 'transformer'}"]
     variants = [variant for text in texts for variant in parse_variant(text, world.config.rollout)]
@@ -181,6 +193,24 @@ def recalling(variant: Variant, recall: int) -> Variant:
     """The variant with so many latents of its window chosen by view overlap."""
     rollout = replace(variant.rollout, recall=recall)
     return replace(variant, name=f"{variant.name}, recall {recall}", rollout=rollout)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _suite_options(args: argparse.Namespace, given: dict[str, int]) -> SuiteOptions:
+    """The size of the suites. Raises UserError for an option of the tables of endless towns."""
+    sizes = dict(given)
+    sizes.pop("workers", None)
+    foreign = [name for name in sizes if name not in ("cases", "batch", "seed")]
+    foreign += [name for name in ("windows", "reference", "recall") if getattr(args, name)]
+    if foreign:
+        raise UserError(
+            f"{_flag(foreign[0])} belongs to the tables of endless towns and not to suites; omit it"
+        )
+    sizes |= {} if args.seconds is None else {"seconds": args.seconds}
+    return SuiteOptions(**sizes, mask=args.mask != MASKS[0])
 
 
 def parse_window(text: str, variant: Variant) -> Variant:

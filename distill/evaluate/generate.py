@@ -17,7 +17,9 @@ from worldmodel.errors import UserError
 from worldmodel.images import to_frames, to_unit_range
 from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.models.wan_autoencoder import Autoencoder
+from worldmodel.reprojection import ConditionStream
 from worldmodel.rollout import Rollout, RolloutConfig, with_steps
+from worldmodel.worlds.place import Place
 from worldmodel.worlds.weights import load_network
 from worldmodel.worlds.world import World
 
@@ -91,6 +93,7 @@ def generate(
     prompts: list[str],
     seed: int,
     label: str = "generate",
+    place: Place | None = None,
 ) -> Iterator[np.ndarray]:
     """Generate frames from ground-truth first frames along given cameras; yields those of one
     latent at a time.
@@ -101,6 +104,8 @@ def generate(
         prompts: B names.
         seed: of all noise; equal seeds and batches give every variant the same first noise.
         label: of the progress bar.
+        place: what is remembered of it conditions every latent, as in play; then `c2w` are in its
+            coordinates. None = everything is imagined.
     Yields:
         uint8 [B, n, H, W, 3], n = 1 for latent 0 and 4 after it.
     """
@@ -126,19 +131,31 @@ def generate(
         unconditional=world.prompts.unconditional,
     )
     decoder = world.autoencoder.streaming_decoder()
+    streams = [world.conditions(place) for _ in range(batch)] if place else []
     latents = world.autoencoder.encode(to_video(first[:, None], world.autoencoder)).float()
-    rollout.commit(latents, viewmats[:, :1], lens)
+    rollout.commit(latents, viewmats[:, :1], lens, _conditions(streams, c2w[:, :1]))
     yield to_frames(decoder.step(latents))
     count = viewmats.shape[1]
     chunk = config.chunk
     # the last chunk may need fewer frames than it has
     padded = torch.cat([viewmats, viewmats[:, -1:].expand(-1, chunk - 1, -1, -1)], 1)
+    path = np.concatenate([c2w, np.repeat(c2w[:, -1:], chunk - 1, 1)], 1)
     with tqdm(total=count - 1, desc=label, unit="latent", leave=False) as bar:
         for start in range(1, count, chunk):
-            latents = rollout.step(padded[:, start : start + chunk], lens, generator=generator)
+            condition = _conditions(streams, path[:, start : start + chunk])
+            latents = rollout.step(
+                padded[:, start : start + chunk], lens, condition=condition, generator=generator
+            )
             for latent in latents[:, :, : count - start].split(1, 2):
                 bar.update()
                 yield to_frames(decoder.step(latent))
+
+
+def _conditions(streams: list[ConditionStream], c2w: np.ndarray) -> Tensor | None:
+    """The next condition of every case [B, K, F, h, w]; None without a place."""
+    if not streams:
+        return None
+    return torch.cat([stream.step(poses) for stream, poses in zip(streams, c2w, strict=True)])
 
 
 @torch.inference_mode()

@@ -124,6 +124,11 @@ class Walker:
         pose[:3, 3] = self.position[0], -self.gait.eye, self.position[1]
         return pose
 
+    def is_free(self, position: np.ndarray) -> bool:
+        """Whether the walker could stand at `position` [2]: no wall is nearer than its radius."""
+        self.position = position
+        return bool(np.allclose(self._pushed_out(position), position))
+
     def _wanted(self, order: Order) -> np.ndarray:
         """Target speeds per frame of an order, changed where a wall is close ahead."""
         gait = self.gait
