@@ -6,12 +6,13 @@
 starts this file.
 Plays the world that WORLDMODEL_WORLD names (a folder, or a name such as "blocks": the default) in
 its first place where it has one, with its walls and the rule of rest, as play does. The harness's
-start pictures show scenes of other worlds: they are not used, a walk outside of a place begins with
-the first start picture of the world. WORLDMODEL_STEPS sets the denoising steps (default: the
-world's).
+start pictures show scenes of other worlds: of them only a number is used, which with the seed of
+the case selects the noise and, outside of a place, a start picture of the world. WORLDMODEL_STEPS
+sets the denoising steps (default: the world's).
 """
 
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -75,15 +76,16 @@ class BlocksWorld:
         self._place = self._world.place(names[0]) if names else None
 
     def reset(self, image, prompt: str | None, seed: int) -> None:
-        """Begin a walk at the start of the place, elsewhere at the first start picture."""
+        """Begin a walk at the start of the place, elsewhere at a start picture of the world."""
+        number = zlib.crc32(np.ascontiguousarray(image)) + seed
         default = self._config.prompts.default
         prompt = prompt if prompt in self._world.prompts.names else default
         pictures = () if self._place else self._world.images(prompt)
         self._session = Session(
             self._world,
             prompt,
-            pictures[0] if pictures else None,
-            seed=seed,
+            pictures[number % len(pictures)] if pictures else None,
+            seed=number,
             steps=self._steps,
             place=self._place,
         )
