@@ -427,8 +427,8 @@ def _masked(bench: Bench, second: int, frames: np.ndarray, true: np.ndarray) -> 
 def masks(
     depth: np.ndarray, pose: np.ndarray, intrinsics, earlier, earlier_depth, given: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """`knowable` from the first `given` earlier frames, which are true (the start picture and what is
-    remembered), and from all of them, of which the later ones are generated: "given" and "earlier".
+    """`knowable` from the first `given` earlier frames, which are true (the start picture and what
+    is remembered), and from all, of which the later ones are generated: "given" and "earlier".
     """
     return {
         "given": knowable(depth, pose, intrinsics, earlier[:given], earlier_depth[:given]),
