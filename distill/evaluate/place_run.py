@@ -25,7 +25,6 @@ from distill.evaluate.cases import (
     return_cases,
 )
 from distill.evaluate.generate import Variant, generate, load_transformer, parse_variant
-from distill.evaluate.knowable import knowable
 from distill.evaluate.place_cases import Ground
 from distill.evaluate.place_report import place_page, plot
 from distill.evaluate.place_suites import (
@@ -33,6 +32,7 @@ from distill.evaluate.place_suites import (
     Bench,
     SuiteOptions,
     masked_scores,
+    masks,
     merged,
     statistics,
 )
@@ -226,7 +226,7 @@ def _films(
 def _masked(
     world: World, cases: list[Case], ours: np.ndarray, true: np.ndarray, horizon: int
 ) -> dict:
-    """Scores of what the walk's earlier frames showed, of the rest, and of the sky."""
+    """Scores by what the walk's earlier frames showed, see `masks`."""
     lens = world.config.intrinsics
     factor = world.autoencoder.encoder_factor
     size = tuple(cells * factor for cells in world.latent_size)
@@ -234,8 +234,9 @@ def _masked(
     for number, case in enumerate(cases):
         poses = case.latents[: horizon + 1]
         depth = render_depth(case.town, poses, lens, *size).numpy()
-        mask, solid = knowable(depth[-1], poses[-1], lens, poses[:-1], depth[:-1])
-        parts.append(masked_scores(ours[number, horizon], true[number, horizon], mask, solid))
+        found = masks(depth[-1], poses[-1], lens, poses[:-1], depth[:-1], 1)
+        pair = (ours[number, horizon], true[number, horizon])
+        parts.append({name: masked_scores(*pair, *mask) for name, mask in found.items()})
     return merged(parts)
 
 

@@ -408,9 +408,7 @@ def _curve(bench: Bench) -> Iterator[dict]:
 
 
 def _masked(bench: Bench, second: int, frames: np.ndarray, true: np.ndarray) -> dict:
-    """Scores of what an earlier frame of the walk or a remembered one showed, of the rest, and of
-    the sky.
-    """
+    """Scores by what was shown before, see `masks`; remembered frames count to both."""
     ground = bench.ground
     views = ground.views
     latent = bench.latents(second)
@@ -421,9 +419,21 @@ def _masked(bench: Bench, second: int, frames: np.ndarray, true: np.ndarray) -> 
         poses = np.concatenate([views.c2w, past])
         depths = np.concatenate([views.depth.float().numpy(), ground.depth(past)])
         depth = ground.depth(pose[None])[0]
-        mask, solid = knowable(depth, pose, views.intrinsics, poses, depths)
-        parts.append(masked_scores(ours, target, mask, solid))
+        found = masks(depth, pose, views.intrinsics, poses, depths, len(views) + 1)
+        parts.append({name: masked_scores(ours, target, *pair) for name, pair in found.items()})
     return merged(parts)
+
+
+def masks(
+    depth: np.ndarray, pose: np.ndarray, intrinsics, earlier, earlier_depth, given: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """`knowable` from the first `given` earlier frames, which are true (the start picture and what
+    is remembered), and from all, of which the later ones are generated: "given" and "earlier".
+    """
+    return {
+        "given": knowable(depth, pose, intrinsics, earlier[:given], earlier_depth[:given]),
+        "earlier": knowable(depth, pose, intrinsics, earlier, earlier_depth),
+    }
 
 
 def masked_scores(ours: np.ndarray, true: np.ndarray, mask: np.ndarray, solid: np.ndarray) -> dict:
@@ -443,12 +453,15 @@ def masked_scores(ours: np.ndarray, true: np.ndarray, mask: np.ndarray, solid: n
 
 
 def merged(parts: list[dict]) -> dict:
-    """The statistics of `masked_scores` of several frames."""
+    """The statistics of the `masked_scores` of several frames, by mask."""
     entry = {}
-    for name in parts[0]:
-        clear = [part[name]["psnr"] for part in parts if part[name]["psnr"] is not None]
-        share = [part[name]["share"] for part in parts]
-        entry[name] = {"psnr": statistics(clear), "share": statistics(share)}
+    for mask in parts[0]:
+        entry[mask] = {}
+        for name in parts[0][mask]:
+            scored = [part[mask][name] for part in parts]
+            clear = [score["psnr"] for score in scored if score["psnr"] is not None]
+            share = [score["share"] for score in scored]
+            entry[mask][name] = {"psnr": statistics(clear), "share": statistics(share)}
     return entry
 
 
