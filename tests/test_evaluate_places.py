@@ -78,7 +78,7 @@ def island_world(tmp_path_factory):
     )
     walkable = ISLAND.walkable()
     for name, source in (("island", ISLAND.source), ("bare", "vizdoom:1")):
-        place = Place(name, name, c2w[0], WalkableMap(walkable.T, np.zeros(2), 0.1), source)
+        place = Place(name, name, c2w[0], WalkableMap(walkable.T, np.zeros(2), 0.1), source=source)
         (folder / "places" / name).mkdir(parents=True)
         place.write(folder / "places" / name)
         write_views(folder / "places" / name, seen)
@@ -91,7 +91,7 @@ def ground(island_world):
 
 
 def test_a_place_remembers_the_source_of_its_clips(tmp_path):
-    place = Place("quay", "A quay", np.eye(4), None, "island:meadow:1")
+    place = Place("quay", "A quay", np.eye(4), None, source="island:meadow:1")
     place.write(tmp_path)
     assert Place.read(tmp_path).source == "island:meadow:1"
     replace(place, source="").write(tmp_path)
