@@ -29,7 +29,7 @@ FLOORS = {
     "strafe": ([33.5, 27.0, 23.8], [0.91, 0.81, 0.67]),
 }
 AROUND = "w*4,l*9,j*9,s*4"  # there, around to the right and back to the left, and back again
-PLACE_FLOOR = 18.0
+PLACE_FLOOR = 21.0  # dB at the last three latents; measured 22.0
 
 pytestmark = [
     pytest.mark.weights,
@@ -78,7 +78,7 @@ def test_a_place_is_still_there_when_one_returns(blocks):
     place = blocks.place("island")
     scene = scene_of(place.source)
     session = Session(blocks, place=place, seed=0)
-    path = parse_trajectory(AROUND, blocks.config.envelope)
+    path = parse_trajectory(AROUND, style="walk")
     frames = [session.step(pose).frames[-1] for pose in path[1:]]
     config = blocks.config
     poses = place.start @ np.stack(path[1:])
