@@ -100,13 +100,22 @@ def street(count=9):
     return town, np.stack([advance(start, [0, 0, 0.06 * k], 2.0 * k, 0) for k in range(count)])
 
 
+def read_conditions(folder, std=0.1):
+    """Gives a tiny bundle's transformer condition channels, their weights drawn with this
+    deviation.
+    """
+    network = with_condition(load_network(CausalWanTransformer, folder / "transformer"), 20)
+    with torch.no_grad():
+        network.patch_embedding.weight[:, 16:].normal_(std=std)
+    network.save_pretrained(folder / "transformer")
+
+
 def make_street_bundle(folder, clips, *words, **options):
     """Writes a tiny bundle that reads conditions and remembers the street of `clips`; `words`: more
     of `place add`; `options`: of `make_tiny_bundle`.
     """
     make_tiny_bundle(folder, **options)
-    network = with_condition(load_network(CausalWanTransformer, folder / "transformer"), 20)
-    network.save_pretrained(folder / "transformer")
+    read_conditions(folder, 0.0)
     assert (
         distill(["place", "add", str(folder), "--clips", str(clips), "--name", "street", *words])
         == 0
@@ -151,6 +160,15 @@ def still_bundle(tmp_path_factory):
 def tiny_world(tiny_bundle):
     """The tiny world, opened in float32 on the CPU."""
     return World.from_pretrained(tiny_bundle, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Bit-identical sums need the same number of threads in every process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny_bundle
+from conftest import make_tiny_bundle, read_conditions
 
 from distill.__main__ import main
 from distill.data.blocks.island import Island
@@ -30,17 +30,14 @@ from distill.evaluate.place_suites import (
     statistics,
 )
 from distill.metrics import psnr, to_unit
-from distill.stages.places import with_condition
 from worldmodel.camera import advance
 from worldmodel.errors import UserError
 from worldmodel.models.prompts import PromptBook
-from worldmodel.models.transformer import CausalWanTransformer
 from worldmodel.reprojection import RememberedViews
 from worldmodel.session import Session
 from worldmodel.walkable import WalkableMap
 from worldmodel.worlds.place import Place
 from worldmodel.worlds.place_views import write_views
-from worldmodel.worlds.weights import load_network
 from worldmodel.worlds.world import World
 
 ISLAND = Island("meadow")
@@ -66,10 +63,7 @@ def around(count: int) -> np.ndarray:
 def island_world(tmp_path_factory):
     """A tiny world with random weights that remembers the island's market, under the moods."""
     folder = make_tiny_bundle(tmp_path_factory.mktemp("evaluated") / "tiny")
-    network = with_condition(load_network(CausalWanTransformer, folder / "transformer"), 20)
-    with torch.no_grad():
-        network.patch_embedding.weight[:, 16:].normal_(std=0.1)
-    network.save_pretrained(folder / "transformer")
+    read_conditions(folder)
     moods = {mood: torch.full((3, 8), float(i)) for i, mood in enumerate((*MOODS, "grey", "loud"))}
     PromptBook(moods).save(folder / "prompts.safetensors")
     c2w = around(12)

@@ -19,17 +19,10 @@ from distill.train import train
 from worldmodel.camera import advance, invert
 from worldmodel.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = Path(__file__).parent.parent / "configs" / "blocks" / "tiny.yaml"
 LATENTS = 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Bit-identical sums need one number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny_bundle, street
+from conftest import make_tiny_bundle, read_conditions, street
 
 from distill.data.blocks.renderer import render, render_depth
 from distill.data.conditions import spread
@@ -20,7 +20,6 @@ from worldmodel.reprojection import ConditionStream, RememberedViews, filled, po
 from worldmodel.session import Session
 from worldmodel.worlds.place import Place
 from worldmodel.worlds.place_views import VIEWS, read_views, write_views
-from worldmodel.worlds.weights import load_network
 from worldmodel.worlds.world import World
 
 LENS = (0.5, 0.5 * 160 / 96, 0.5, 0.5)
@@ -173,10 +172,7 @@ def test_new_condition_channels_change_nothing():
 def place_world(tmp_path_factory):
     """A tiny world with random weights that remembers a street."""
     folder = make_tiny_bundle(tmp_path_factory.mktemp("places") / "tiny")
-    network = with_condition(load_network(CausalWanTransformer, folder / "transformer"), 20)
-    with torch.no_grad():
-        network.patch_embedding.weight[:, 16:].normal_(std=0.1)
-    network.save_pretrained(folder / "transformer")
+    read_conditions(folder)
     town, c2w = street()
     lens = (0.5, 0.75, 0.5, 0.5)
     pictures = render(town, c2w, lens, 32, 48)

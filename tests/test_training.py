@@ -32,6 +32,8 @@ from worldmodel.models.attention import Bidirectional
 from worldmodel.worlds.checkpoint import load_transformer
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = ROOT / "configs" / "blocks" / "tiny.yaml"
 SMALL_AUTOENCODER = {
     "encoder_widths": "[8, 8, 8, 8]",
@@ -71,15 +73,6 @@ for name in stages:
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, name
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Bit-identical sums need the same number of threads in every process."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from worldmodel.camera import FRAMES_PER_LATENT, invert
 from worldmodel.models.streaming import StreamState
+from worldmodel.models.view_overlap import greedy_cover
 
 NEAR = 0.02  # units; nothing nearer is seen
 SKY = 500.0  # units; depths beyond are infinitely far
@@ -80,16 +81,7 @@ class RememberedViews:
         quality = self._quality(c2w)
         if without is not None:
             quality[torch.from_numpy(without)] = 0
-        chosen = []
-        best = torch.zeros(quality.shape[1])
-        for _ in range(count):
-            gain = (quality - best).clamp_(min=0).sum(1)
-            number = int(gain.argmax())
-            if gain[number] <= 0:
-                break
-            chosen.append(number)
-            best = torch.maximum(best, quality[number])
-        return chosen
+        return greedy_cover(quality, count)
 
     def reproject(self, chosen: list[int], c2w: np.ndarray) -> tuple[Tensor, Tensor]:
         """The frames `chosen` as a camera at `c2w` [4, 4] sees their points: uint8 [H, W, 3] (grey

@@ -129,38 +129,37 @@ def _best_heading(
 def _turned(wide: np.ndarray, pose: np.ndarray, intrinsics, heading: float) -> np.ndarray:
     """What a camera turned by `heading` degrees about the vertical sees of a wide picture."""
     height, width = SMALL
-    fx, fy, cx, cy = intrinsics
-    own = np.array(
-        [[fx * width, 0, cx * width - 0.5], [0, fy * height, cy * height - 0.5], [0, 0, 1]]
-    )
+    cx, cy = intrinsics[2:]
+    own = _lens(intrinsics, height, width)
     source = own.copy()
     source[:2, 2] = cx * wide.shape[1] - 0.5, cy * wide.shape[0] - 0.5
     turn = pose[:3, :3].T @ rotation(heading, 0) @ pose[:3, :3]
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return cv2.warpPerspective(
-        wide,
-        source @ turn @ np.linalg.inv(own),
-        (width, height),
-        flags=flags,
-        borderMode=cv2.BORDER_REPLICATE,
-    )
+    return _warp(wide, source @ turn @ np.linalg.inv(own), (width, height))
 
 
 def _rotation_homography(
     views: RememberedViews, number: int, pose: np.ndarray, height: int, width: int
 ) -> np.ndarray:
     """From pixels of a camera at `pose` to those of the remembered frame, as if all were far."""
-    fx, fy, cx, cy = views.intrinsics
-    lens = np.array(
-        [[fx * width, 0, cx * width - 0.5], [0, fy * height, cy * height - 0.5], [0, 0, 1]]
-    )
+    lens = _lens(views.intrinsics, height, width)
     turn = views.c2w[number][:3, :3].T @ pose[:3, :3]
     return lens @ turn @ np.linalg.inv(lens)
 
 
-def _warp(frame: np.ndarray, homography: np.ndarray) -> np.ndarray:
+def _lens(intrinsics, height: int, width: int) -> np.ndarray:
+    """From camera space to pixels, whose centres have whole numbers, [3, 3]."""
+    fx, fy, cx, cy = intrinsics
+    return np.array(
+        [[fx * width, 0, cx * width - 0.5], [0, fy * height, cy * height - 0.5], [0, 0, 1]]
+    )
+
+
+def _warp(
+    frame: np.ndarray, homography: np.ndarray, size: tuple[int, int] | None = None
+) -> np.ndarray:
+    """The frame under the inverse of a homography; size: width and height, None = the frame's."""
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    size = frame.shape[1::-1]
+    size = size or frame.shape[1::-1]
     return cv2.warpPerspective(
         frame, homography, size, flags=flags, borderMode=cv2.BORDER_REPLICATE
     )

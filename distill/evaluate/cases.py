@@ -8,7 +8,7 @@ start is drawn.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +31,10 @@ REST = 12  # video frames in which the momentum dies away
 
 
 @dataclass(frozen=True)
-class Case:
-    """One path through one held-out town."""
+class PathCase:
+    """One path."""
 
     kind: str
-    town: Town
     c2w: np.ndarray  # float64 [4F-3, 4, 4], one pose per video frame
     away: int = 0  # leave-and-return: the latent farthest from the start
     back: int = 0  # leave-and-return: the latent at which the camera is back
@@ -44,6 +43,13 @@ class Case:
     def latents(self) -> np.ndarray:
         """Poses [F, 4, 4] of the latents."""
         return self.c2w[::FRAMES_PER_LATENT]
+
+
+@dataclass(frozen=True)
+class Case(PathCase):
+    """One path through one held-out town."""
+
+    town: Town = field(kw_only=True)
 
 
 def fidelity_cases(count: int, latents: int, seed: int) -> list[Case]:
@@ -55,10 +61,12 @@ def fidelity_cases(count: int, latents: int, seed: int) -> list[Case]:
         town = held_out_town(seed, index)
         kind = KINDS[index % len(KINDS)]
         if kind == "walk":
-            cases.append(Case(kind, town, walk(town, frames, [seed, 2, index])))
+            cases.append(Case(kind, walk(town, frames, [seed, 2, index]), town=town))
         else:
             orders = _script(kind, frames - 1, rng)
-            cases.append(Case(kind, town, free_path(town, orders, rng, across=kind == "strafe")))
+            cases.append(
+                Case(kind, free_path(town, orders, rng, across=kind == "strafe"), town=town)
+            )
     return cases
 
 
@@ -77,7 +85,7 @@ def return_cases(count: int, seed: int) -> list[Case]:
             script.append(Order(frames - length))
             town = held_out_town(seed, 1000 * (number + 1) + index)
             path = free_path(town, script, rng)
-            cases.append(Case(name, town, path, away, length // FRAMES_PER_LATENT))
+            cases.append(Case(name, path, away, length // FRAMES_PER_LATENT, town=town))
     return cases
 
 
@@ -95,7 +103,7 @@ def flow_cases(count: int, seed: int) -> list[Case]:
             town = held_out_town(seed, 5000 + 100 * number + index)
             rng = np.random.default_rng([seed, 4, number, index])
             order = Order(4 * FRAMES_PER_LATENT, **orders[kind])
-            cases.append(Case(kind, town, free_path(town, [order], rng)))
+            cases.append(Case(kind, free_path(town, [order], rng), town=town))
     return cases
 
 
@@ -104,7 +112,8 @@ def drift_cases(count: int, latents: int, seed: int) -> list[Case]:
     towns = [held_out_town(seed, 7000 + index) for index in range(count)]
     frames = frames_of(latents + 1)
     return [
-        Case("walk", town, walk(town, frames, [seed, 5, index])) for index, town in enumerate(towns)
+        Case("walk", walk(town, frames, [seed, 5, index]), town=town)
+        for index, town in enumerate(towns)
     ]
 
 

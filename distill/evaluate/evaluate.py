@@ -4,8 +4,6 @@ JSON, tables, contact sheets.
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +26,7 @@ from distill.evaluate.cases import (
 )
 from distill.evaluate.generate import (
     Variant,
+    describe_run,
     generate,
     load_transformer,
     parse_variant,
@@ -36,7 +35,6 @@ from distill.evaluate.generate import (
 from distill.evaluate.place_run import MASKS, add_suite_arguments, run_suites
 from distill.evaluate.place_suites import SuiteOptions
 from distill.evaluate.report import contact_sheet, markdown
-from worldmodel.bench.machine import describe_commit, describe_machine
 from worldmodel.camera import FRAMES_PER_LATENT
 from worldmodel.cli import print_line
 from worldmodel.config import as_dict
@@ -416,12 +414,7 @@ def _windows(evaluator: Evaluator, variants: Sequence[Variant]) -> list[dict]:
 
 def _about(world: World, variants: list[Variant], options: EvaluateOptions) -> dict:
     return {
-        "command": f"python -m distill {shlex.join(sys.argv[1:])}",
-        "commit": describe_commit(),
-        "hardware": describe_machine(world.device),
-        "device": str(world.device),
-        "dtype": str(world.dtype).removeprefix("torch."),
-        "world": world.config.name,
+        **describe_run(world),
         **asdict(options),
         "variants": [
             {

@@ -3,6 +3,8 @@ paths.
 """
 
 import re
+import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from worldmodel.bench.machine import describe_commit, describe_machine
 from worldmodel.camera import FRAMES_PER_LATENT, invert, relative_to_first
 from worldmodel.errors import UserError
 from worldmodel.images import to_frames, to_unit_range
@@ -85,6 +88,18 @@ def load_transformer(
 
 
 @torch.inference_mode()
+def describe_run(world: World) -> dict:
+    """What a report says of the command, the machine and the world."""
+    return {
+        "command": f"python -m distill {shlex.join(sys.argv[1:])}",
+        "commit": describe_commit(),
+        "hardware": describe_machine(world.device),
+        "device": str(world.device),
+        "dtype": str(world.dtype).removeprefix("torch."),
+        "world": world.config.name,
+    }
+
+
 def generate(
     world: World,
     config: RolloutConfig,

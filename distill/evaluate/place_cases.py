@@ -3,7 +3,6 @@ the coordinates of the place, with ground truth where its scene has a renderer.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from distill.data.blocks.scenes import Scene, scene_of
 from distill.data.blocks.town import CELL, Boxes
 from distill.data.blocks.walker import Gait, Order, Start, Walker, walk
 from distill.data.clips import frames_of
-from distill.evaluate.cases import REST, follow
+from distill.evaluate.cases import REST, PathCase, follow
 from worldmodel.camera import FRAMES_PER_LATENT, rotation
 from worldmodel.errors import UserError
 from worldmodel.images import fit_picture
@@ -29,21 +28,6 @@ ATTEMPTS = 4000  # starts or walks tried for the cases of one kind
 TURN = 6.0  # degrees of a small turn
 SMALL_TURN = np.array([0.5, 1.0, 0.5, 0.0]) * TURN  # heading at the latents of one turn to a side
 WIDE = 100.0  # units around a map that nothing enters
-
-
-@dataclass(frozen=True)
-class PlaceCase:
-    """One path through a place."""
-
-    kind: str
-    c2w: np.ndarray  # float64 [4F-3, 4, 4], one pose per video frame
-    away: int = 0  # leave-and-return: the latent farthest from the start
-    back: int = 0  # leave-and-return: the latent at which the camera is back
-
-    @property
-    def latents(self) -> np.ndarray:
-        """Poses [F, 4, 4] of the latents."""
-        return self.c2w[::FRAMES_PER_LATENT]
 
 
 class MapScene:
@@ -122,31 +106,31 @@ class Ground:
 
     # -------------------- cases
 
-    def walks(self, count: int, latents: int, first: int = 0) -> list[PlaceCase]:
+    def walks(self, count: int, latents: int, first: int = 0) -> list[PathCase]:
         """`count` random walks of `latents` latents after the start, from number `first` on."""
         return [
-            PlaceCase("walk", self._walk(index, latents)) for index in range(first, first + count)
+            PathCase("walk", self._walk(index, latents)) for index in range(first, first + count)
         ]
 
-    def unfilmed_walks(self, count: int, latents: int) -> list[PlaceCase]:
+    def unfilmed_walks(self, count: int, latents: int) -> list[PathCase]:
         """Walks that end in what was never filmed; fewer than `count` where few are found."""
         found = []
         for index in range(ATTEMPTS):
             path = self._walk(10_000 + index, latents)
             if self.unfilmed(path[-1:]).all():
-                found.append(PlaceCase("unfilmed", path))
+                found.append(PathCase("unfilmed", path))
             if len(found) == count:
                 break
         return found
 
-    def rests(self, count: int, latents: int) -> list[PlaceCase]:
+    def rests(self, count: int, latents: int) -> list[PathCase]:
         """The camera stays for `latents` latents."""
         return [
-            PlaceCase("rest", np.repeat(start[None], frames_of(latents + 1), 0))
+            PathCase("rest", np.repeat(start[None], frames_of(latents + 1), 0))
             for start in self._starts(count)
         ]
 
-    def small_turns(self, count: int, latents: int) -> list[PlaceCase]:
+    def small_turns(self, count: int, latents: int) -> list[PathCase]:
         """Turns to the right and to the left, each back at the start after four latents."""
         swing = np.concatenate([SMALL_TURN, -SMALL_TURN])
         headings = np.concatenate([[0.0], np.tile(swing, -(-latents // len(swing)))[:latents]])
@@ -154,9 +138,9 @@ class Ground:
         headings = np.interp(at, np.arange(latents + 1), headings)
         turns = np.tile(np.eye(4), (len(headings), 1, 1))
         turns[:, :3, :3] = [rotation(heading, 0) for heading in headings]
-        return [PlaceCase("small turns", start @ turns) for start in self._starts(count)]
+        return [PathCase("small turns", start @ turns) for start in self._starts(count)]
 
-    def returns(self, count: int) -> list[PlaceCase]:
+    def returns(self, count: int) -> list[PathCase]:
         """`count` cases of each leave-and-return path, padded with rest to one length: 90 degrees
         and back, two units out and back on walkable ground.
 
@@ -178,17 +162,17 @@ class Ground:
             away = (leave.frames + REST) // FRAMES_PER_LATENT
             paths = self._free(orders, count, kind)
             back = -(-length // FRAMES_PER_LATENT)
-            cases += [PlaceCase(kind, path, away, back) for path in paths]
+            cases += [PathCase(kind, path, away, back) for path in paths]
         return cases
 
-    def routes(self, count: int, latents: int) -> tuple[list[PlaceCase], list[PlaceCase]]:
+    def routes(self, count: int, latents: int) -> tuple[list[PathCase], list[PathCase]]:
         """Pairs of different walks of `latents` latents that end at one pose: the first half of a
         longer walk, and the second half backwards.
         """
         half = frames_of(latents + 1)
         longer = [self._walk(1000 + index, 2 * latents) for index in range(count)]
-        there = [PlaceCase("there", path[:half]) for path in longer]
-        back = [PlaceCase("back", path[half - 1 :][::-1]) for path in longer]
+        there = [PathCase("there", path[:half]) for path in longer]
+        back = [PathCase("back", path[half - 1 :][::-1]) for path in longer]
         return there, back
 
     # -------------------- inside

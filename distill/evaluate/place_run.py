@@ -4,8 +4,6 @@ JSON with a key per suite, tables, contact sheets and a plot.
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -24,7 +22,13 @@ from distill.evaluate.cases import (
     renderers,
     return_cases,
 )
-from distill.evaluate.generate import Variant, generate, load_transformer, parse_variant
+from distill.evaluate.generate import (
+    Variant,
+    describe_run,
+    generate,
+    load_transformer,
+    parse_variant,
+)
 from distill.evaluate.place_cases import Ground
 from distill.evaluate.place_report import place_page, plot
 from distill.evaluate.place_suites import (
@@ -37,7 +41,6 @@ from distill.evaluate.place_suites import (
     statistics,
 )
 from distill.evaluate.report import contact_sheet
-from worldmodel.bench.machine import describe_commit, describe_machine
 from worldmodel.camera import FRAMES_PER_LATENT
 from worldmodel.cli import print_line, print_progress
 from worldmodel.config import as_dict
@@ -243,12 +246,7 @@ def _masked(
 def _about(world: World, variant: Variant, place: str | None, options: SuiteOptions) -> dict:
     sizes = asdict(options)
     return {
-        "command": f"python -m distill {shlex.join(sys.argv[1:])}",
-        "commit": describe_commit(),
-        "hardware": describe_machine(world.device),
-        "device": str(world.device),
-        "dtype": str(world.dtype).removeprefix("torch."),
-        "world": world.config.name,
+        **describe_run(world),
         "place": place,
         "longest": sizes.pop("seconds"),
         **sizes,

@@ -11,9 +11,10 @@ import numpy as np
 from distill.data.blocks.island import Island
 from distill.evaluate import scores
 from distill.evaluate.against import localise, reprojected, warped_lookup
+from distill.evaluate.cases import PathCase
 from distill.evaluate.generate import generate
 from distill.evaluate.knowable import earlier_latents, knowable
-from distill.evaluate.place_cases import SMALL_TURN, Ground, PlaceCase
+from distill.evaluate.place_cases import SMALL_TURN, Ground
 from distill.metrics import correlation, psnr, sharpness, to_unit
 from worldmodel.camera import FRAMES_PER_LATENT
 from worldmodel.errors import UserError
@@ -86,17 +87,17 @@ class Bench:
         return [second for second in wanted if second <= most] or [most]
 
     def film(
-        self, cases: Sequence[PlaceCase], kept: Sequence[int], label: str
+        self, cases: Sequence[PathCase], kept: Sequence[int], label: str
     ) -> dict[int, np.ndarray]:
         """The frames of the latents `kept` of generated walks, each uint8 [B, n, H, W, 3]."""
         return self.film_from(cases, self.first(cases), kept, label)
 
-    def first(self, cases: Sequence[PlaceCase]) -> np.ndarray:
+    def first(self, cases: Sequence[PathCase]) -> np.ndarray:
         """The pictures that the walks begin with, uint8 [B, H, W, 3]."""
         return self.ground.first_pictures(np.stack([case.c2w[0] for case in cases]))
 
     def film_from(
-        self, cases: Sequence[PlaceCase], first: np.ndarray, kept: Sequence[int], label: str
+        self, cases: Sequence[PathCase], first: np.ndarray, kept: Sequence[int], label: str
     ) -> dict[int, np.ndarray]:
         """As `film`, with given first pictures."""
         wanted = set(kept)
@@ -123,7 +124,7 @@ class Bench:
     # -------------------- the walks that several suites share
 
     @cached_property
-    def walks(self) -> list[PlaceCase]:
+    def walks(self) -> list[PathCase]:
         """The random walks of the atlas."""
         longest = max(self.moments(MOMENTS))
         return self.ground.walks(self.options.cases, self.latents(longest))
@@ -208,7 +209,7 @@ def returning(bench: Bench) -> tuple[dict, Sheet | None]:
     spots = [(0, case.away, case.back) for case in cases]
     ours = np.stack([[film[k][n, -1] for k in three] for n, three in enumerate(spots)])
     true = bench.ground.truth([case.latents[list(t)] for case, t in zip(cases, spots, strict=True)])
-    short = [PlaceCase(case.kind, case.latents[list(t)], 1, 2) for case, t in zip(cases, spots)]
+    short = [PathCase(case.kind, case.latents[list(t)], 1, 2) for case, t in zip(cases, spots)]
     figures = {}
     rows = []
     for kind in dict.fromkeys(case.kind for case in short):
@@ -379,7 +380,7 @@ def _small_turns(film: dict[int, np.ndarray], returns: Sequence[int]) -> dict:
     }
 
 
-def _returned(ours: np.ndarray, true: np.ndarray, cases: list[PlaceCase]) -> dict:
+def _returned(ours: np.ndarray, true: np.ndarray, cases: list[PathCase]) -> dict:
     """The entry of one path, with the standard error of the share (jackknife)."""
     (entry,) = scores.leave_and_return(ours, true, cases)
     count = len(cases)

@@ -114,7 +114,7 @@ class PlacesStage(TransformerStage):
             clean_sigma = self._uniform(latents, generator) * largest
             return add_noise(latents, self._normal(latents, generator), clean_sigma), clean_sigma
         clean = latents
-        clean_sigma = torch.zeros_like(self._uniform(latents, generator))
+        clean_sigma = latents.new_zeros(latents.shape[0], latents.shape[2])
         for _ in range(passes):
             level = self._draw_index(latents, len(self._levels), generator)
             sigma = self._levels[level]

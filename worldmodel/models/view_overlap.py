@@ -51,7 +51,7 @@ def choose_views(
     quality = _quality(w2c[few], focal[few], _test_points(viewmats, intrinsics, unit), unit)
     if dropped is not None:
         quality[dropped[few]] = 0
-    chosen = [int(few[place]) for place in _greedy_cover(quality, count)]
+    chosen = [int(few[place]) for place in greedy_cover(quality, count, _TINY)]
     rest = (number for number in reversed(range(total)) if number not in chosen)
     while len(chosen) < count:
         chosen.append(next(rest))
@@ -101,14 +101,16 @@ def _quality(w2c: Tensor, focal: Tensor, points: TestPoints, unit: float) -> Ten
     return torch.minimum(ratio, 1 / ratio) * heading * inside
 
 
-def _greedy_cover(quality: Tensor, count: int) -> list[int]:
-    """Rows of `quality`, one after the other, that add most to what the ones before show."""
+def greedy_cover(quality: Tensor, count: int, least: float = 0.0) -> list[int]:
+    """At most `count` rows of `quality` `[N, P]`, one after the other, that add most to what the
+    ones before show, as long as they add more than `least`.
+    """
     chosen = []
     best = torch.zeros(quality.shape[1])
     for _ in range(count):
         gain = (quality - best).clamp_(min=0).sum(1)
         place = int(gain.argmax())
-        if gain[place] <= _TINY:
+        if gain[place] <= least:
             break
         chosen.append(place)
         best = torch.maximum(best, quality[place])
